@@ -1,0 +1,27 @@
+# Two commands: `make demo` and `make test`. Each sets up its own environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint lab clean
+
+demo: .venv/installed          ## tables 1-3 and figure 1 on the embedded cohort
+	$(BIN)/ipmn run params/demo.yaml
+
+test: .venv/installed          ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed          ## what .ci/run checks before the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+
+lab: .venv/installed           ## the notebooks, live
+	$(BIN)/jupyter lab notebooks
+
+clean:                         ## everything that was written, but for the reference results
+	rm -rf .venv $(filter-out outputs/README.md outputs/reference, $(wildcard outputs/*))
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" --constraint constraints.txt
+	touch $@
