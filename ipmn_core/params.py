@@ -1,0 +1,141 @@
+"""One typed schema for every setting; the paper's protocol is the default of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Modality = Literal["t1", "t2"]
+Count = Annotated[int, Field(ge=1)]
+List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
+
+
+class ParamsError(ValueError):
+    """A setting is unknown, missing or of the wrong kind."""
+
+
+class Params(BaseModel):
+    """The settings of one profile, flat, as they stand in `params/*.yaml` and in a notebook's first cell.
+
+    Sizes are voxels, rates and probabilities plain numbers. Sections 2 and 3 of the paper and its
+    released code give the defaults.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "paper"
+    outputs: str = "outputs"
+    cohort: str = "phantom"
+    columns: Literal["header", "position"] = "header"
+    phantom_max_per_cell: Count | None = None
+    max_per_cell: Count | None = None
+    modalities: Annotated[tuple[Modality, ...], List, Field(min_length=1)] = ("t1", "t2")
+    size: Annotated[int, Field(ge=32)] = 96
+    fold_rule: Literal["center", "patient"] = "center"
+    three_class_folds: Annotated[int, Field(ge=2)] = 5
+    binary_folds: Annotated[int, Field(ge=2)] = 4
+    models: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
+        "resnet34",
+        "shufflenetv2",
+        "mobilenetv2",
+        "efficientnetb0",
+        "densenet121",
+    )
+    binary_model: str = "densenet121"
+    arms: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
+        "centralized",
+        "fedavg",
+        "fedprox_0.1",
+        "fedprox_0.3",
+    )
+    epochs: Count = 100
+    rounds: Count = 100
+    local_epochs: Count = 1
+    batch_size: Annotated[int, Field(ge=2)] = 16
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr_step: Count = 30
+    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    augment_prob: Annotated[float, Field(ge=0, le=1)] = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    threads: Annotated[int, Field(ge=0)] = 0
+    jobs: Count = 1
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Params:
+        for key in ("modalities", "models", "arms"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} lists a value twice: {list(values)}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this profile lands: `<outputs>/<profile>`."""
+        return project_root() / self.outputs / self.profile
+
+    @property
+    def phantom_root(self) -> Path:
+        """Where the phantom cohort of this seed and size lies, shared by all profiles."""
+        cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
+        return project_root() / self.outputs / "phantom" / f"seed{self.seed}_{cases}"
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory that holds `params/` and `notebooks/`."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def load(path: str | Path) -> Params:
+    """The validated settings of a YAML file. Raises ParamsError naming file, key and remedy."""
+    path = Path(path)
+    if not path.is_file():
+        raise ParamsError(f"{path}: no such file; profiles lie in params/, for instance params/demo.yaml")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
+    return validate(values, str(path))
+
+
+def validate(values: Mapping[str, Any], source: str) -> Params:
+    """The settings in `values`, each checked. Raises ParamsError listing every fault with its key."""
+    try:
+        return Params(**values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_in_words(fault)}" for fault in error.errors())
+        raise ParamsError(f"{source}: {error.error_count()} setting(s) to mend\n{faults}") from error
+
+
+def from_notebook(variables: Mapping[str, Any]) -> Params:
+    """The settings among a notebook's variables (`globals()`), validated like a file's."""
+    missing = [key for key in Params.model_fields if key not in variables]
+    if missing:
+        raise ParamsError(f"the notebook's parameters cell lacks {', '.join(missing)}; run that cell first")
+    return validate({key: variables[key] for key in Params.model_fields}, "the notebook's parameters cell")
+
+
+def _in_words(fault: dict[str, Any]) -> str:
+    key, value = ".".join(map(str, fault["loc"])), fault.get("input")
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown setting; known are {', '.join(Params.model_fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    hint = ""
+    if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3, without quotes)"
+    return f"{key}: {message}, not {value!r}{hint}"
