@@ -1,0 +1,133 @@
+"""Federated learning in one process: local updates, aggregation, rounds. The paper's Eq. (2) and (3).
+
+Eq. (1), the objective that each client minimises, is `training.local_objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipmn_core import training
+from ipmn_core.training import Cases, Epoch, Settings
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How clients learn between aggregations: `mu` = 0 is FedAvg, `mu` > 0 is FedProx."""
+
+    mu: float = 0.0
+
+
+STRATEGIES = {
+    "fedavg": Strategy(),  # McMahan et al. 2017
+    "fedprox_0.1": Strategy(mu=0.1),  # Li et al. 2020
+    "fedprox_0.3": Strategy(mu=0.3),
+}
+
+
+def strategy(arm: str) -> Strategy:
+    """The strategy of a federated arm. Raises ValueError naming the known arms."""
+    if arm not in STRATEGIES:
+        raise ValueError(f"{arm}: unknown federated arm; known are {', '.join(STRATEGIES)}")
+    return STRATEGIES[arm]
+
+
+def weighted_average(states: Iterable[State], n_k: Sequence[int]) -> State:
+    """Eq. (2): w = sum_k N_k w_k / sum_k N_k over the whole state dict, BatchNorm buffers included.
+
+    States are consumed one at a time, in client order, and summed in float64, so the result depends
+    neither on memory nor on who aggregates; integer buffers are rounded. Raises ValueError if the
+    numbers of states and of cases differ, or if there are no cases.
+    """
+    total = sum(n_k)
+    if total <= 0:
+        raise ValueError("aggregation needs at least one training case")
+    average: State = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for state, n in zip(states, n_k, strict=True):
+        for key, value in state.items():
+            dtypes[key] = value.dtype
+            share = value.double() * (n / total)
+            average[key] = share if key not in average else average[key].add_(share)
+    return {
+        key: (value if dtypes[key].is_floating_point else value.round()).to(dtypes[key])
+        for key, value in average.items()
+    }
+
+
+def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor], mu: float) -> None:
+    """Eq. (3): F_k(w) + mu/2 ||w - w_t||^2. Adds the second term's gradient, mu (w - w_t), to that of `w`.
+
+    In place, over all parameters; the closed form spares a graph over them. AdamW then scales it like any other gradient:
+    the proximal pull passes through the adaptive moments, as in the released code.
+    """
+    grads = [p.grad for p in w]
+    torch._foreach_add_(grads, [p.detach() for p in w], alpha=mu)
+    torch._foreach_add_(grads, list(w_t), alpha=-mu)
+
+
+def local_update(
+    model: nn.Module,
+    w_global: State,
+    client: training.Learner,
+    data: Cases,
+    settings: Settings,
+    strategy: Strategy,
+    seed: Sequence[int],
+) -> float:
+    """One client's round: start at `w_global`, minimise Eq. (1) or Eq. (3) for `local_epochs` epochs.
+
+    Leaves the client's weights in `model` and returns its mean training loss without the proximal term.
+    The client keeps its own AdamW moments and learning-rate schedule across rounds.
+    """
+    model.load_state_dict(w_global)
+    add_gradient = None
+    if strategy.mu > 0:
+        w = [p for p in model.parameters() if p.requires_grad]
+        w_t = [p.detach().clone() for p in w]
+        add_gradient = lambda: add_proximal_gradient(w, w_t, strategy.mu)  # noqa: E731
+    losses = [
+        training.train_epoch(model, client, data, settings, [*seed, epoch], add_gradient)
+        for epoch in range(settings.local_epochs)
+    ]
+    return sum(losses) / len(losses)
+
+
+def fit(
+    model: nn.Module,
+    clients: dict[str, torch.Tensor],
+    test: torch.Tensor,
+    data: Cases,
+    settings: Settings,
+    strategy: Strategy,
+    checkpoint: dict[str, Any] | None = None,
+) -> Iterator[Epoch]:
+    """Rounds of local updates and aggregation, one Epoch each; `clients` maps a name to its case indices.
+
+    In every round each client trains from the same global weights, Eq. (2) merges the results, and the
+    global model is tested on `test`. Clients are visited in the order given. A `checkpoint` is what
+    an earlier Epoch's `checkpoint()` returned: training goes on after it, bit for bit.
+    """
+    learners = {name: training.Learner(model, indices, settings) for name, indices in clients.items()}
+    first = training.restore(model, learners, checkpoint)
+    n_k = [len(indices) for indices in clients.values()]
+    for round_ in range(first, settings.rounds + 1):
+        w_global = training.snapshot(model)
+        losses: list[float] = []
+
+        def updates() -> Iterator[State]:
+            for k, client in enumerate(learners.values()):
+                seed = [*settings.seed, round_, k]  # noqa: B023
+                losses.append(local_update(model, w_global, client, data, settings, strategy, seed))  # noqa: B023
+                yield model.state_dict()
+
+        model.load_state_dict(weighted_average(updates(), n_k))
+        loss = sum(n * value for n, value in zip(n_k, losses, strict=True)) / sum(n_k)
+        yield training.evaluate_epoch(model, learners, test, data, settings, round_, loss)

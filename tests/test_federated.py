@@ -1,0 +1,201 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ipmn_core import federated, training
+from ipmn_core.federated import STRATEGIES, Strategy
+
+
+def small_net(seed=0):
+    """A network with BatchNorm; its convolution has no bias, whose gradient would be rounding noise alone."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv3d(1, 4, 3, stride=2, bias=False),
+        nn.BatchNorm3d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+
+
+def cases(n, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return training.Cases(torch.rand(n, 1, 8, 8, 8, generator=rng).half(), torch.arange(n) % 2)
+
+
+def settings(**changes):
+    return training.Settings(**{"epochs": 3, "rounds": 3, "batch_size": 4, "seed": (0, 0), **changes})
+
+
+def federation(strategy, clients, n=33, **changes):
+    model, data = small_net(), cases(n)
+    epochs = list(federated.fit(model, clients, torch.arange(n), data, settings(**changes), strategy))
+    return model.state_dict(), epochs
+
+
+def split(*sizes):
+    return {f"center {k}": part for k, part in enumerate(torch.arange(sum(sizes)).split(list(sizes)))}
+
+
+def largest_difference(a, b):
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in b)
+
+
+def test_gradient_of_the_proximal_term_is_mu_times_the_distance():
+    w = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+    w_t = [torch.randn(5, 3), torch.randn(7)]
+    squared_norm = sum((a - b).square().sum() for a, b in zip(w, w_t, strict=True))
+    by_autograd = torch.autograd.grad(0.3 / 2 * squared_norm, w)  # Eq. (3)'s second term as it is printed
+    for parameter in w:
+        parameter.grad = torch.ones_like(parameter)
+    federated.add_proximal_gradient(w, w_t, 0.3)
+    for parameter, start, autograd in zip(w, w_t, by_autograd, strict=True):
+        torch.testing.assert_close(parameter.grad - 1, autograd)
+        torch.testing.assert_close(parameter.grad - 1, 0.3 * (parameter.detach() - start))
+
+
+def test_mu_zero_is_fedavg_bit_for_bit():
+    fedavg, _ = federation(STRATEGIES["fedavg"], split(9, 12, 12))
+    fedprox, _ = federation(Strategy(mu=0.0), split(9, 12, 12))
+    pulled, _ = federation(STRATEGIES["fedprox_0.3"], split(9, 12, 12))
+    assert largest_difference(fedavg, fedprox) == 0
+    assert largest_difference(fedavg, pulled) > 0
+
+
+def test_a_vanishing_mu_tends_to_fedavg():
+    fedavg, _ = federation(STRATEGIES["fedavg"], split(9, 12, 12), lr=1e-4)
+    almost, _ = federation(Strategy(mu=1e-9), split(9, 12, 12), lr=1e-4)
+    assert largest_difference(fedavg, almost) < 1e-6  # the gradients differ by 1e-9 times the distance
+
+
+def test_one_client_is_centralized_training_bit_for_bit():
+    model, data = small_net(), cases(33)
+    central = list(training.fit(model, torch.arange(20), torch.arange(20, 33), data, settings()))
+    federated_model = small_net()
+    rounds = list(
+        federated.fit(
+            federated_model, {"all": torch.arange(20)}, torch.arange(20, 33), data, settings(), Strategy()
+        )
+    )
+    assert largest_difference(model.state_dict(), federated_model.state_dict()) == 0
+    assert all((a.prob == b.prob).all() and a.loss == b.loss for a, b in zip(central, rounds, strict=True))
+
+
+def test_weights_are_shares_of_cases_over_batchnorm_buffers_too():
+    states = [
+        {
+            "weight": torch.tensor([1.0]),
+            "running_mean": torch.tensor([10.0]),
+            "num_batches_tracked": torch.tensor(3),
+        },
+        {
+            "weight": torch.tensor([5.0]),
+            "running_mean": torch.tensor([30.0]),
+            "num_batches_tracked": torch.tensor(8),
+        },
+    ]
+    average = federated.weighted_average(states, [30, 10])
+    assert average["weight"].item() == 2.0
+    assert average["running_mean"].item() == 15.0
+    assert average["num_batches_tracked"].item() == 4 and average["num_batches_tracked"].dtype == torch.int64
+
+
+def test_equal_clients_leave_the_weights_as_they_are():
+    state = small_net().state_dict()
+    assert largest_difference(federated.weighted_average([state] * 4, [5, 5, 5, 5]), state) == 0
+
+
+def test_aggregation_refuses_no_cases_and_uneven_lists():
+    state = small_net().state_dict()
+    with pytest.raises(ValueError, match="at least one training case"):
+        federated.weighted_average([state], [0])
+    with pytest.raises(ValueError):
+        federated.weighted_average([state, state], [1])
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.1, 0.3])
+def test_an_independent_loop_of_deep_copies_gives_the_same_weights(mu):
+    clients, data = split(9, 13, 11), cases(33)
+    ours, _ = federation(Strategy(mu), clients, lr=1e-3, augment_prob=0.0)
+    theirs = plain_federation(small_net(), clients, data, mu, rounds=3)
+    assert largest_difference(ours, theirs) < 1e-5  # AdamW turns float32 rounding of the sums into this much
+
+
+def plain_federation(model, clients, data, mu, rounds):
+    """FedProx as one writes it at first: a deep copy a client, plain dicts, the penalty through autograd."""
+    copies = {name: copy.deepcopy(model) for name in clients}
+    optimizers = {
+        name: torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.01) for name, m in copies.items()
+    }
+    for round_ in range(1, rounds + 1):
+        for k, (name, indices) in enumerate(clients.items()):
+            local = copies[name]
+            local.load_state_dict(model.state_dict())
+            frozen = copy.deepcopy(model)
+            local.train()
+            rng = training.seeded([0, 0, round_, k, 0])
+            order = indices[torch.randperm(len(indices), generator=rng)].tolist()
+            pieces = [order[i : i + 4] for i in range(0, len(order), 4)]
+            if len(pieces[-1]) == 1:
+                tail = pieces.pop()
+                pieces[-1] += tail
+            for piece in pieces:
+                loss = F.cross_entropy(local(data.x[piece].float()), data.y[piece])
+                for a, b in zip(local.parameters(), frozen.parameters(), strict=True):
+                    loss = loss + mu / 2 * (a - b.detach()).pow(2).sum()
+                optimizers[name].zero_grad()
+                loss.backward()
+                optimizers[name].step()
+        total = sum(len(indices) for indices in clients.values())
+        merged = {
+            key: sum(copies[name].state_dict()[key] * (len(clients[name]) / total) for name in clients)
+            for key in model.state_dict()
+            if key.endswith(("weight", "bias", "running_mean", "running_var"))  # a count has no average
+        }
+        model.load_state_dict(merged, strict=False)
+    return merged
+
+
+def test_rounds_resumed_from_a_checkpoint_end_bit_identical():
+    clients, data = split(9, 12, 12), cases(33)
+    whole, _ = federation(STRATEGIES["fedprox_0.1"], clients)
+    model = small_net()
+    epochs = federated.fit(model, clients, torch.arange(33), data, settings(), STRATEGIES["fedprox_0.1"])
+    saved = copy.deepcopy(next(epochs).checkpoint())
+    resumed = small_net(seed=9)
+    rest = list(
+        federated.fit(resumed, clients, torch.arange(33), data, settings(), STRATEGIES["fedprox_0.1"], saved)
+    )
+    assert [epoch.number for epoch in rest] == [2, 3]
+    assert largest_difference(whole, resumed.state_dict()) == 0
+
+
+def test_clients_keep_their_own_optimizer_across_rounds():
+    _, epochs = federation(STRATEGIES["fedavg"], split(9, 12, 12))
+    steps = {
+        name: {float(s["step"]) for s in optimizer["state"].values()}
+        for name, (optimizer, _) in epochs[-1].checkpoint()["learners"].items()
+    }
+    # 9 cases in batches of 4: a tail of one joins, 2 steps a round; 12 cases: 3 steps a round; 3 rounds
+    assert steps == {"center 0": {6.0}, "center 1": {9.0}, "center 2": {9.0}}
+
+
+def test_local_epochs_are_more_steps_a_round_and_schedules_follow():
+    _, epochs = federation(STRATEGIES["fedavg"], split(8, 8), n=16, local_epochs=2, lr_step=2)
+    learners = epochs[-1].checkpoint()["learners"]
+    for optimizer, _ in learners.values():
+        assert {float(s["step"]) for s in optimizer["state"].values()} == {
+            12.0
+        }  # 2 batches, 2 epochs, 3 rounds
+        assert optimizer["param_groups"][0]["lr"] == pytest.approx(
+            1e-3 * 0.1**3
+        )  # 6 local epochs, a cut every 2
+
+
+def test_an_unknown_arm_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"fedsgd.*fedavg, fedprox_0\.1, fedprox_0\.3"):
+        federated.strategy("fedsgd")
