@@ -1,0 +1,172 @@
+"""A scan becomes an ROI, the ROI a cube of voxels in [0, 1]; cubes are kept on disk, memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+RECIPE = "mask, tight box, masked voxels, min-max, area resize, float16"  # part of the cache's key
+
+
+class ScanError(ValueError):
+    """A scan cannot be used; the message names the case, the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Cubes:
+    """`array` (N, S, S, S) float16 in [0, 1], row i for row i of the scans; `key` fingerprints the data."""
+
+    array: np.ndarray
+    key: str
+
+
+def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
+    """The 3D volume at `path`, read into memory. Raises ScanError unless it is 3D, real and finite."""
+    try:
+        image = nib.load(path)
+        data = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
+        raise ScanError(f"{case}: {path} cannot be read ({error}); fetch or export it again") from error
+    if data.ndim != 3 or data.dtype.names:
+        raise ScanError(
+            f"{case}: {path} has shape {data.shape} and type {data.dtype}; expected one 3D volume"
+        )
+    if min(data.shape) < 2:
+        raise ScanError(f"{case}: {path} has shape {data.shape}; a volume needs at least two slices an axis")
+    if not np.isfinite(data).all():
+        bad = int((~np.isfinite(data)).sum())
+        raise ScanError(f"{case}: {path} has {bad} voxel(s) that are NaN or infinite; export it again")
+    return nib.Nifti1Image(data, image.affine)
+
+
+def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") -> nib.Nifti1Image:
+    """The clean ROI: image x mask, cut to the mask's tight bounding box, with the affine of the cut.
+
+    Without a mask the image is taken to be a clean ROI already (the data set's first release).
+    Raises ScanError on an empty or ill-shaped mask, or on an ROI of one single value.
+    """
+    case = case or str(image)
+    roi = load_image(image, case)
+    if mask:
+        roi = crop(roi, load_mask(mask, roi.shape, case))
+    data = np.asanyarray(roi.dataobj)
+    if data.min() == data.max():
+        raise ScanError(f"{case}: the ROI holds one single value, {data.flat[0]}; check {image} and {mask}")
+    return roi
+
+
+def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
+    """The mask at `path` as a boolean array of `shape`. Raises ScanError if it is not one or is empty."""
+    mask = np.asanyarray(load_image(path, case).dataobj)
+    if mask.shape != shape:
+        raise ScanError(f"{case}: mask {path} has shape {mask.shape}, its image {shape}; they must agree")
+    rounded = np.rint(mask)
+    values = np.unique(rounded)
+    if not np.isin(values, (0, 1)).all() or np.abs(mask - rounded).max() > 0.01:
+        raise ScanError(f"{case}: mask {path} holds values other than 0 and 1; keep one organ, the pancreas")
+    if not rounded.any():
+        raise ScanError(f"{case}: mask {path} is empty; draw the pancreas or leave the case out")
+    return rounded.astype(bool)
+
+
+def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
+    """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
+    box = bounding_box(mask)
+    cut = image.slicer[box]
+    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(cut.dataobj), 0), cut.affine)
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The tightest box around the true voxels of `mask`, a slice for each axis."""
+    spans = [
+        np.flatnonzero(mask.any(axis=tuple(b for b in range(mask.ndim) if b != a))) for a in range(mask.ndim)
+    ]
+    return tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+
+
+def to_cube(roi: np.ndarray, size: int) -> np.ndarray:
+    """The ROI min-max scaled to [0, 1] and resized by area to (size, size, size), float16.
+
+    MONAI's `ScaleIntensity` and `Resize(mode="area")`, without their import (paper, section 3).
+    """
+    import torch
+
+    x = torch.from_numpy(np.ascontiguousarray(roi, dtype=np.float32))
+    x = (x - x.min()) / (x.max() - x.min())
+    cube = torch.nn.functional.interpolate(x[None, None], (size,) * 3, mode="area")
+    return cube[0, 0].numpy().astype(np.float16)
+
+
+def facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
+    """What the scanner left in each scan: one row a scan, columns case_id, center, modality, label,
+    in_plane_mm, slice_mm, slices, and roi_median, the median stored intensity of the non-zero ROI voxels.
+    """
+    rows = Parallel(n_jobs=jobs, backend="threading")(delayed(_facts_of)(s) for s in scans.itertuples())
+    return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(pd.DataFrame(rows))
+
+
+def _facts_of(scan) -> dict[str, float]:
+    roi = load_roi(scan.image, scan.mask, scan.case_id)
+    data, zooms = np.asanyarray(roi.dataobj), roi.header.get_zooms()
+    median = float(np.median(data[data != 0]))
+    return {"in_plane_mm": zooms[0], "slice_mm": zooms[2], "slices": data.shape[2], "roi_median": median}
+
+
+def cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1) -> Cubes:
+    """The cubes of all `scans`, from the cache in `folder` or built into it by `jobs` threads.
+
+    The cache is keyed by recipe, size and the files' contents, so a changed file is never served stale.
+    Raises ScanError naming the case for the first scan that cannot be used; nothing is cached then.
+    """
+    folder = Path(folder)
+    rows = list(scans[["image", "mask", "case_id"]].itertuples(index=False, name=None))
+    key = fingerprint(rows, size, jobs)
+    path = folder / f"cubes{size}_{key[:16]}.npy"
+    if not path.exists():
+        _build(path, rows, size, jobs)
+    return Cubes(np.load(path, mmap_mode="r"), key)
+
+
+def fingerprint(rows: list[tuple[str, str, str]], size: int, jobs: int = 1) -> str:
+    """A SHA-256 over the recipe, the size and the contents of every image and mask, in order."""
+    files = [path for image, mask, _ in rows for path in (image, mask)]
+    hashes = Parallel(n_jobs=jobs, backend="threading")(delayed(_file_hash)(path) for path in files)
+    return hashlib.sha256(json.dumps([RECIPE, size, hashes]).encode()).hexdigest()
+
+
+def _file_hash(path: str) -> str:
+    if not path:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _build(path: Path, rows: list[tuple[str, str, str]], size: int, jobs: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    array = np.lib.format.open_memmap(
+        partial, mode="w+", dtype=np.float16, shape=(len(rows), size, size, size)
+    )
+    try:
+        ready = Parallel(n_jobs=jobs, backend="threading", return_as="generator")(
+            delayed(_cube_of)(*row, size) for row in rows
+        )
+        for i, cube in enumerate(tqdm(ready, "preprocessing", total=len(rows), unit="scan", mininterval=1)):
+            array[i] = cube
+        array.flush()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cube_of(image: str, mask: str, case: str, size: int) -> np.ndarray:
+    return to_cube(np.asanyarray(load_roi(image, mask, case).dataobj), size)
