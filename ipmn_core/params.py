@@ -29,7 +29,7 @@ class Params(BaseModel):
 
     profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "paper"
     outputs: str = "outputs"
-    cohort: str = "phantom"
+    data: str = "phantom"
     columns: Literal["header", "position"] = "header"
     phantom_max_per_cell: Count | None = None
     max_per_cell: Count | None = None
@@ -38,7 +38,7 @@ class Params(BaseModel):
     fold_rule: Literal["center", "patient"] = "center"
     three_class_folds: Annotated[int, Field(ge=2)] = 5
     binary_folds: Annotated[int, Field(ge=2)] = 4
-    models: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
+    three_class_models: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
         "resnet34",
         "shufflenetv2",
         "mobilenetv2",
@@ -53,6 +53,7 @@ class Params(BaseModel):
         "fedprox_0.3",
     )
     epochs: Count = 100
+    epochs_by_model: dict[str, Count] = {}
     rounds: Count = 100
     local_epochs: Count = 1
     batch_size: Annotated[int, Field(ge=2)] = 16
@@ -70,7 +71,7 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Params:
-        for key in ("modalities", "models", "arms"):
+        for key in ("modalities", "three_class_models", "arms"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} lists a value twice: {list(values)}")
@@ -86,6 +87,11 @@ class Params(BaseModel):
         """Where the phantom cohort of this seed and size lies, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
         return project_root() / self.outputs / "phantom" / f"seed{self.seed}_{cases}"
+
+    @property
+    def cohort_root(self) -> Path:
+        """The cohort's folder: `data`, relative to the project if it is not absolute, or the phantom's."""
+        return self.phantom_root if self.data == "phantom" else project_root() / self.data
 
 
 def project_root() -> Path:

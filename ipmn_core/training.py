@@ -14,6 +14,10 @@ from torch.nn import functional as F
 EVALUATION_BATCH = 64
 
 
+class DivergedError(ArithmeticError):
+    """The training loss is no longer a number."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The protocol of one run; every number is the paper's unless a profile says otherwise (section 3)."""
@@ -104,7 +108,7 @@ def train_epoch(
     """Mean training loss of one pass over the learner's cases, in an order drawn from `seed`.
 
     Cross-entropy, one AdamW step a batch, one schedule step an epoch. `add_gradient` may add to the
-    gradients before each step (FedProx).
+    gradients before each step (FedProx). Raises DivergedError if the loss is not finite.
     """
     model.train()
     rng = seeded(seed)
@@ -120,7 +124,10 @@ def train_epoch(
         learner.optimizer.step()
         total += loss.detach() * len(batch)
     learner.schedule.step()
-    return total.item() / len(order)
+    loss = total.item() / len(order)
+    if not np.isfinite(loss):
+        raise DivergedError(f"the training loss became {loss}; lower `lr`, or set `precision: float32`")
+    return loss
 
 
 @torch.inference_mode()

@@ -113,3 +113,10 @@ def test_training_resumed_from_a_checkpoint_ends_bit_identical():
 def test_bfloat16_stays_close_to_float32():
     exact, rough = trained(epochs=1)[1][-1].prob, trained(epochs=1, bfloat16=True)[1][-1].prob
     assert 0 < np.abs(exact - rough).max() < 0.05  # 8 bits of mantissa: a few per cent
+
+
+def test_a_loss_that_is_no_number_stops_the_training_with_a_remedy():
+    data = cases(8)
+    data.x[3] = torch.nan
+    with pytest.raises(training.DivergedError, match=r"nan.*lower `lr`"):
+        list(training.fit(small_net(), torch.arange(6), torch.arange(6, 8), data, settings()))

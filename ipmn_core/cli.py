@@ -1,0 +1,126 @@
+"""The command `ipmn`: run a profile, check a data set, write the phantom cohort."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+EPILOG = """examples:
+  ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures
+  ipmn check data/ipmn             is this copy of the data set usable?
+  ipmn phantom /tmp/cohort         a synthetic cohort with known truth, in the data set's own layout
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 a fault that the message explains, 2 wrong usage, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; finished training runs are kept, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:  # what this package raises for people to read
+        if os.environ.get("IPMN_DEBUG"):
+            raise
+        print(f"ipmn: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ipmn",
+        description="Risk of pancreatic cysts (IPMN) from MRI: centralized and federated, tables 1-3 of the paper.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run the four notebooks of a profile and write its tables and figures"
+    )
+    run.add_argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/demo.yaml")
+    run.add_argument(
+        "--fresh", action="store_true", help="discard this profile's finished training runs first"
+    )
+    run.set_defaults(command=run_profile)
+
+    check = commands.add_parser(
+        "check", help="print what is wrong with a copy of the data set; exit 1 on errors"
+    )
+    check.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds the label sheets")
+    check.add_argument(
+        "--columns", choices=("header", "position"), default="header", help="how to find the sheets' columns"
+    )
+    check.set_defaults(command=check_cohort)
+
+    phantom = commands.add_parser("phantom", help="write the synthetic cohort")
+    phantom.add_argument("root", type=Path, metavar="ROOT", help="the folder to write; it must not exist yet")
+    phantom.add_argument(
+        "--layout", choices=("second", "first"), default="second", help="release whose layout to use"
+    )
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
+    phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    phantom.set_defaults(command=write_phantom)
+    return parser
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    """Runs the notebooks of a profile and says where everything lies."""
+    from ipmn_core import params, pipeline
+
+    p = params.load(options.params)
+    if options.fresh:
+        shutil.rmtree(p.folder / "runs", ignore_errors=True)
+    start = time.perf_counter()
+    pipeline.prepare(p)
+    for path in pipeline.run(p):
+        print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
+    print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
+    for what in ("tables", "figures", "notebooks"):
+        print(f"{what:>10}  {p.folder / what}/")
+    return 0
+
+
+def check_cohort(options: argparse.Namespace) -> int:
+    """Prints the problems of a data set, its table 1, and a last line that says whether it can be used."""
+    from ipmn_core import cohort
+
+    scans, problems = cohort.inspect(options.root, options.columns, volumes=True, progress=True)
+    if len(problems):
+        print(problems.to_markdown(index=False))
+    errors = int((problems["severity"] == "error").sum())
+    if not errors:
+        print(f"\n{cohort.table1(scans).to_markdown(index=False)}")
+    print(
+        f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {len(problems) - errors} other remark(s)"
+    )
+    return 1 if errors else 0
+
+
+def write_phantom(options: argparse.Namespace) -> int:
+    """Writes the phantom cohort and says where."""
+    from ipmn_core import phantom
+
+    root = phantom.write(
+        options.root,
+        seed=options.seed,
+        layout=options.layout,
+        max_per_cell=options.max_per_cell,
+        jobs=options.jobs,
+    )
+    print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")
+    return 0

@@ -1,0 +1,129 @@
+"""The four notebooks, in order, through papermill; every executed notebook is checked before it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from ipmn_core.params import Params, ParamsError, project_root
+
+NOTEBOOKS = (
+    "01_data_exploration",
+    "02_three_class_benchmark",
+    "03_federated_binary",
+    "04_analysis",
+)
+
+
+class NotebookError(RuntimeError):
+    """A notebook did not run to its end; the message names notebook and cell."""
+
+
+def prepare(p: Params) -> None:
+    """Checks what can be checked before any training: device, arms, cohort, folds, every volume.
+
+    Writes the phantom and the cache of cubes if they are missing. Raises ValueError (of the module that
+    found the fault) with a sentence for people.
+    """
+    from ipmn_core import cohort, preprocess, runs
+
+    runs.device_of(p)
+    scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
+    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    for task, n_folds in (("three_class", p.three_class_folds), ("binary", p.binary_folds)):
+        cohort.assign_folds(scans, n_folds, p.fold_rule, binary=task == "binary")
+        for run in runs.grid(p, task):
+            runs.finished(p.folder / "runs", run, runs.settings_of(p, run), cubes.key)
+
+
+def run(p: Params) -> Iterator[Path]:
+    """The executed notebooks of a profile, one path after another, in `<outputs>/<profile>/notebooks/`.
+
+    Tables, figures and notebooks of an earlier run are removed first, so that nothing old can pass for new;
+    finished training runs stay and are not repeated. Raises NotebookError for the first notebook that fails.
+    """
+    for name in ("notebooks", "tables", "figures"):
+        shutil.rmtree(p.folder / name, ignore_errors=True)
+    for stem in NOTEBOOKS:
+        source = project_root() / "notebooks" / f"{stem}.ipynb"
+        yield execute(source, p.folder / "notebooks" / source.name, p.model_dump(mode="json"))
+
+
+def execute(source: Path, target: Path, parameters: dict) -> Path:
+    """`target`, the notebook at `source` executed with `parameters`, written only if it ran to its end.
+
+    A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook without
+    a `parameters` cell or a parameter it does not declare, NotebookError for one that did not finish.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    check_parameters(source, parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    running = target.with_suffix(".running.ipynb")
+    failed = target.with_suffix(".failed.ipynb")
+    try:
+        papermill.execute_notebook(
+            source,
+            running,
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=project_root(),
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=ERROR"],
+        )
+        check_executed(running)
+    except PapermillExecutionError as error:
+        os.replace(running, failed)
+        where = f"{source.name}, cell {error.cell_index + 1}"
+        raise NotebookError(f"{where}: {error.ename}: {error.evalue}\n(the notebook: {failed})") from error
+    except NotebookError as error:
+        os.replace(running, failed)
+        raise NotebookError(f"{error}\n(the notebook: {failed})") from error
+    failed.unlink(missing_ok=True)
+    os.replace(running, target)
+    return target
+
+
+def check_parameters(source: Path, parameters: dict) -> None:
+    """Raises ParamsError unless `source` has one cell tagged `parameters` that assigns each of `parameters`."""
+    import ast
+
+    cells = [c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ParamsError(f"{source.name}: {len(cells)} cells are tagged `parameters`; tag exactly one")
+    known = {t.id for n in ast.parse(cells[0].source).body if isinstance(n, ast.Assign) for t in n.targets}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise ParamsError(
+            f"{source.name}: no such parameter: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+
+
+def check_executed(path: Path) -> None:
+    """Raises NotebookError unless every code cell of the notebook at `path` ran, without error, to the end.
+
+    papermill's own status is not believed: after the death of a kernel it says "completed" of every cell.
+    """
+    try:
+        notebook = json.loads(path.read_text())
+    except ValueError as error:
+        raise NotebookError(f"{path.name}: not a whole notebook; its writing was interrupted") from error
+    for number, cell in enumerate(notebook["cells"], 1):
+        if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
+            continue
+        if cell["execution_count"] is None:
+            raise NotebookError(f"{path.name}, cell {number}: it never ran; the kernel died (out of memory?)")
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                raise NotebookError(f"{path.name}, cell {number}: {output['ename']}: {output['evalue']}")
+    if not notebook["metadata"].get("papermill", {}).get("end_time"):
+        raise NotebookError(f"{path.name}: it did not run to its end")

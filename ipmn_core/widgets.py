@@ -1,0 +1,96 @@
+"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is `figures`'."""
+
+from __future__ import annotations
+
+import ipywidgets as w
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from ipmn_core import figures, metrics
+from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
+from ipmn_core.preprocess import bounding_box
+
+
+def roi_viewer(scans: pd.DataFrame) -> w.Widget:
+    """A viewer of one case: choose center, modality, class and case, then move through the slices.
+
+    Left the image with the pancreas outlined, right the clean ROI, both in radiological orientation.
+    """
+    center = w.Dropdown(options=[c for c in CENTERS if (scans["center"] == c).any()], description="center")
+    modality = w.Dropdown(
+        options=[m for m in MODALITIES if (scans["modality"] == m).any()], description="modality"
+    )
+    label = w.Dropdown(
+        options=[("any", None), *((name, k) for k, name in enumerate(LABELS))], description="class"
+    )
+    case = w.Dropdown(description="case")
+    position = w.IntSlider(description="slice", min=0, max=1, continuous_update=False)
+    picture = w.Output()
+    loaded = {}
+
+    def list_cases(_=None) -> None:
+        rows = scans[(scans["center"] == center.value) & (scans["modality"] == modality.value)]
+        rows = rows if label.value is None else rows[rows["label"] == label.value]
+        case.options = [(scan.case_id, scan.Index) for scan in rows.itertuples()]
+
+    def load(_=None) -> None:
+        if case.value is None:
+            picture.clear_output()
+            return
+        loaded["scan"] = scans.loc[case.value]
+        image, mask, roi = loaded["volumes"] = figures.scan_volumes(loaded["scan"])
+        loaded["first"] = 0 if mask is None else bounding_box(mask)[2].start
+        with position.hold_trait_notifications():
+            position.max = roi.shape[2] - 1
+            position.value = figures.widest_slice(roi.dataobj)
+        draw()
+
+    def draw(_=None) -> None:
+        image, mask, roi = loaded["volumes"]
+        scan, k = loaded["scan"], position.value
+        with picture:
+            figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+            figures.show_slice(left, image, loaded["first"] + k, mask)
+            figures.show_slice(right, roi, k)
+            spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
+            left.set_title(
+                f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, slice {loaded['first'] + k + 1} of {image.shape[2]}"
+            )
+            right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
+            picture.clear_output(wait=True)
+            plt.show()
+
+    for control in (center, modality, label):
+        control.observe(list_cases, "value")
+    case.observe(load, "value")
+    position.observe(draw, "value")
+    list_cases()
+    return w.VBox([w.HBox([center, modality, label]), w.HBox([case, position]), picture])
+
+
+def center_explorer(selected: pd.DataFrame) -> w.Widget:
+    """Per-center results of the binary task: choose modality, center and method.
+
+    Shows the ROC of all methods, the scores of the chosen one, and the metric of every center.
+    `selected` holds one epoch a run (`metrics.select`).
+    """
+    summary = metrics.over_folds(metrics.by_fold(selected))
+    modality = w.Dropdown(options=list(dict.fromkeys(selected["modality"])), description="modality")
+    center = w.Dropdown(
+        options=[metrics.GLOBAL, *(c for c in CENTERS if (selected["center"] == c).any())],
+        description="center",
+    )
+    arm = w.Dropdown(options=list(dict.fromkeys(selected["arm"])), description="method")
+    metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
+
+    def draw(modality: str, center: str, arm: str, metric: str) -> None:
+        rows = selected[selected["modality"] == modality]
+        here = rows if center == metrics.GLOBAL else rows[rows["center"] == center]
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        figures.roc(here, left, center)
+        figures.score_histogram(here[here["arm"] == arm], middle, f"{center}: {figures.display_name(arm)}")
+        figures.forest(summary[summary["modality"] == modality], right, metric)
+        plt.show()
+
+    view = w.interactive_output(draw, {"modality": modality, "center": center, "arm": arm, "metric": metric})
+    return w.VBox([w.HBox([modality, center, arm]), metric, view])

@@ -1,0 +1,191 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ipmn_core import cohort, params, runs, training
+from ipmn_core.preprocess import Cubes
+
+CONTRACT = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Eight cases of three centers and two modalities; bright cubes are high risk."""
+    rows = [
+        (f"{c}{k}", f"{c}{k}", c, m, k % 3)
+        for m in ("t1", "t2")
+        for c in ("NYU", "AHN", "EMC")
+        for k in range(8)
+    ]
+    scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
+    rng = np.random.default_rng(0)
+    array = rng.random((len(scans), 32, 32, 32)).astype(np.float16)
+    array[scans["label"] == 2] += 1
+    return scans, Cubes(array, "data-1")
+
+
+def profile(folder, **changes):
+    small = {
+        "profile": "t",
+        "outputs": str(folder),
+        "size": 32,
+        "three_class_models": ["shufflenetv2", "mobilenetv2"],
+        "binary_model": "shufflenetv2",
+        "arms": ["centralized", "fedprox_0.1"],
+        "modalities": ["t1"],
+        "three_class_folds": 2,
+        "binary_folds": 2,
+        "epochs": 2,
+        "rounds": 2,
+        "threads": 1,
+        "device": "cpu",
+        "checkpoint_seconds": 0.0,
+    }
+    return params.validate({**small, **changes}, "test")
+
+
+def test_the_paper_grid_is_complete():
+    p = params.Params()
+    three_class, binary = runs.grid(p, "three_class"), runs.grid(p, "binary")
+    assert len(set(three_class)) == len(three_class) == 5 * 2 * 5
+    assert len(set(binary)) == len(binary) == 4 * 2 * 4
+    assert len({run.path for run in three_class + binary}) == 82
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"three_class_models": ["vgg"]}, "vgg: unknown model; known are resnet34"),
+        ({"arms": ["fedsgd"]}, "fedsgd: unknown federated arm"),
+        ({"binary_model": "vit"}, "vit: unknown model"),
+    ],
+)
+def test_an_unknown_model_or_arm_is_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        runs.grid(profile(tmp_path, **changes), "binary")
+
+
+def test_a_run_leaves_the_contract_and_is_not_repeated(tmp_path, data):
+    p = profile(tmp_path)
+    predictions = runs.run_grid(p, "binary", *data)
+    assert list(predictions.columns) == [*CONTRACT, "prob_0", "prob_1"]
+    assert not predictions.duplicated(["case_id", "arm", "fold", "epoch"]).any()
+    assert (
+        predictions.groupby(["arm", "epoch"])["case_id"].nunique().eq(24).all()
+    )  # each case tested once an epoch
+    np.testing.assert_allclose(predictions["prob_0"] + predictions["prob_1"], 1, atol=1e-6)
+    folder = tmp_path / "t" / "runs" / "binary" / "t1" / "fedprox_0.1" / "fold1"
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.parquet",
+        "history.csv",
+        "model.pt",
+        "run.json",
+    }
+    record = json.loads((folder / "run.json").read_text())
+    assert record["settings"]["mu"] == 0.1 and record["data"] == "data-1" and record["seconds"] > 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = runs.run_grid(p, "binary", *data)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    pd.testing.assert_frame_equal(predictions, again)
+
+
+def test_predictions_are_those_of_the_fold_that_was_held_out(tmp_path, data):
+    predictions = runs.run_grid(profile(tmp_path), "three_class", *data)
+    scans = data[0][data[0]["modality"] == "t1"]
+    folds = cohort.assign_folds(scans, 2).to_numpy()
+    for fold, rows in predictions.groupby("fold"):
+        assert set(rows["case_id"]) == set(scans["case_id"][folds == fold])
+    assert set(predictions["y_true"]) == {0, 1, 2}
+
+
+def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(tmp_path, data):
+    p = profile(tmp_path, epochs=4, arms=["centralized"])
+    predictions = runs.run_grid(p, "binary", *data)
+    folder = tmp_path / "t" / "runs" / "binary" / "t1" / "centralized" / "fold0"
+    history = pd.read_csv(folder / "history.csv")
+    best = history.loc[history["test_auc"].idxmax(), "epoch"]
+    model = runs.models.build("shufflenetv2", 2)
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    rows = predictions[(predictions["fold"] == 0) & (predictions["epoch"] == best)]
+    scans, cubes = data
+    index = [
+        np.flatnonzero((scans["case_id"] == c) & (scans["modality"] == "t1"))[0] for c in rows["case_id"]
+    ]
+    x = torch.from_numpy(cubes.array[index]).unsqueeze(1)
+    prob = training.evaluate(
+        model, torch.arange(len(x)), training.Cases(x, torch.zeros(len(x))), training.Settings()
+    )
+    np.testing.assert_allclose(prob[:, 1], rows["prob_1"], atol=1e-6)  # another batch size rounds otherwise
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "difference"),
+    [
+        ({"lr": 0.01}, "data-1", "lr: 0.001 on disk, 0.01 now"),
+        ({"seed": 1}, "data-1", "seed: 0 on disk, 1 now"),
+        ({}, "data-2", "data: 'data-1' on disk, 'data-2' now"),
+    ],
+)
+def test_a_run_of_other_settings_or_data_is_refused_with_the_difference(
+    tmp_path, data, changes, key, difference
+):
+    only = {"arms": ["centralized"], "epochs": 1}
+    runs.run_grid(profile(tmp_path, **only), "binary", *data)
+    with pytest.raises(runs.StaleRunError, match=difference):
+        runs.run_grid(profile(tmp_path, **only, **changes), "binary", data[0], Cubes(data[1].array, key))
+
+
+@pytest.mark.parametrize("arm", ["centralized", "fedprox_0.1"])
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, monkeypatch):
+    whole, broken = profile(tmp_path / "a", arms=[arm]), profile(tmp_path / "b", arms=[arm])
+    runs.run_grid(whole, "binary", *data)
+    monkeypatch.setattr(runs, "_note", interrupt_after(1, runs._note))
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_grid(broken, "binary", *data)
+    monkeypatch.undo()
+    first = broken.folder / "runs" / "binary" / "t1" / arm / "fold0"
+    assert [path.name for path in first.iterdir()] == ["checkpoint.pt"]  # no run.json, no run
+    with pytest.raises(FileNotFoundError, match="no finished run; run notebook 03"):
+        runs.predictions(broken, "binary")
+    runs.run_grid(broken, "binary", *data)
+    pd.testing.assert_frame_equal(runs.predictions(whole, "binary"), runs.predictions(broken, "binary"))
+    for name in ("model.pt", "history.csv"):
+        assert (first / name).read_bytes() == (
+            whole.folder / "runs" / "binary" / "t1" / arm / "fold0" / name
+        ).read_bytes()
+
+
+def interrupt_after(epochs, note):
+    seen = []
+
+    def interrupted(*arguments):
+        if len(seen) == epochs:
+            raise KeyboardInterrupt
+        seen.append(1)
+        note(*arguments)
+
+    return interrupted
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(runs, "_note", interrupt_after(1, runs._note))
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_grid(profile(tmp_path, arms=["centralized"]), "binary", *data)
+    monkeypatch.undo()
+    with pytest.raises(runs.StaleRunError, match="epochs: 2 on disk, 3 now"):
+        runs.run_grid(profile(tmp_path, arms=["centralized"], epochs=3), "binary", *data)
+
+
+def test_two_workers_give_the_same_bits_as_one(tmp_path, data):
+    one, two = profile(tmp_path / "a"), profile(tmp_path / "b", jobs=2)
+    pd.testing.assert_frame_equal(runs.run_grid(one, "binary", *data), runs.run_grid(two, "binary", *data))
+
+
+def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.device_of(profile(tmp_path, device="auto")).type == "cpu"
+    with pytest.raises(ValueError, match="sees no GPU"):
+        runs.device_of(profile(tmp_path, device="cuda"))
