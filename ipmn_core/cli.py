@@ -124,3 +124,7 @@ def write_phantom(options: argparse.Namespace) -> int:
     )
     print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

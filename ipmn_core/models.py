@@ -122,6 +122,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "densenet121": densenet121,
 }
 
+# On a CPU one training case of 32^3 takes 110 ms in channels-last and 55 ms without; the others gain from it.
+CONTIGUOUS = {"efficientnetb0"}
+
 
 def factory(name: str) -> Callable[[int], nn.Module]:
     """The entry of MODELS under `name`; ValueError with the known names if there is none."""

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def grid(p: Params, task: str) -> list[Run]:
         raise ValueError(f"{name}: unknown model; known are {', '.join(models.MODELS)}")
     for arm in set(p.arms) - {"centralized"}:
         federated.strategy(arm)
-    return [Run(task, m, arm, k) for arm in arms for m in p.modalities for k in range(folds)]
+    # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
+    return [Run(task, m, arm, k) for m in p.modalities for k in range(folds) for arm in arms]
 
 
 def device_of(p: Params) -> torch.device:
@@ -112,6 +114,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "seed": p.seed,
         "device": device.type,
         "bfloat16": p.precision == "bfloat16" or (p.precision == "auto" and bfloat16_pays(device)),
+        "channels_last": model not in models.CONTIGUOUS,
         "threads": p.threads,
     }
 
@@ -178,14 +181,14 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
     saved = _load_checkpoint(folder, settings, cubes.key)
     mine = (scans["modality"] == run.modality).to_numpy()
     rows = scans[mine].assign(test=folds[mine] == run.fold)
-    progress = (
-        saved["progress"]
-        if saved
-        else {"frames": [], "history": [], "best": None, "best_auc": -1.0, "seconds": 0.0}
-    )
+    new = {"frames": [], "history": [], "best_auc": -1.0, "seconds": 0.0}
+    progress = saved["progress"] if saved else new
     last_save = time.perf_counter()
     for epoch, model in _epochs(p, run, settings, rows, cubes.array[mine], saved and saved["learning"]):
-        _note(progress, epoch, model, run, p.seed, rows[rows["test"]])
+        auc = _note(progress, epoch, run, p.seed, rows[rows["test"]])
+        if auc > progress["best_auc"] or epoch.number == 1:
+            progress["best_auc"] = auc
+            write_atomically(folder / "model.pt", partial(torch.save, model.state_dict()))
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
             progress["seconds"] += time.perf_counter() - started
             started = last_save = time.perf_counter()
@@ -207,7 +210,7 @@ def _epochs(
     y = targets(rows["label"].to_numpy(), run.task)
     data = training.Cases(torch.tensor(array).unsqueeze(1).to(device), torch.tensor(y, device=device))
     model = models.build(settings["model"], 2 if run.task == "binary" else 3, p.seed).to(device)
-    if protocol.bfloat16:
+    if protocol.channels_last:
         model = model.to(memory_format=torch.channels_last_3d)
     is_test = rows["test"].to_numpy()
     train, test = (torch.from_numpy(np.flatnonzero(where)) for where in (~is_test, is_test))
@@ -227,9 +230,8 @@ def targets(labels: np.ndarray, task: str) -> np.ndarray:
     return (labels == 2).astype(np.int64) if task == "binary" else labels.astype(np.int64)
 
 
-def _note(
-    progress: dict, epoch: training.Epoch, model: torch.nn.Module, run: Run, seed: int, test: pd.DataFrame
-) -> None:
+def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, test: pd.DataFrame) -> float:
+    """The global AUC of an epoch on the test fold, after adding its predictions and history to `progress`."""
     y = targets(test["label"].to_numpy(), run.task)
     frame = test[["case_id", "center", "modality"]].assign(
         task=run.task, arm=run.arm, fold=run.fold, seed=seed, epoch=epoch.number, y_true=y
@@ -239,8 +241,7 @@ def _note(
     auc = metrics.auc(y, epoch.prob)
     progress["frames"].append(frame)
     progress["history"].append((epoch.number, epoch.loss, metrics.accuracy(y, epoch.prob), auc))
-    if auc > progress["best_auc"] or progress["best"] is None:
-        progress["best_auc"], progress["best"] = auc, training.snapshot(model)
+    return auc
 
 
 def _load_checkpoint(folder: Path, settings: dict[str, Any], data_key: str) -> dict[str, Any] | None:
@@ -283,7 +284,6 @@ def _write(
     }
     write_atomically(folder / "predictions.parquet", lambda tmp: predictions.to_parquet(tmp, index=False))
     write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
-    write_atomically(folder / "model.pt", lambda tmp: torch.save(progress["best"], tmp))
     write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 

@@ -32,6 +32,7 @@ class Settings:
     lr_gamma: float = 0.1
     augment_prob: float = 0.1
     bfloat16: bool = False
+    channels_last: bool = False
     seed: tuple[int, ...] = (0,)
 
 
@@ -124,6 +125,7 @@ def train_epoch(
         learner.optimizer.step()
         total += loss.detach() * len(batch)
     learner.schedule.step()
+    learner.optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next epoch
     loss = total.item() / len(order)
     if not np.isfinite(loss):
         raise DivergedError(f"the training loss became {loss}; lower `lr`, or set `precision: float32`")
@@ -173,11 +175,11 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Logits (N, K) in float32 of cubes (N, 1, S, S, S); bfloat16 autocast and channels-last if so set."""
-    if not settings.bfloat16:
-        return model(x)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        return model(x.contiguous(memory_format=torch.channels_last_3d)).float()
+    """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if so set."""
+    if settings.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
+        return model(x).float()
 
 
 def seeded(seed: Sequence[int]) -> torch.Generator:

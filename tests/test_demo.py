@@ -1,0 +1,26 @@
+"""The demo's own settings, cut down to the two results that it promises: it learns, and does not beat the truth."""
+
+import pandas as pd
+import pytest
+import yaml
+from test_params import PROFILES
+
+from ipmn_core import cohort, metrics, params, preprocess, runs
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    values = yaml.safe_load(next(path for path in PROFILES if path.stem == "demo").read_text())
+    values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "phantom_max_per_cell": values["max_per_cell"]}
+    values |= {"modalities": ["t2"], "three_class_models": ["densenet121"], "arms": ["centralized"]}
+    p = params.validate(values, "demo.yaml")
+    scans = cohort.open_cohort(p)
+    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
+    reached = metrics.over_folds(metrics.by_fold(metrics.select(predictions)))
+    return metrics.beside_ceiling(reached, metrics.ceiling(scans, cohort.truth(p))).set_index("task")
+
+
+@pytest.mark.parametrize(("task", "least"), [("binary", 0.70), ("three_class", 0.65)])
+def test_the_demo_learns_and_stays_below_the_oracle(demo, task, least):
+    assert least <= demo.loc[task, "auc_mean"] <= demo.loc[task, "oracle_auc"]
