@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ipmn",
-        description="Risk of pancreatic cysts (IPMN) from MRI: centralized and federated, tables 1-3 of the paper.",
+        description="Risk of pancreatic cysts (IPMN) from MRI, centralized and federated: tables 1-3.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -105,9 +105,8 @@ def check_cohort(options: argparse.Namespace) -> int:
     errors = int((problems["severity"] == "error").sum())
     if not errors:
         print(f"\n{cohort.table1(scans).to_markdown(index=False)}")
-    print(
-        f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {len(problems) - errors} other remark(s)"
-    )
+    remarks = len(problems) - errors
+    print(f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
 
 

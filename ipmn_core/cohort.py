@@ -188,7 +188,7 @@ def open_cohort(p) -> pd.DataFrame:
 
 
 def truth(p) -> pd.DataFrame:
-    """The phantom's `truth.csv`, a row a patient: latent findings and true probabilities; empty for real data."""
+    """The phantom's `truth.csv`, a row a patient: findings and true probabilities; empty for real data."""
     path = p.cohort_root / "truth.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame()
 

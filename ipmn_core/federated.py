@@ -65,8 +65,8 @@ def weighted_average(states: Iterable[State], n_k: Sequence[int]) -> State:
 def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor], mu: float) -> None:
     """Eq. (3): F_k(w) + mu/2 ||w - w_t||^2. Adds the second term's gradient, mu (w - w_t), to that of `w`.
 
-    In place, over all parameters; the closed form spares a graph over them. AdamW then scales it like any other gradient:
-    the proximal pull passes through the adaptive moments, as in the released code.
+    In place, over all parameters; the closed form spares a graph over them. AdamW then scales it like any
+    other gradient: the proximal pull passes through the adaptive moments, as in the released code.
     """
     grads = [p.grad for p in w]
     torch._foreach_add_(grads, [p.detach() for p in w], alpha=mu)

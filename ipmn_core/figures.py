@@ -117,7 +117,7 @@ def slices(scan) -> Figure:
 
 
 def roi_and_cube(scan, cube: np.ndarray) -> Figure:
-    """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S) as a network sees it (right)."""
+    """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S), which networks see (right)."""
     _, _, roi = scan_volumes(scan)
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6))
     show_slice(left, roi, widest_slice(roi.dataobj))

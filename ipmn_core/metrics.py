@@ -158,9 +158,10 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
 
 
 def optimism(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Global AUC, mean over folds, at the epoch chosen on the test fold and at the last: what choosing adds.
+    """Global AUC, mean over folds, at the epoch chosen on the test fold and at the last.
 
-    Columns task, modality, arm, best_test, last, difference. Departs from the paper: it reports the first alone.
+    Columns task, modality, arm, best_test, last, difference: what choosing on the test fold adds.
+    Departs from the paper: it reports the first alone.
     """
     rules = {}
     for rule in RULES:
@@ -173,9 +174,9 @@ def optimism(predictions: pd.DataFrame) -> pd.DataFrame:
 def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """Pooled AUC of the phantom's true model: columns task, modality, oracle_auc, guideline_auc.
 
-    `scans` has case_id, patient_id, modality, label; `truth` has one row a patient: patient_id, the true class
-    probabilities prob_0, prob_1, prob_2 given the findings, and `guideline`, a rule's score for high risk
-    (binary task only). Upper and lower case of a patient_id do not matter. Empty if `truth` is, as for real
+    `scans` has case_id, patient_id, modality, label; `truth` has one row a patient: patient_id, the true
+    class probabilities prob_0, prob_1, prob_2 given the findings, and `guideline`, a rule's score for high
+    risk (binary task only). Upper and lower case of a patient_id do not matter. Empty if `truth` is, as for real
     data. Raises ValueError naming scans whose patient is not in `truth`.
     """
     columns = ["task", "modality", "oracle_auc", "guideline_auc"]

@@ -58,8 +58,8 @@ def run(p: Params) -> Iterator[Path]:
 def execute(source: Path, target: Path, parameters: dict) -> Path:
     """`target`, the notebook at `source` executed with `parameters`, written only if it ran to its end.
 
-    A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook without
-    a `parameters` cell or a parameter it does not declare, NotebookError for one that did not finish.
+    A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook
+    without a `parameters` cell or a parameter it does not declare, NotebookError for one that did not finish.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -94,7 +94,7 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
 
 
 def check_parameters(source: Path, parameters: dict) -> None:
-    """Raises ParamsError unless `source` has one cell tagged `parameters` that assigns each of `parameters`."""
+    """Raises ParamsError unless `source` has one `parameters` cell, which assigns each of `parameters`."""
     import ast
 
     cells = [c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", [])]

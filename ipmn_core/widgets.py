@@ -38,24 +38,23 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
             picture.clear_output()
             return
         loaded["scan"] = scans.loc[case.value]
-        image, mask, roi = loaded["volumes"] = figures.scan_volumes(loaded["scan"])
+        _, mask, roi = loaded["volumes"] = figures.scan_volumes(loaded["scan"])
         loaded["first"] = 0 if mask is None else bounding_box(mask)[2].start
-        with position.hold_trait_notifications():
-            position.max = roi.shape[2] - 1
-            position.value = figures.widest_slice(roi.dataobj)
+        position.unobserve_all("value")  # one picture, not one for each change
+        position.max, position.value = roi.shape[2] - 1, figures.widest_slice(roi.dataobj)
+        position.observe(draw, "value")
         draw()
 
     def draw(_=None) -> None:
         image, mask, roi = loaded["volumes"]
         scan, k = loaded["scan"], position.value
         with picture:
-            figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+            _, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
             figures.show_slice(left, image, loaded["first"] + k, mask)
             figures.show_slice(right, roi, k)
             spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
-            left.set_title(
-                f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, slice {loaded['first'] + k + 1} of {image.shape[2]}"
-            )
+            place = f"slice {loaded['first'] + k + 1} of {image.shape[2]}"
+            left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
             right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
             picture.clear_output(wait=True)
             plt.show()
@@ -63,7 +62,6 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
     for control in (center, modality, label):
         control.observe(list_cases, "value")
     case.observe(load, "value")
-    position.observe(draw, "value")
     list_cases()
     return w.VBox([w.HBox([center, modality, label]), w.HBox([case, position]), picture])
 
@@ -86,7 +84,7 @@ def center_explorer(selected: pd.DataFrame) -> w.Widget:
     def draw(modality: str, center: str, arm: str, metric: str) -> None:
         rows = selected[selected["modality"] == modality]
         here = rows if center == metrics.GLOBAL else rows[rows["center"] == center]
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        _, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
         figures.roc(here, left, center)
         figures.score_histogram(here[here["arm"] == arm], middle, f"{center}: {figures.display_name(arm)}")
         figures.forest(summary[summary["modality"] == modality], right, metric)

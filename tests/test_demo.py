@@ -1,4 +1,4 @@
-"""The demo's own settings, cut down to the two results that it promises: it learns, and does not beat the truth."""
+"""The demo's own settings, cut down to what it promises: it learns, and does not beat the truth."""
 
 import pandas as pd
 import pytest
@@ -11,7 +11,7 @@ from ipmn_core import cohort, metrics, params, preprocess, runs
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     values = yaml.safe_load(next(path for path in PROFILES if path.stem == "demo").read_text())
-    values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "phantom_max_per_cell": values["max_per_cell"]}
+    values |= {"phantom_max_per_cell": values["max_per_cell"], "outputs": str(tmp_path_factory.mktemp("demo"))}
     values |= {"modalities": ["t2"], "three_class_models": ["densenet121"], "arms": ["centralized"]}
     p = params.validate(values, "demo.yaml")
     scans = cohort.open_cohort(p)

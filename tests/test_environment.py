@@ -31,7 +31,8 @@ def test_the_packages_that_users_were_promised_are_dependencies():
 
 
 def test_every_dependency_is_pinned_within_its_range():
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
     pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
     for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]):
         assert requirement.specifier.contains(pins[requirement.name]), requirement

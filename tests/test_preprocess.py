@@ -48,7 +48,7 @@ def test_a_cube_is_monais_scale_and_resize_to_storage_precision(size):
 
 
 def test_the_box_is_monais_tight_foreground_box():
-    image, mask = volume()
+    _, mask = volume()
     cropped = CropForeground(select_fn=lambda x: x > 0, allow_smaller=True)(mask[None])
     assert mask[preprocess.bounding_box(mask)].shape == tuple(cropped.shape[1:])
     assert mask[preprocess.bounding_box(mask)].sum() == mask.sum()
