@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -83,10 +82,8 @@ def run_profile(options: argparse.Namespace) -> int:
     from ipmn_core import params, pipeline
 
     p = params.load(options.params)
-    if options.fresh:
-        shutil.rmtree(p.folder / "runs", ignore_errors=True)
     start = time.perf_counter()
-    pipeline.prepare(p)
+    pipeline.prepare(p, options.fresh)
     for path in pipeline.run(p):
         print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")

@@ -68,9 +68,10 @@ def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor]
     In place, over all parameters; the closed form spares a graph over them. AdamW then scales it like any
     other gradient: the proximal pull passes through the adaptive moments, as in the released code.
     """
-    grads = [p.grad for p in w]
-    torch._foreach_add_(grads, [p.detach() for p in w], alpha=mu)
-    torch._foreach_add_(grads, list(w_t), alpha=-mu)
+    drift = torch._foreach_sub(
+        [p.detach() for p in w], list(w_t)
+    )  # exactly 0 at w = w_t, unlike mu w - mu w_t
+    torch._foreach_add_([p.grad for p in w], drift, alpha=mu)
 
 
 def local_update(
@@ -115,10 +116,10 @@ def fit(
     global model is tested on `test`. Clients are visited in the order given. A `checkpoint` is what
     an earlier Epoch's `checkpoint()` returned: training goes on after it, bit for bit.
     """
-    learners = {name: training.Learner(model, indices, settings) for name, indices in clients.items()}
+    learners = {name: training.Learner(name, model, indices, settings) for name, indices in clients.items()}
     first = training.restore(model, learners, checkpoint)
     n_k = [len(indices) for indices in clients.values()]
-    for round_ in range(first, settings.rounds + 1):
+    for round_ in range(first, settings.epochs + 1):
         w_global = training.snapshot(model)
         losses: list[float] = []
 

@@ -117,14 +117,14 @@ def slices(scan) -> Figure:
 
 
 def roi_and_cube(scan, cube: np.ndarray) -> Figure:
-    """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S), which networks see (right)."""
+    """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S) for a network."""
     _, _, roi = scan_volumes(scan)
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6))
     show_slice(left, roi, widest_slice(roi.dataobj))
     left.set_title(f"ROI, {' x '.join(map(str, roi.shape))} voxels")
     turn = nib.io_orientation(
         nib.load(scan["image"]).affine
-    )  # the cube keeps the axes as stored, the eye wants RAS+
+    )  # a cube keeps the stored axes, the eye wants RAS+
     shown = nib.Nifti1Image(nib.apply_orientation(cube.astype(np.float32), turn), np.eye(4))
     show_slice(right, shown, cube.shape[2] // 2)
     right.set_title(f"cube, {' x '.join(map(str, cube.shape))} voxels")
@@ -225,6 +225,8 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
 
     Where the cases are all of one class there is no curve, and the panel says so.
     """
+    if selected.empty:
+        return _empty(ax, title)
     for a, (arm, rows) in enumerate(selected.groupby("arm", sort=False)):
         y, prob = metrics.scores(rows)
         if len(np.unique(y)) < 2:
@@ -247,6 +249,12 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     return ax
 
 
+def _empty(ax: Axes, title: str) -> Axes:
+    ax.set_axis_off()
+    ax.set_title(f"{title}: no cases")
+    return ax
+
+
 def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task."""
     centers = [c for c in CENTERS if (selected["center"] == c).any()]
@@ -263,6 +271,8 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
 
 def score_histogram(selected: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     """Predicted probability of high risk of one method, cases of high risk against the rest."""
+    if selected.empty:
+        return _empty(ax, title)
     y, prob = metrics.scores(selected)
     bins = np.linspace(0, 1, 21)
     ax.hist([prob[y == 0, 1], prob[y == 1, 1]], bins, label=["rest", "high risk"], color=PALETTE[:2])

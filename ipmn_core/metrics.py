@@ -176,8 +176,8 @@ def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
     `scans` has case_id, patient_id, modality, label; `truth` has one row a patient: patient_id, the true
     class probabilities prob_0, prob_1, prob_2 given the findings, and `guideline`, a rule's score for high
-    risk (binary task only). Upper and lower case of a patient_id do not matter. Empty if `truth` is, as for real
-    data. Raises ValueError naming scans whose patient is not in `truth`.
+    risk (binary task only). Upper and lower case of a patient_id do not matter. Empty if `truth` is, as for
+    real data. Raises ValueError naming scans whose patient is not in `truth`.
     """
     columns = ["task", "modality", "oracle_auc", "guideline_auc"]
     if truth.empty:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Modality = Literal["t1", "t2"]
 Count = Annotated[int, Field(ge=1)]
+PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
 
 
@@ -57,8 +58,8 @@ class Params(BaseModel):
     rounds: Count = 100
     local_epochs: Count = 1
     batch_size: Annotated[int, Field(ge=2)] = 16
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     lr_step: Count = 30
     lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     augment_prob: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -70,7 +71,9 @@ class Params(BaseModel):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     @model_validator(mode="after")
-    def _no_repeats(self) -> Params:
+    def _names(self) -> Params:
+        if self.profile in ("phantom", "cache", "reference"):
+            raise ValueError(f"profile: {self.profile} is a folder of its own in outputs, take another name")
         for key in ("modalities", "three_class_models", "arms"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
@@ -82,11 +85,15 @@ class Params(BaseModel):
         """Where everything of this profile lands: `<outputs>/<profile>`."""
         return project_root() / self.outputs / self.profile
 
+    def folds(self, task: str) -> int:
+        """The number of folds of a task, `three_class` or `binary`."""
+        return {"three_class": self.three_class_folds, "binary": self.binary_folds}[task]
+
     @property
     def phantom_root(self) -> Path:
         """Where the phantom cohort of this seed and size lies, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
-        return project_root() / self.outputs / "phantom" / f"seed{self.seed}_{cases}"
+        return project_root() / self.outputs / "phantom" / f"{PHANTOM}_seed{self.seed}_{cases}"
 
     @property
     def cohort_root(self) -> Path:

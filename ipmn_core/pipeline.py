@@ -25,21 +25,24 @@ class NotebookError(RuntimeError):
     """A notebook did not run to its end; the message names notebook and cell."""
 
 
-def prepare(p: Params) -> None:
-    """Checks what can be checked before any training: device, arms, cohort, folds, every volume.
+def prepare(p: Params, fresh: bool = False) -> None:
+    """Checks what can be checked before any training: models, arms, device, cohort, folds, every volume.
 
-    Writes the phantom and the cache of cubes if they are missing. Raises ValueError (of the module that
-    found the fault) with a sentence for people.
+    Writes the phantom and the cache of cubes if they are missing. `fresh` then discards the profile's
+    training runs; otherwise those on disk must be of these settings and data. Errors are sentences.
     """
     from ipmn_core import cohort, preprocess, runs
 
-    runs.device_of(p)
+    grids = {task: runs.grid(p, task) for task in runs.TASKS}
+    runs.uses_bfloat16(p, runs.device_of(p))
     scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
-    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
-    for task, n_folds in (("three_class", p.three_class_folds), ("binary", p.binary_folds)):
-        cohort.assign_folds(scans, n_folds, p.fold_rule, binary=task == "binary")
-        for run in runs.grid(p, task):
-            runs.finished(p.folder / "runs", run, runs.settings_of(p, run), cubes.key)
+    for task in runs.TASKS:
+        cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+    key = runs.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
+    if fresh:
+        shutil.rmtree(p.folder / "runs", ignore_errors=True)
+    for run in (run for task in runs.TASKS for run in grids[task]):
+        runs.finished(p.folder / "runs", run, runs.settings_of(p, run), key)
 
 
 def run(p: Params) -> Iterator[Path]:
@@ -62,12 +65,14 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
     without a `parameters` cell or a parameter it does not declare, NotebookError for one that did not finish.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     check_parameters(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
-    running = target.with_suffix(".running.ipynb")
-    failed = target.with_suffix(".failed.ipynb")
+    running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
+    for old in (target, running, failed):
+        old.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(
             source,
@@ -78,19 +83,20 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
             progress_bar=False,
             stderr_file=sys.stderr,
             coalesce_streams=True,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
         )
         check_executed(running)
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, DeadKernelError, NotebookError) as error:
         os.replace(running, failed)
-        where = f"{source.name}, cell {error.cell_index + 1}"
-        raise NotebookError(f"{where}: {error.ename}: {error.evalue}\n(the notebook: {failed})") from error
-    except NotebookError as error:
-        os.replace(running, failed)
-        raise NotebookError(f"{error}\n(the notebook: {failed})") from error
-    failed.unlink(missing_ok=True)
+        raise NotebookError(f"{source.name}{_reason(error)}\n(as far as it came: {failed})") from error
     os.replace(running, target)
     return target
+
+
+def _reason(error: Exception) -> str:
+    if hasattr(error, "ename"):  # papermill's; it counts cells with its own among them, people read In [n]
+        return f", In [{error.exec_count}]: {error.ename}: {error.evalue}"
+    return f": {error}" if isinstance(error, NotebookError) else ": the kernel died (out of memory?)"
 
 
 def check_parameters(source: Path, parameters: dict) -> None:
@@ -116,14 +122,16 @@ def check_executed(path: Path) -> None:
     try:
         notebook = json.loads(path.read_text())
     except ValueError as error:
-        raise NotebookError(f"{path.name}: not a whole notebook; its writing was interrupted") from error
-    for number, cell in enumerate(notebook["cells"], 1):
+        raise NotebookError("not a whole notebook, its writing was interrupted") from error
+    for cell in notebook["cells"]:
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         if cell["execution_count"] is None:
-            raise NotebookError(f"{path.name}, cell {number}: it never ran; the kernel died (out of memory?)")
+            line = "".join(cell["source"]).splitlines()[0]
+            raise NotebookError(f"the cell `{line}` never ran, the kernel died (out of memory?)")
         for output in cell["outputs"]:
             if output["output_type"] == "error":
-                raise NotebookError(f"{path.name}, cell {number}: {output['ename']}: {output['evalue']}")
+                where = f"In [{cell['execution_count']}]"
+                raise NotebookError(f"{where}: {output['ename']}: {output['evalue']}")
     if not notebook["metadata"].get("papermill", {}).get("end_time"):
-        raise NotebookError(f"{path.name}: it did not run to its end")
+        raise NotebookError("it did not run to its end")

@@ -9,9 +9,8 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,37 +54,44 @@ def grid(p: Params, task: str) -> list[Run]:
     """
     if task not in TASKS:
         raise ValueError(f"{task}: unknown task; known are {', '.join(TASKS)}")
-    arms, folds = (
-        (p.three_class_models, p.three_class_folds) if task == "three_class" else (p.arms, p.binary_folds)
-    )
+    arms = p.three_class_models if task == "three_class" else p.arms
     for name in {*p.three_class_models, *p.epochs_by_model, p.binary_model} - set(models.MODELS):
         raise ValueError(f"{name}: unknown model; known are {', '.join(models.MODELS)}")
     for arm in set(p.arms) - {"centralized"}:
         federated.strategy(arm)
     # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
-    return [Run(task, m, arm, k) for m in p.modalities for k in range(folds) for arm in arms]
+    return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
 
 
 def device_of(p: Params) -> torch.device:
     """The device asked for; `auto` is the first GPU if there is one. Raises ValueError for an absent GPU."""
     if p.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if p.device.startswith("cuda") and not torch.cuda.is_available():
+    device = torch.device(p.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
         raise ValueError(
-            f"device: {p.device} was asked for, but torch sees no GPU; set `device: auto` or `cpu`"
+            f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
         )
-    return torch.device(p.device)
+    return device
 
 
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether bfloat16 autocast is faster than float32 there: a GPU that has it, or a CPU with AMX.
+def uses_bfloat16(p: Params, device: torch.device) -> bool:
+    """Whether to train under bfloat16 autocast: as set, or for `auto` where the device has units for it.
 
-    AVX512-BF16 alone was measured not to pay for these networks, so only the matrix unit counts.
+    A GPU that supports it, or a CPU with AMX. Raises ValueError if it is demanded of another CPU: with
+    AVX512-BF16 alone, oneDNN 3.12 returns wrong weight gradients for 3x3x3 convolutions at 2x2x2 voxels,
+    which DenseNet-121 and ResNet-34 meet at 32^3 (measured against float64; float32 is right).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    if p.precision == "bfloat16" and not able:
+        raise ValueError(
+            f"precision: bfloat16 is not safe on this {device.type}; set `precision: float32` or `auto`"
+        )
+    return able and p.precision != "float32"
 
 
 def settings_of(p: Params, run: Run) -> dict[str, Any]:
@@ -93,14 +99,14 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
     device = device_of(p)
     model = run.arm if run.task == "three_class" else p.binary_model
     if run.task == "binary" and run.arm != "centralized":
-        length = {"rounds": p.rounds, "local_epochs": p.local_epochs, "mu": federated.strategy(run.arm).mu}
+        length = {"epochs": p.rounds, "local_epochs": p.local_epochs, "mu": federated.strategy(run.arm).mu}
     else:
         own = p.epochs_by_model if run.task == "three_class" else {}
-        length = {"epochs": own.get(model, p.epochs), "mu": None}
+        length = {"epochs": own.get(model, p.epochs), "local_epochs": 1, "mu": None}
     return {
         **asdict(run),
         "model": model,
-        "folds": p.three_class_folds if run.task == "three_class" else p.binary_folds,
+        "folds": p.folds(run.task),
         "fold_rule": p.fold_rule,
         "max_per_cell": p.max_per_cell,
         "size": p.size,
@@ -113,7 +119,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "augment_prob": p.augment_prob,
         "seed": p.seed,
         "device": device.type,
-        "bfloat16": p.precision == "bfloat16" or (p.precision == "auto" and bfloat16_pays(device)),
+        "bfloat16": uses_bfloat16(p, device),
         "channels_last": model not in models.CONTIGUOUS,
         "threads": p.threads,
     }
@@ -122,12 +128,14 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
 def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.DataFrame:
     """The predictions of all runs of `task`, after training those that are not on disk yet.
 
-    `scans` and `cubes` row by row; `p.jobs` runs are trained at a time, with the same result as one.
-    Raises StaleRunError before any training if a run on disk was made with other settings or data.
+    `scans` and `cubes` row by row. `p.jobs` runs are trained at a time; the result is that of one at a time
+    if `p.threads` is set. Raises StaleRunError before any training if a run on disk, finished or not, was
+    made with other settings or data.
     """
     runs_root = p.folder / "runs"
-    todo = [run for run in grid(p, task) if not finished(runs_root, run, settings_of(p, run), cubes.key)]
-    folds = cohort.assign_folds(scans, *_fold_arguments(p, task))
+    key = data_key(scans, cubes)
+    todo = [run for run in grid(p, task) if not finished(runs_root, run, settings_of(p, run), key)]
+    folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
     work = joblib.Parallel(n_jobs=min(p.jobs, max(len(todo), 1)), return_as="generator_unordered")(
         joblib.delayed(execute)(p, run, scans, folds, cubes) for run in todo
     )
@@ -140,28 +148,33 @@ def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.Data
     return predictions(p, task)
 
 
-def _fold_arguments(p: Params, task: str) -> tuple[int, str, bool]:
-    binary = task == "binary"
-    return p.binary_folds if binary else p.three_class_folds, p.fold_rule, binary
+def data_key(scans: pd.DataFrame, cubes: Cubes) -> str:
+    """A SHA-256 over the cubes' fingerprint and the rows they belong to: cases, patients, centers, labels."""
+    rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
+    return hashlib.sha256((cubes.key + rows).encode()).hexdigest()
 
 
-def finished(runs_root: Path, run: Run, settings: dict[str, Any], data_key: str) -> bool:
-    """Whether `run` is whole on disk. Raises StaleRunError, with the difference, if it is another's."""
-    record = runs_root / run.path / "run.json"
-    if not record.exists():
-        return False
-    _refuse_other(json.loads(record.read_text()), settings, data_key, record.parent)
-    return True
+def finished(runs_root: Path, run: Run, settings: dict[str, Any], key: str) -> bool:
+    """Whether `run` is whole on disk. Raises StaleRunError, with the difference, if what lies there,
+    finished or not, was made with other settings or data.
+    """
+    folder = runs_root / run.path
+    if (folder / "run.json").exists():
+        _refuse_other(json.loads((folder / "run.json").read_text()), {**settings, "data": key}, folder)
+        return True
+    if (folder / "checkpoint.pt").exists():
+        _refuse_other(_read_checkpoint(folder), {**settings, "data": key}, folder)
+    return False
 
 
-def _refuse_other(record: dict[str, Any], settings: dict[str, Any], data_key: str, folder: Path) -> None:
-    old, new = {**record["settings"], "data": record["data"]}, {**settings, "data": data_key}
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    found = {**record["settings"], "data": record["data"]}
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if keys:
-        changes = "; ".join(f"{key}: {old.get(key)!r} on disk, {new.get(key)!r} now" for key in keys)
+        changes = "; ".join(f"{key}: {found.get(key)!r} on disk, {wanted.get(key)!r} now" for key in keys)
         raise StaleRunError(
             f"{folder} was made with other settings or data ({changes}). Give this profile another name, "
-            "or start it afresh with `ipmn run --fresh`"
+            "delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
         )
 
 
@@ -177,36 +190,30 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
     torch.set_flush_denormal(True)
     folder = p.folder / "runs" / run.path
     folder.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(p, run)
-    saved = _load_checkpoint(folder, settings, cubes.key)
+    record = {"settings": settings_of(p, run), "data": data_key(scans, cubes)}
     mine = (scans["modality"] == run.modality).to_numpy()
     rows = scans[mine].assign(test=folds[mine] == run.fold)
-    new = {"frames": [], "history": [], "best_auc": -1.0, "seconds": 0.0}
-    progress = saved["progress"] if saved else new
+    progress, learning = _load_checkpoint(folder)
     last_save = time.perf_counter()
-    for epoch, model in _epochs(p, run, settings, rows, cubes.array[mine], saved and saved["learning"]):
+    for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
         auc = _note(progress, epoch, run, p.seed, rows[rows["test"]])
-        if auc > progress["best_auc"] or epoch.number == 1:
-            progress["best_auc"] = auc
-            write_atomically(folder / "model.pt", partial(torch.save, model.state_dict()))
+        if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
+            progress["best_auc"], progress["best"] = auc, training.snapshot(model)
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
             progress["seconds"] += time.perf_counter() - started
             started = last_save = time.perf_counter()
-            record = {"settings": settings, "data": cubes.key}
-            _save(folder / "checkpoint.pt", {**record, "progress": progress, "learning": epoch.checkpoint()})
-    seconds = progress["seconds"] + time.perf_counter() - started
-    _write(folder, run, settings, cubes.key, progress, seconds)
+            _save_checkpoint(folder, record, progress, epoch.checkpoint())
+    progress["seconds"] += time.perf_counter() - started
+    _write(folder, record, progress, device_of(p))
     return folder
 
 
 def _epochs(
     p: Params, run: Run, settings: dict[str, Any], rows: pd.DataFrame, array: np.ndarray, learning: Any
 ) -> Iterator[tuple[training.Epoch, torch.nn.Module]]:
-    device = torch.device(p.device if p.device.startswith("cuda:") else settings["device"])
-    names = [
-        field for field in training.Settings.__dataclass_fields__ if field in settings and field != "seed"
-    ]
-    protocol = training.Settings(**{k: settings[k] for k in names}, seed=(p.seed, run.fold))
+    device = device_of(p)
+    names = [field.name for field in fields(training.Settings) if field.name != "seed"]
+    protocol = training.Settings(**{name: settings[name] for name in names}, seed=(p.seed, run.fold))
     y = targets(rows["label"].to_numpy(), run.task)
     data = training.Cases(torch.tensor(array).unsqueeze(1).to(device), torch.tensor(y, device=device))
     model = models.build(settings["model"], 2 if run.task == "binary" else 3, p.seed).to(device)
@@ -244,51 +251,49 @@ def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, test: pd.D
     return auc
 
 
-def _load_checkpoint(folder: Path, settings: dict[str, Any], data_key: str) -> dict[str, Any] | None:
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    _refuse_other(saved, settings, data_key, folder)
-    frames = pd.read_parquet(io.BytesIO(saved["progress"].pop("frames")))
-    saved["progress"]["frames"] = [frames]
-    return saved
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint of tensors and plain values, so that it loads without unpickling code."""
-    frames = pd.concat(content["progress"]["frames"]).to_parquet()
-    write_atomically(
-        path, lambda tmp: torch.save({**content, "progress": {**content["progress"], "frames": frames}}, tmp)
-    )
+def _load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
+    if not (folder / "checkpoint.pt").exists():
+        return {"frames": [], "history": [], "best": None, "best_auc": -1.0, "seconds": 0.0}, None
+    saved = _read_checkpoint(folder)
+    progress = saved["progress"]
+    return {**progress, "frames": [pd.read_parquet(io.BytesIO(progress["frames"]))]}, saved["learning"]
 
 
-def _write(
-    folder: Path, run: Run, settings: dict[str, Any], data_key: str, progress: dict, seconds: float
-) -> None:
+def _save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learning: dict[str, Any]) -> None:
+    """Tensors and plain values only, so that it loads without unpickling code."""
+    frames = pd.concat(progress["frames"]).to_parquet()
+    content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
+    write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
+
+
+def _write(folder: Path, record: dict[str, Any], progress: dict, device: torch.device) -> None:
     history = pd.DataFrame(progress["history"], columns=["epoch", "loss", "test_acc", "test_auc"])
     predictions = pd.concat(progress["frames"], ignore_index=True)
+    settings = json.dumps(record["settings"], sort_keys=True)
     record = {
-        "settings": settings,
-        "settings_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "data": data_key,
+        **record,
+        "settings_hash": hashlib.sha256(settings.encode()).hexdigest(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "monai": monai.__version__,
         },
-        "device": torch.cuda.get_device_name()
-        if settings["device"] == "cuda"
-        else platform.processor() or "cpu",
-        "seconds": round(seconds, 2),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "seconds": round(progress["seconds"], 2),
     }
     write_atomically(folder / "predictions.parquet", lambda tmp: predictions.to_parquet(tmp, index=False))
     write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
+    write_atomically(folder / "model.pt", lambda tmp: torch.save(progress["best"], tmp))
     write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary name beside `path`, then moves it there: whole or absent."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -322,4 +327,7 @@ def _whole(p: Params, run: Run) -> Path:
         raise FileNotFoundError(
             f"{folder} holds no finished run; run notebook {notebook} or `ipmn run` first"
         )
+    record = json.loads((folder / "run.json").read_text())
+    machine = {key: record["settings"][key] for key in ("device", "bfloat16")}  # may be read on another one
+    _refuse_other(record, {**settings_of(p, run), **machine, "data": record["data"]}, folder)
     return folder

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EVALUATION_BATCH = 64
-
 
 class DivergedError(ArithmeticError):
     """The training loss is no longer a number."""
@@ -20,20 +18,19 @@ class DivergedError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Settings:
-    """The protocol of one run; every number is the paper's unless a profile says otherwise (section 3)."""
+    """The protocol of one run: what of `params.Params` reaches a step. `epochs` counts rounds, too."""
 
-    epochs: int = 100
-    rounds: int = 100
-    local_epochs: int = 1
-    batch_size: int = 16
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    lr_step: int = 30
-    lr_gamma: float = 0.1
-    augment_prob: float = 0.1
-    bfloat16: bool = False
-    channels_last: bool = False
-    seed: tuple[int, ...] = (0,)
+    epochs: int
+    local_epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    lr_step: int
+    lr_gamma: float
+    augment_prob: float
+    bfloat16: bool
+    channels_last: bool
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,13 +44,14 @@ class Cases:
 class Learner:
     """Whoever trains: its case indices, and the AdamW and schedule it keeps from epoch to epoch.
 
-    Raises ValueError if it has fewer than two cases: BatchNorm needs two to normalise over.
+    Raises ValueError naming it if it has fewer than two cases: BatchNorm needs two to normalise over.
     """
 
-    def __init__(self, model: nn.Module, indices: torch.Tensor, settings: Settings):
+    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: Settings):
         if len(indices) < 2:
             raise ValueError(
-                f"{len(indices)} training case(s): at least 2 are needed, BatchNorm fails on one"
+                f"{name}: {len(indices)} training case(s), at least 2 are needed (BatchNorm fails on one); "
+                "take fewer folds, or leave the center out"
             )
         self.indices = indices
         self.optimizer = torch.optim.AdamW(
@@ -84,7 +82,7 @@ def fit(
     checkpoint: dict[str, Any] | None = None,
 ) -> Iterator[Epoch]:
     """Epochs of centralized training on the case indices `train`, each tested on `test`."""
-    learners = {"all": Learner(model, train, settings)}
+    learners = {"all": Learner("all centers", model, train, settings)}
     for epoch in range(restore(model, learners, checkpoint), settings.epochs + 1):
         loss = train_epoch(model, learners["all"], data, settings, [*settings.seed, epoch, 0, 0])
         yield evaluate_epoch(model, learners, test, data, settings, epoch, loss)
@@ -136,7 +134,9 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    prob = [forward(model, data.x[b].float(), settings).softmax(1) for b in indices.split(EVALUATION_BATCH)]
+    prob = [
+        forward(model, data.x[b].float(), settings).softmax(1) for b in indices.split(settings.batch_size)
+    ]
     return torch.cat(prob).double().cpu().numpy()
 
 
@@ -193,7 +193,10 @@ def seeded(seed: Sequence[int]) -> torch.Generator:
 
 
 def batches(order: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """`order` in pieces of `size`; a last piece of one joins the piece before it (BatchNorm needs two)."""
+    """`order` in pieces of `size`; a last piece of one joins the piece before it.
+
+    Departs from the paper: its code is silent on a batch of one, on which BatchNorm fails at small sizes.
+    """
     pieces = list(order.split(size))
     if len(pieces) > 1 and len(pieces[-1]) == 1:
         pieces[-2:] = [torch.cat(pieces[-2:])]

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory):
-    """A phantom cohort with one case a center and class, in the second release's layout; not to be changed."""
+    """A phantom cohort with one case a center and class, second release's layout; not to be changed."""
     from ipmn_core import phantom
 
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
@@ -28,10 +28,12 @@ def phantom_scans(phantom_root):
 def binary_predictions():
     """One epoch a run of two methods, two folds and three centers; at AHN nobody has high risk on T2."""
     rng, rows = np.random.default_rng(0), []
-    for m, arm, center in itertools.product(("t1", "t2"), ("centralized", "fedprox_0.1"), ("NYU", "MCF", "AHN")):
+    for m, arm, center in itertools.product(
+        ("t1", "t2"), ("centralized", "fedprox_0.1"), ("NYU", "MCF", "AHN")
+    ):
         for k in range(12):
             y = int(k % 3 == 0 and (center, m) != ("AHN", "t2"))
             p = float(np.clip(rng.normal(0.4 + 0.2 * y, 0.2), 0.01, 0.99))
             rows.append((f"{center}{k:02d}", center, m, "binary", arm, k // 6, 0, 1, y, 1 - p, p))
-    columns = "case_id center modality task arm fold seed epoch y_true prob_0 prob_1".split()
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+    return pd.DataFrame(rows, columns=[*columns, "prob_0", "prob_1"])

@@ -11,7 +11,10 @@ from ipmn_core import cohort, metrics, params, preprocess, runs
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     values = yaml.safe_load(next(path for path in PROFILES if path.stem == "demo").read_text())
-    values |= {"phantom_max_per_cell": values["max_per_cell"], "outputs": str(tmp_path_factory.mktemp("demo"))}
+    values |= {
+        "phantom_max_per_cell": values["max_per_cell"],
+        "outputs": str(tmp_path_factory.mktemp("demo")),
+    }
     values |= {"modalities": ["t2"], "three_class_models": ["densenet121"], "arms": ["centralized"]}
     p = params.validate(values, "demo.yaml")
     scans = cohort.open_cohort(p)

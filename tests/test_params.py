@@ -90,3 +90,9 @@ def test_a_notebook_gives_its_variables_and_hears_what_is_missing():
     del variables["epochs"]
     with pytest.raises(ParamsError, match="epochs"):
         params.from_notebook(variables)
+
+
+@pytest.mark.parametrize("name", ["phantom", "cache", "reference"])
+def test_a_profile_may_not_take_a_folder_that_is_there(name):
+    with pytest.raises(ParamsError, match=f"profile: {name} is a folder"):
+        params.validate({"profile": name}, "a.yaml")

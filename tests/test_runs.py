@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_federated import settings
 
 from ipmn_core import cohort, params, runs, training
 from ipmn_core.preprocess import Cubes
@@ -85,7 +86,9 @@ def test_a_run_leaves_the_contract_and_is_not_repeated(tmp_path, data):
         "run.json",
     }
     record = json.loads((folder / "run.json").read_text())
-    assert record["settings"]["mu"] == 0.1 and record["data"] == "data-1" and record["seconds"] > 0
+    assert (
+        record["settings"]["mu"] == 0.1 and record["data"] == runs.data_key(*data) and record["seconds"] > 0
+    )
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = runs.run_grid(p, "binary", *data)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -115,9 +118,7 @@ def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(tmp_path, data
         np.flatnonzero((scans["case_id"] == c) & (scans["modality"] == "t1"))[0] for c in rows["case_id"]
     ]
     x = torch.from_numpy(cubes.array[index]).unsqueeze(1)
-    prob = training.evaluate(
-        model, torch.arange(len(x)), training.Cases(x, torch.zeros(len(x))), training.Settings()
-    )
+    prob = training.evaluate(model, torch.arange(len(x)), training.Cases(x, torch.zeros(len(x))), settings())
     np.testing.assert_allclose(prob[:, 1], rows["prob_1"], atol=1e-6)  # another batch size rounds otherwise
 
 
@@ -126,7 +127,7 @@ def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(tmp_path, data
     [
         ({"lr": 0.01}, "data-1", "lr: 0.001 on disk, 0.01 now"),
         ({"seed": 1}, "data-1", "seed: 0 on disk, 1 now"),
-        ({}, "data-2", "data: 'data-1' on disk, 'data-2' now"),
+        ({}, "data-2", "data: '"),
     ],
 )
 def test_a_run_of_other_settings_or_data_is_refused_with_the_difference(
@@ -138,6 +139,39 @@ def test_a_run_of_other_settings_or_data_is_refused_with_the_difference(
         runs.run_grid(profile(tmp_path, **only, **changes), "binary", data[0], Cubes(data[1].array, key))
 
 
+def test_a_corrected_label_is_other_data(tmp_path, data):
+    p, (scans, cubes) = profile(tmp_path, arms=["centralized"], epochs=1), data
+    runs.run_grid(p, "binary", scans, cubes)
+    corrected = scans.assign(label=scans["label"].where(scans.index != 5, 0))
+    assert corrected.loc[5, "label"] != scans.loc[5, "label"]
+    with pytest.raises(runs.StaleRunError, match="data: '"):
+        runs.run_grid(p, "binary", corrected, cubes)
+
+
+def test_every_setting_of_the_protocol_arrives(tmp_path, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
+    monkeypatch.setattr(runs.federated, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
+    changed = {"epochs": 7, "rounds": 8, "local_epochs": 2, "batch_size": 5, "lr": 0.2, "weight_decay": 0.3}
+    changed |= {"lr_step": 9, "lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11}
+    p, (scans, cubes) = profile(tmp_path, **changed), data
+    for arm in ("centralized", "fedprox_0.1"):
+        run = runs.Run("binary", "t1", arm, 1)
+        rows = scans[scans["modality"] == "t1"].assign(test=False)
+        list(runs._epochs(p, run, runs.settings_of(p, run), rows, cubes.array[:24], None))
+    common = {
+        "batch_size": 5,
+        "lr": 0.2,
+        "weight_decay": 0.3,
+        "lr_step": 9,
+        "lr_gamma": 0.4,
+        "augment_prob": 0.5,
+    }
+    common |= {"bfloat16": False, "channels_last": True, "seed": (11, 1)}
+    assert seen[0] == training.Settings(epochs=7, local_epochs=1, **common)
+    assert seen[1] == training.Settings(epochs=8, local_epochs=2, **common)
+
+
 @pytest.mark.parametrize("arm", ["centralized", "fedprox_0.1"])
 def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, monkeypatch):
     whole, broken = profile(tmp_path / "a", arms=[arm]), profile(tmp_path / "b", arms=[arm])
@@ -147,7 +181,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, 
         runs.run_grid(broken, "binary", *data)
     monkeypatch.undo()
     first = broken.folder / "runs" / "binary" / "t1" / arm / "fold0"
-    assert {path.name for path in first.iterdir()} == {"checkpoint.pt", "model.pt"}  # no run.json, no run
+    assert {path.name for path in first.iterdir()} == {"checkpoint.pt"}  # no run.json, no run
     with pytest.raises(FileNotFoundError, match="no finished run; run notebook 03"):
         runs.predictions(broken, "binary")
     runs.run_grid(broken, "binary", *data)
@@ -170,13 +204,24 @@ def interrupt_after(epochs, note):
     return interrupted
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(runs, "_note", interrupt_after(1, runs._note))
+def test_a_checkpoint_of_other_settings_is_refused_before_any_training(tmp_path, data, monkeypatch):
+    only = {"three_class_models": ["shufflenetv2"], "epochs": 2}
+    monkeypatch.setattr(runs, "_note", interrupt_after(3, runs._note))  # in the second fold
     with pytest.raises(KeyboardInterrupt):
-        runs.run_grid(profile(tmp_path, arms=["centralized"]), "binary", *data)
+        runs.run_grid(profile(tmp_path, **only), "three_class", *data)
     monkeypatch.undo()
-    with pytest.raises(runs.StaleRunError, match="epochs: 2 on disk, 3 now"):
-        runs.run_grid(profile(tmp_path, arms=["centralized"], epochs=3), "binary", *data)
+    folder = tmp_path / "t" / "runs" / "three_class" / "t1" / "shufflenetv2"
+    for path in (folder / "fold0").iterdir():
+        path.unlink()
+    with pytest.raises(runs.StaleRunError, match=r"fold1 .*lr: 0\.001 on disk, 0\.01 now"):
+        runs.run_grid(profile(tmp_path, **only, lr=0.01), "three_class", *data)
+    assert not list((folder / "fold0").iterdir())
+
+
+def test_predictions_of_other_settings_are_not_read_as_these(tmp_path, data):
+    runs.run_grid(profile(tmp_path, arms=["centralized"], epochs=1), "binary", *data)
+    with pytest.raises(runs.StaleRunError, match="epochs: 1 on disk, 2 now"):
+        runs.predictions(profile(tmp_path, arms=["centralized"], epochs=2), "binary")
 
 
 def test_two_workers_give_the_same_bits_as_one(tmp_path, data):
@@ -187,5 +232,17 @@ def test_two_workers_give_the_same_bits_as_one(tmp_path, data):
 def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runs.device_of(profile(tmp_path, device="auto")).type == "cpu"
-    with pytest.raises(ValueError, match="sees no GPU"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"sees 0 GPU"):
         runs.device_of(profile(tmp_path, device="cuda"))
+
+
+def test_bfloat16_is_taken_only_where_it_is_right(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not runs.uses_bfloat16(profile(tmp_path, precision="auto"), cpu)
+    with pytest.raises(ValueError, match="bfloat16 is not safe"):
+        runs.uses_bfloat16(profile(tmp_path, precision="bfloat16"), cpu)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert runs.uses_bfloat16(profile(tmp_path, precision="auto"), cpu)
+    assert not runs.uses_bfloat16(profile(tmp_path, precision="float32"), cpu)

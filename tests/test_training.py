@@ -36,12 +36,12 @@ def test_a_tail_of_one_joins_the_batch_before_it():
 
 
 def test_one_training_case_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match="at least 2"):
-        training.Learner(small_net(), torch.arange(1), settings())
+    with pytest.raises(ValueError, match=r"AHN: 1 training case.*at least 2"):
+        training.Learner("AHN", small_net(), torch.arange(1), settings())
 
 
 def test_protocol_reaches_the_optimizer():
-    learner = training.Learner(small_net(), torch.arange(4), settings())
+    learner = training.Learner("AHN", small_net(), torch.arange(4), settings())
     group = learner.optimizer.param_groups[0]
     assert isinstance(learner.optimizer, torch.optim.AdamW)
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
