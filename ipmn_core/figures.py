@@ -164,7 +164,14 @@ def training_curves(
         for m, (modality, rows) in enumerate(histories[histories["arm"] == arm].groupby("modality")):
             folds = rows.pivot(index="epoch", columns="fold", values=column)
             ax.plot(folds.index, folds, color=PALETTE[m], alpha=0.3, linewidth=0.8)
-            ax.plot(folds.index, folds.mean(axis=1), color=PALETTE[m], linewidth=2, label=modality.upper())
+            ax.plot(
+                folds.index,
+                folds.mean(axis=1),
+                color=PALETTE[m],
+                linewidth=2,
+                marker=".",
+                label=modality.upper(),
+            )
         if reference is not None:
             ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
         ax.set(title=display_name(arm), xlabel=xlabel)

@@ -126,7 +126,7 @@ def check_executed(path: Path) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
-        if cell["execution_count"] is None:
+        if cell.get("execution_count") is None:
             line = "".join(cell["source"]).splitlines()[0]
             raise NotebookError(f"the cell `{line}` never ran, the kernel died (out of memory?)")
         for output in cell["outputs"]:

@@ -115,7 +115,9 @@ def facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
 
 
 def _facts_of(scan) -> dict[str, float]:
-    roi = load_roi(scan.image, scan.mask, scan.case_id)
+    roi = nib.as_closest_canonical(
+        load_roi(scan.image, scan.mask, scan.case_id)
+    )  # slices along the last axis
     data, zooms = np.asanyarray(roi.dataobj), roi.header.get_zooms()
     median = float(np.median(data[data != 0]))
     return {"in_plane_mm": zooms[0], "slice_mm": zooms[2], "slices": data.shape[2], "roi_median": median}

@@ -21,7 +21,7 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
         options=[m for m in MODALITIES if (scans["modality"] == m).any()], description="modality"
     )
     label = w.Dropdown(
-        options=[("any", None), *((name, k) for k, name in enumerate(LABELS))], description="class"
+        options=[("any", -1), *((name, k) for k, name in enumerate(LABELS))], description="class"
     )
     case = w.Dropdown(description="case")
     position = w.IntSlider(description="slice", min=0, max=1, continuous_update=False)
@@ -30,8 +30,10 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
 
     def list_cases(_=None) -> None:
         rows = scans[(scans["center"] == center.value) & (scans["modality"] == modality.value)]
-        rows = rows if label.value is None else rows[rows["label"] == label.value]
+        rows = rows if label.value < 0 else rows[rows["label"] == label.value]
         case.options = [(scan.case_id, scan.Index) for scan in rows.itertuples()]
+        if case.options:
+            case.index = 0  # ipywidgets leaves a list that was empty without a choice
 
     def load(_=None) -> None:
         if case.value is None:
@@ -46,10 +48,12 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
         draw()
 
     def draw(_=None) -> None:
+        if case.value is None:
+            return
         image, mask, roi = loaded["volumes"]
         scan, k = loaded["scan"], position.value
         with picture:
-            _, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+            figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
             figures.show_slice(left, image, loaded["first"] + k, mask)
             figures.show_slice(right, roi, k)
             spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
@@ -58,6 +62,7 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
             right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
             picture.clear_output(wait=True)
             plt.show()
+            plt.close(figure)  # Jupyter's own backend closes it, others do not
 
     for control in (center, modality, label):
         control.observe(list_cases, "value")
@@ -84,11 +89,12 @@ def center_explorer(selected: pd.DataFrame) -> w.Widget:
     def draw(modality: str, center: str, arm: str, metric: str) -> None:
         rows = selected[selected["modality"] == modality]
         here = rows if center == metrics.GLOBAL else rows[rows["center"] == center]
-        _, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
         figures.roc(here, left, center)
         figures.score_histogram(here[here["arm"] == arm], middle, f"{center}: {figures.display_name(arm)}")
         figures.forest(summary[summary["modality"] == modality], right, metric)
         plt.show()
+        plt.close(figure)
 
     view = w.interactive_output(draw, {"modality": modality, "center": center, "arm": arm, "metric": metric})
     return w.VBox([w.HBox([modality, center, arm]), metric, view])

@@ -1,12 +1,17 @@
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
-from ipmn_core import params, pipeline
+from ipmn_core import params, pipeline, tables
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -84,8 +89,6 @@ def test_links_point_to_files_that_exist(path):
 
 @every_notebook
 def test_a_notebook_uses_only_what_the_package_has(path):
-    import importlib
-
     tree = nodes(path)
     imported = [
         name.name
@@ -99,3 +102,72 @@ def test_a_notebook_uses_only_what_the_package_has(path):
             assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
     names = {node.id for node in tree if isinstance(node, ast.Name)}
     assert set(modules) <= names, "imported, but not used"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke profile, run once through the command line as a user would."""
+    folder = tmp_path_factory.mktemp("smoke")
+    text = (ROOT / "params" / "smoke.yaml").read_text().replace("outputs: outputs ", f"outputs: {folder} ")
+    (folder / "smoke.yaml").write_text(text)
+    return folder, ipmn_run(folder)
+
+
+def ipmn_run(folder):
+    command = [sys.executable, "-m", "ipmn_core.cli", "run", str(folder / "smoke.yaml")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_all_notebooks_run_and_say_where_their_results_lie(smoke):
+    folder, done = smoke
+    assert done.returncode == 0, done.stderr[-2000:]
+    for what in ("tables", "figures", "notebooks"):
+        assert f"{folder}/smoke/{what}/" in done.stdout
+    assert sorted(path.stem for path in (folder / "smoke" / "notebooks").iterdir()) == list(
+        pipeline.NOTEBOOKS
+    )
+    for path in (folder / "smoke" / "notebooks").iterdir():
+        pipeline.check_executed(path)
+
+
+def test_the_tables_are_complete(smoke):
+    folder, _ = smoke
+    table1, table2, table3 = (pd.read_csv(folder / "smoke" / "tables" / f"table{n}.csv") for n in (1, 2, 3))
+    assert list(table1.columns) == ["center", "modality", "no_risk", "low_risk", "high_risk", "total"]
+    for ours, n, keys in ((table2, 2, ["model", "modality"]), (table3, 3, ["center", "method", "modality"])):
+        theirs = tables.paper(n)
+        assert list(ours.columns) == list(theirs.columns)
+        assert ours[keys].equals(theirs[keys])
+    assert table2[["macs_g", "params_m"]].equals(tables.paper(2)[["macs_g", "params_m"]])
+    for stem in ("table1", "table2", "table3"):
+        for suffix in ("csv", "md", "tex"):
+            for name in (f"{stem}.{suffix}", f"{stem}_beside_paper.{suffix}"):
+                text = (folder / "smoke" / "tables" / name).read_text()
+                assert text and "nan" not in text.lower().replace("name", "")
+
+
+def test_figure_1_and_the_others_are_pictures(smoke):
+    folder, _ = smoke
+    pictures = {path.stem: plt.imread(path) for path in (folder / "smoke" / "figures").iterdir()}
+    assert {"figure1", "table2", "forest", "roc_by_center", "forest_beside_paper"} <= set(pictures)
+    assert all(picture.std() > 0.02 for picture in pictures.values())  # not blank
+
+
+def test_a_second_run_repeats_no_training(smoke):
+    folder, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in (folder / "smoke" / "runs").rglob("*")}
+    tables_before = {p.name: p.read_bytes() for p in (folder / "smoke" / "tables").iterdir()}
+    again = ipmn_run(folder)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "smoke" / "runs").rglob("*")} == before
+    assert {p.name: p.read_bytes() for p in (folder / "smoke" / "tables").iterdir()} == tables_before
+
+
+def test_other_settings_under_the_same_name_are_refused_before_any_notebook(smoke):
+    folder, _ = smoke
+    (folder / "smoke.yaml").write_text(
+        (folder / "smoke.yaml").read_text().replace("lr: 1.0e-3", "lr: 1.0e-2")
+    )
+    refused = ipmn_run(folder)
+    assert refused.returncode == 1
+    assert "lr: 0.001 on disk, 0.01 now" in refused.stderr and "Traceback" not in refused.stderr
