@@ -58,6 +58,7 @@ class Params(BaseModel):
     rounds: Count = 100
     local_epochs: Count = 1
     batch_size: Annotated[int, Field(ge=2)] = 16
+    batches_per_epoch: Count | None = None
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     lr_step: Count = 30

@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -30,7 +32,13 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
     Writes the phantom and the cache of cubes if they are missing. `fresh` then discards the profile's
     training runs; otherwise those on disk must be of these settings and data. Errors are sentences.
+    All of it in a process of its own, whose memory is free again for the training.
     """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        alone.submit(_prepare, p, fresh).result()
+
+
+def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import cohort, preprocess, runs
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}

@@ -112,6 +112,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "size": p.size,
         **length,
         "batch_size": p.batch_size,
+        "batches_per_epoch": p.batches_per_epoch,
         "lr": p.lr,
         "weight_decay": p.weight_decay,
         "lr_step": p.lr_step,
@@ -120,7 +121,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "seed": p.seed,
         "device": device.type,
         "bfloat16": uses_bfloat16(p, device),
-        "channels_last": model not in models.CONTIGUOUS,
+        "channels_last": device.type == "cpu" and model in models.CHANNELS_LAST,
         "threads": p.threads,
     }
 
@@ -136,6 +137,8 @@ def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.Data
     key = data_key(scans, cubes)
     todo = [run for run in grid(p, task) if not finished(runs_root, run, settings_of(p, run), key)]
     folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+    # so that glibc gives freed tensors back at once: 0.2 GiB less at ResNet-34's peak
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     work = joblib.Parallel(n_jobs=min(p.jobs, max(len(todo), 1)), return_as="generator_unordered")(
         joblib.delayed(execute)(p, run, scans, folds, cubes) for run in todo
     )

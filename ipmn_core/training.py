@@ -134,9 +134,8 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    prob = [
-        forward(model, data.x[b].float(), settings).softmax(1) for b in indices.split(settings.batch_size)
-    ]
+    pieces = indices.split(2 * settings.batch_size)  # no gradients are kept, so more cases fit
+    prob = [forward(model, data.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob).double().cpu().numpy()
 
 

@@ -28,7 +28,15 @@ def cases(n, seed=0):
 
 
 def settings(**changes):
-    small = {"epochs": 3, "local_epochs": 1, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.01, "lr_step": 30}
+    small = {
+        "epochs": 3,
+        "local_epochs": 1,
+        "batch_size": 4,
+        "batches_per_epoch": None,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "lr_step": 30,
+    }
     small |= {"lr_gamma": 0.1, "augment_prob": 0.1, "bfloat16": False, "channels_last": False, "seed": (0, 0)}
     return training.Settings(**small | changes)
 

@@ -152,8 +152,15 @@ def test_every_setting_of_the_protocol_arrives(tmp_path, data, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
     monkeypatch.setattr(runs.federated, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
-    changed = {"epochs": 7, "rounds": 8, "local_epochs": 2, "batch_size": 5, "lr": 0.2, "weight_decay": 0.3}
-    changed |= {"lr_step": 9, "lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11}
+    changed = {
+        "epochs": 7,
+        "rounds": 8,
+        "local_epochs": 2,
+        "batch_size": 5,
+        "batches_per_epoch": 3,
+        "lr": 0.2,
+    }
+    changed |= {"weight_decay": 0.3, "lr_step": 9, "lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11}
     p, (scans, cubes) = profile(tmp_path, **changed), data
     for arm in ("centralized", "fedprox_0.1"):
         run = runs.Run("binary", "t1", arm, 1)

@@ -120,3 +120,9 @@ def test_a_loss_that_is_no_number_stops_the_training_with_a_remedy():
     data.x[3] = torch.nan
     with pytest.raises(training.DivergedError, match=r"nan.*lower `lr`"):
         list(training.fit(small_net(), torch.arange(6), torch.arange(6, 8), data, settings()))
+
+
+def test_an_epoch_may_end_after_a_number_of_batches():
+    _, epochs = trained(batches_per_epoch=2)
+    steps = {float(s["step"]) for s in epochs[-1].checkpoint()["learners"]["all"][0]["state"].values()}
+    assert steps == {6.0}  # 20 cases in batches of 4 would be 5 steps an epoch; 3 epochs
