@@ -85,7 +85,7 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int = 2) ->
     chosen = scans[scans["modality"] == modality]
     centers = [c for c in CENTERS if (chosen["center"] == c).any()]
     figure, axes = plt.subplots(
-        2, len(centers), figsize=(1.75 * len(centers), 3.4), squeeze=False, height_ratios=(3, 2)
+        2, len(centers), figsize=(1.75 * len(centers), 2.9), squeeze=False, height_ratios=(3, 2)
     )
     for center, (above, below) in zip(centers, axes.T, strict=True):
         rows = chosen[chosen["center"] == center]
@@ -105,7 +105,7 @@ def slices(scan) -> Figure:
     _, _, roi = scan_volumes(scan)
     depth, columns = roi.shape[2], 8
     rows = -(-depth // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.0 * rows + 0.3), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 0.75 * rows + 0.3), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for k, ax in enumerate(axes.flat[:depth]):
@@ -126,7 +126,7 @@ def roi_and_cube(scan, cube: np.ndarray) -> Figure:
         nib.load(scan["image"]).affine
     )  # a cube keeps the stored axes, the eye wants RAS+
     shown = nib.Nifti1Image(nib.apply_orientation(cube.astype(np.float32), turn), np.eye(4))
-    show_slice(right, shown, cube.shape[2] // 2)
+    show_slice(right, shown, widest_slice(shown.dataobj))
     right.set_title(f"cube, {' x '.join(map(str, cube.shape))} voxels")
     return figure
 

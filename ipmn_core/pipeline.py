@@ -39,11 +39,16 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 
 def _prepare(p: Params, fresh: bool) -> None:
+    from joblib.externals.loky import get_reusable_executor
+
     from ipmn_core import cohort, preprocess, runs
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
     runs.uses_bfloat16(p, runs.device_of(p))
-    scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
+    try:
+        scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
+    finally:  # idle workers of the phantom would hold memory, and this process, for minutes
+        get_reusable_executor().shutdown()
     for task in runs.TASKS:
         cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
     key = runs.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))

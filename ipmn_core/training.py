@@ -23,6 +23,7 @@ class Settings:
     epochs: int
     local_epochs: int
     batch_size: int
+    batches_per_epoch: int | None
     lr: float
     weight_decay: float
     lr_step: int
@@ -106,14 +107,16 @@ def train_epoch(
 ) -> float:
     """Mean training loss of one pass over the learner's cases, in an order drawn from `seed`.
 
-    Cross-entropy, one AdamW step a batch, one schedule step an epoch. `add_gradient` may add to the
+    Cross-entropy, one AdamW step a batch, one schedule step an epoch. Departs from the paper, for the demo:
+    with `batches_per_epoch` a pass ends after so many batches. `add_gradient` may add to the
     gradients before each step (FedProx). Raises DivergedError if the loss is not finite.
     """
     model.train()
     rng = seeded(seed)
     order = learner.indices[torch.randperm(len(learner.indices), generator=rng)]
     total = torch.zeros((), device=data.y.device)
-    for batch in batches(order, settings.batch_size):
+    seen = 0
+    for batch in batches(order, settings.batch_size)[: settings.batches_per_epoch]:
         x = augment(data.x[batch].float(), settings.augment_prob, rng)
         loss = local_objective(forward(model, x, settings), data.y[batch])
         learner.optimizer.zero_grad(set_to_none=True)
@@ -122,9 +125,10 @@ def train_epoch(
             add_gradient()
         learner.optimizer.step()
         total += loss.detach() * len(batch)
+        seen += len(batch)
     learner.schedule.step()
     learner.optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next epoch
-    loss = total.item() / len(order)
+    loss = total.item() / seen
     if not np.isfinite(loss):
         raise DivergedError(f"the training loss became {loss}; lower `lr`, or set `precision: float32`")
     return loss

@@ -135,10 +135,11 @@ def test_the_tables_are_complete(smoke):
     table1, table2, table3 = (pd.read_csv(folder / "smoke" / "tables" / f"table{n}.csv") for n in (1, 2, 3))
     assert list(table1.columns) == ["center", "modality", "no_risk", "low_risk", "high_risk", "total"]
     for ours, n, keys in ((table2, 2, ["model", "modality"]), (table3, 3, ["center", "method", "modality"])):
-        theirs = tables.paper(n)
+        theirs = tables.paper(n).query("modality == 't2'").reset_index(drop=True)
         assert list(ours.columns) == list(theirs.columns)
         assert ours[keys].equals(theirs[keys])
-    assert table2[["macs_g", "params_m"]].equals(tables.paper(2)[["macs_g", "params_m"]])
+    macs = tables.paper(2).query("modality == 't2'")[["macs_g", "params_m"]].reset_index(drop=True)
+    assert table2[["macs_g", "params_m"]].equals(macs)
     for stem in ("table1", "table2", "table3"):
         for suffix in ("csv", "md", "tex"):
             for name in (f"{stem}.{suffix}", f"{stem}_beside_paper.{suffix}"):

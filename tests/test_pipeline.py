@@ -147,7 +147,7 @@ def prepared(tmp_path, phantom_root):
 @pytest.mark.parametrize("fresh", [True, False])
 def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, monkeypatch, fresh):
     monkeypatch.setattr(cohort, "assign_folds", lambda *_, **__: None)  # one case a class cannot be split
-    pipeline.prepare(prepared(tmp_path, phantom_root), fresh=fresh)
+    pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
     assert (tmp_path / "t" / "runs" / "old").exists() == (not fresh)
 
 

@@ -152,29 +152,15 @@ def test_every_setting_of_the_protocol_arrives(tmp_path, data, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
     monkeypatch.setattr(runs.federated, "fit", lambda *arguments: seen.append(arguments[4]) or iter([]))
-    changed = {
-        "epochs": 7,
-        "rounds": 8,
-        "local_epochs": 2,
-        "batch_size": 5,
-        "batches_per_epoch": 3,
-        "lr": 0.2,
-    }
-    changed |= {"weight_decay": 0.3, "lr_step": 9, "lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11}
+    shared = {"batch_size": 5, "batches_per_epoch": 3, "lr": 0.2, "weight_decay": 0.3, "lr_step": 9}
+    shared |= {"lr_gamma": 0.4, "augment_prob": 0.5}
+    changed = shared | {"epochs": 7, "rounds": 8, "local_epochs": 2, "seed": 11}
     p, (scans, cubes) = profile(tmp_path, **changed), data
     for arm in ("centralized", "fedprox_0.1"):
         run = runs.Run("binary", "t1", arm, 1)
         rows = scans[scans["modality"] == "t1"].assign(test=False)
         list(runs._epochs(p, run, runs.settings_of(p, run), rows, cubes.array[:24], None))
-    common = {
-        "batch_size": 5,
-        "lr": 0.2,
-        "weight_decay": 0.3,
-        "lr_step": 9,
-        "lr_gamma": 0.4,
-        "augment_prob": 0.5,
-    }
-    common |= {"bfloat16": False, "channels_last": True, "seed": (11, 1)}
+    common = shared | {"bfloat16": False, "channels_last": True, "seed": (11, 1)}
     assert seen[0] == training.Settings(epochs=7, local_epochs=1, **common)
     assert seen[1] == training.Settings(epochs=8, local_epochs=2, **common)
 
