@@ -8,7 +8,7 @@ demo: .venv/installed          ## tables 1-3 and figure 1 on the embedded cohort
 	$(BIN)/ipmn run params/demo.yaml
 
 test: .venv/installed          ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed          ## what .ci/run checks before the tests
 	$(BIN)/ruff check .
