@@ -193,26 +193,35 @@ def test_undefined_folds_are_left_out_of_the_auc_and_counted():
     assert row["auc_folds"] == 0
 
 
-def test_predictions_of_finished_runs_only_are_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="ipmn run"):
-        metrics.read_predictions(tmp_path)
-    for frame, finished in (
-        (random_run(2), True),
-        (random_run(3, task="three_class"), True),
-        (random_run(2), False),
-    ):
-        run = tmp_path / frame["task"].iloc[0] / "t2" / "fedavg" / f"fold{int(not finished)}"
-        run.mkdir(parents=True)
-        frame.to_parquet(run / "predictions.parquet")
-        if finished:
-            (run / "run.json").write_text("{}")
-    read = metrics.read_predictions(tmp_path)
-    assert read.groupby("task").size().to_dict() == {"binary": 180, "three_class": 180}
-    assert read.loc[read["task"] == "binary", "prob_2"].isna().all()
-    assert len(metrics.by_fold(metrics.select(read))) == 2 * 8
+def test_both_tasks_in_one_frame_are_measured_each_with_its_own_classes():
+    both = pd.concat([random_run(2), random_run(3, task="three_class")])
+    assert both.loc[both["task"] == "binary", "prob_2"].isna().all()
+    apart = [metrics.by_fold(metrics.select(rows)) for _, rows in both.groupby("task")]
+    together = metrics.by_fold(metrics.select(both)).sort_values("task", kind="stable", ignore_index=True)
+    pd.testing.assert_frame_equal(together, pd.concat(apart, ignore_index=True))
 
 
-def test_oracle_auc_matches_scans_to_true_probabilities_by_patient():
+def test_optimism_is_what_choosing_on_the_test_fold_adds():
+    predictions = random_run(2)
+    row = metrics.optimism(predictions).iloc[0]
+    epochs = metrics.per_epoch(predictions)  # one fold
+    assert row["best_test"] == pytest.approx(epochs["auc"].max())
+    assert row["last"] == pytest.approx(epochs["auc"].iloc[-1])
+    assert row["difference"] == pytest.approx(epochs["auc"].max() - epochs["auc"].iloc[-1])
+
+
+def test_an_arm_stands_beside_the_ceiling_of_its_task_and_modality():
+    summary = metrics.over_folds(metrics.by_fold(metrics.select(random_run(2))))
+    task, modality = summary.loc[0, ["task", "modality"]]
+    known = pd.DataFrame([(task, modality, 0.9, 0.8), (task, "other", 0.1, 0.1)])
+    known.columns = ["task", "modality", "oracle_auc", "guideline_auc"]
+    beside = metrics.beside_ceiling(summary, known)
+    assert beside["oracle_auc"].tolist() == [0.9]
+    nothing = metrics.ceiling(pd.DataFrame(), pd.DataFrame())  # real data has no truth
+    assert metrics.beside_ceiling(summary, nothing)["oracle_auc"].isna().all()
+
+
+def test_the_ceiling_matches_scans_to_true_probabilities_by_patient():
     rng = np.random.default_rng(0)
     prob = rng.dirichlet(np.ones(3), 90)
     truth = pd.DataFrame(prob, columns=["prob_0", "prob_1", "prob_2"])
@@ -224,7 +233,7 @@ def test_oracle_auc_matches_scans_to_true_probabilities_by_patient():
         {"case_id": truth["patient_id"], "patient_id": truth["patient_id"].str.lower(), "label": label}
     )
     scans = pd.concat([scans.assign(modality="t1"), scans.iloc[::-1].assign(modality="t2")])
-    table = metrics.oracle_auc(scans, truth).set_index(["modality", "task"])
+    table = metrics.ceiling(scans, truth).set_index(["modality", "task"])
     for modality in ("t1", "t2"):
         binary, three = table.loc[(modality, "binary")], table.loc[(modality, "three_class")]
         assert binary["oracle_auc"] == pytest.approx(roc_auc_score(label == 2, prob[:, 2]), abs=1e-12)
@@ -234,4 +243,4 @@ def test_oracle_auc_matches_scans_to_true_probabilities_by_patient():
         assert three["oracle_auc"] == pytest.approx(roc_auc_score(label, prob, multi_class="ovr"), abs=1e-12)
         assert np.isnan(three["guideline_auc"])
     with pytest.raises(ValueError, match=r"2 scans have no patient.*NYU_0089, NYU_0089"):
-        metrics.oracle_auc(scans, truth.iloc[:-1])
+        metrics.ceiling(scans, truth.iloc[:-1])
