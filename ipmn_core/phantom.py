@@ -20,8 +20,8 @@ from scipy.interpolate import BSpline, CubicSpline
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
-MODALITIES = ("t1", "t2")
+from ipmn_core.cohort import CENTERS, MODALITIES
+
 TOTALS = {"t1": 723, "t2": 738}  # scans of the data set, those without a label included
 NAMES = {  # how each center names its patients; where two styles are mixed, the second follows the first
     "NYU": ("nyu_{:04d}",),
