@@ -1,0 +1,104 @@
+"""The phantom's images: one patient's anatomy under every center's protocol."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ipmn_core import anatomy, phantom
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return phantom.patients(0)
+
+
+@pytest.fixture(scope="module")
+def pairs(cohort):
+    """Patient, T1 (image, mask), T2 (image, mask): a patient with a cyst and a wide duct from each center."""
+    both = cohort[
+        cohort.has_t1 & cohort.has_t2 & (cohort.cyst_mm > 20) & (cohort.duct_mm > 4) & (cohort.mucin < 0.4)
+    ]
+    rows = both.groupby("center", sort=False).head(1).itertuples(index=False)
+    return [(row, phantom.volumes(row, 0, "t1"), phantom.volumes(row, 0, "t2")) for row in rows]
+
+
+def arrays(scan):
+    return [np.asarray(volume.dataobj) for volume in scan]
+
+
+def test_image_and_mask_share_a_grid_and_the_mask_is_a_pancreas(pairs):
+    for _, *scans in pairs:
+        for image, mask in scans:
+            assert image.shape == mask.shape
+            assert np.array_equal(image.affine, mask.affine)
+            inside = np.asarray(mask.dataobj)
+            assert inside.dtype == np.uint8
+            assert set(np.unique(inside)) == {0, 1}
+            ml = inside.sum() * np.prod(mask.header.get_zooms()) / 1000
+            assert 20 < ml < 160  # a normal pancreas has about 70 ml; atrophy takes, cysts add
+
+
+def test_every_center_and_modality_has_its_own_grid_and_protocol(pairs):
+    zooms = {tuple(np.round(scan[0].header.get_zooms(), 3)) for _, *scans in pairs for scan in scans}
+    assert len(zooms) == 14
+    assert len(set(anatomy.SCANNERS.values())) == 14
+    assert all(0.9 <= z[0] == z[1] <= 1.6 and 3 <= z[2] <= 8 for z in zooms)
+
+
+def test_fluid_is_bright_on_t2_and_dark_on_t1_against_parenchyma(pairs):
+    for row, t1, t2 in pairs:
+        (image, mask), (image2, mask2) = arrays(t1), arrays(t2)
+        inside, inside2 = image[mask > 0], image2[mask2 > 0]
+        assert np.percentile(inside2, 99.5) > 3 * np.median(inside2), row.patient_id
+        assert np.percentile(inside, 1) < 0.6 * np.median(inside), row.patient_id
+
+
+def test_both_modalities_show_the_same_organ_and_findings(pairs):
+    for row, t1, t2 in pairs:
+        ml, centre, bright = [], [], []
+        for image, mask in (t1, t2):
+            inside = np.asarray(mask.dataobj)
+            ml.append(inside.sum() * np.prod(mask.header.get_zooms()))
+            centre.append(nib.affines.apply_affine(mask.affine, np.argwhere(inside)).mean(axis=0))
+            bright.append(np.asarray(image.dataobj)[inside > 0] / np.asarray(image.dataobj).max())
+        assert ml[0] == pytest.approx(ml[1], rel=0.1), (
+            row.patient_id
+        )  # partial volume at another slice thickness
+        assert np.linalg.norm(centre[0] - centre[1]) < 4, row.patient_id  # mm; less than a slice
+        dark_1 = (bright[0] < 0.55 * np.median(bright[0])).mean()
+        bright_2 = (bright[1] > 3 * np.median(bright[1])).mean()
+        assert dark_1 == pytest.approx(bright_2, rel=0.6), (
+            row.patient_id
+        )  # fluid fraction by two crude thresholds
+
+
+def test_more_fluid_is_drawn_for_larger_findings(cohort):
+    row = cohort[cohort.has_t2].iloc[0].copy()
+    fluid = []
+    for cyst, duct in ((0, 2.5), (15, 5), (40, 12)):
+        row["cyst_mm"], row["duct_mm"], row["nodule_mm"] = cyst, duct, 0
+        image, mask = arrays(phantom.volumes(row, 0, "t2"))
+        fluid.append((image[mask > 0] > 0.5 * image[mask > 0].max()).mean())
+    assert fluid[0] < 0.6 * fluid[1] < 0.36 * fluid[2]
+
+
+def test_signals_follow_the_spoiled_echo_equation_at_its_limits():
+    scanner = anatomy.Scanner(1, 1, (8, 8, 8), tr=1e9, te=0, flip=90, noise=0, bias=0, scale=1)
+    density = {tissue: values[2] for tissue, values in anatomy.TISSUES.items()}
+    assert anatomy.signals(scanner, 0) == pytest.approx(
+        density
+    )  # no weighting: proton density, the largest is 1
+    t1 = anatomy.SCANNERS["NYU", "t1"]
+    assert (
+        anatomy.signals(t1, 1)["cyst"] > 1.5 * anatomy.signals(t1, 0)["cyst"]
+    )  # mucin brightens fluid on T1
+    assert anatomy.signals(t1, 1)["fluid"] == anatomy.signals(t1, 0)["fluid"]
+
+
+def test_smooth_fields_have_unit_spread_and_follow_the_place_not_the_grid():
+    coarse, fine = [np.arange(0, 200, 4.0)] * 3, [np.arange(0, 200, 2.0)] * 3
+    one, two = (anatomy.smooth_field(np.random.default_rng(3), axes, 10) for axes in (coarse, fine))
+    assert one.std() == pytest.approx(
+        1, abs=0.1
+    )  # 21^3 lattice values, smoothed over about 4^3: 150 independent
+    assert np.allclose(one, two[::2, ::2, ::2], atol=1e-4)
