@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
+    phantom.add_argument(
+        "--shortcut",
+        type=float,
+        default=0.0,
+        metavar="Q",
+        help="tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)",
+    )
     phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     phantom.set_defaults(command=write_phantom)
     return parser
@@ -116,6 +123,7 @@ def write_phantom(options: argparse.Namespace) -> int:
         seed=options.seed,
         layout=options.layout,
         max_per_cell=options.max_per_cell,
+        shortcut=options.shortcut,
         jobs=options.jobs,
     )
     print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")

@@ -2,6 +2,7 @@
 
 Findings -> risk -> anatomy -> scan. A patient's latent findings give the probability of each label
 (`patients`); `anatomy.py` draws them into one anatomy, which the center's T1 and T2 protocols image.
+A switch, off by default, lets the protocol tell the label (`protocols`): a shortcut for probes to catch.
 """
 
 import gzip
@@ -37,7 +38,7 @@ THRESHOLDS = (0.8, 4.25)
 PATIENT_COLUMNS = [
     *["number", "patient_id", "center", "label_t1", "label_t2", "has_t1", "has_t2"],
     *["cyst_mm", "duct_mm", "nodule_mm", "mucin", "atrophy"],
-    *["prob_0", "prob_1", "prob_2", "guideline", "age", "sex"],
+    *["prob_0", "prob_1", "prob_2", "guideline", "age", "sex", "protocol"],
 ]
 
 
@@ -128,13 +129,35 @@ def draw_cells(rng):
     return pd.concat(frames, ignore_index=True)
 
 
-def patients(seed, max_per_cell=None):
+def protocols(high_risk, seed, shortcut):
+    """Protocol of each patient, "standard" or "dedicated"; high_risk (N,) bool, shortcut q from 0 to 1.
+
+    Off at q = 0: all are scanned by the center's standard protocol. Above, the dedicated one is drawn for
+    each patient with probability (1 + q) / 2 at high risk, else (1 - q) / 2. The known truth: within every
+    center, and pooled, the protocol alone has an expected AUC of (1 + q) / 2 for high risk. (A q of almost 0
+    is not "off": half of the patients get the dedicated protocol, whatever their label.) ValueError for any
+    other q.
+    """
+    if not 0 <= shortcut <= 1:  # NaN too
+        raise ValueError(f"shortcut is {shortcut}: choose a number from 0 (off) to 1 (gives high risk away)")
+    chance = np.where(high_risk, 1 + shortcut, 1 - shortcut) / 2 if shortcut else 0
+    # No patient has number 0: a stream apart from the cohort's [seed] and the patients' [seed, number, ...].
+    place = np.random.default_rng([seed, 0, 1]).random(len(high_risk))
+    return np.where(place < chance, "dedicated", "standard")
+
+
+def patients(seed, max_per_cell=None, shortcut=0.0):
     """Latent findings and truth of every patient, one row each, in sheet order: by center, labels mixed.
 
     Columns: number, patient_id, center, label_t1, label_t2 (Int64; NA: no such scan, or no label), has_t1,
     has_t2, cyst_mm, duct_mm, nodule_mm, mucin and atrophy (0-1), prob_0..prob_2 (the model's
-    P(label | findings)), guideline (0-2), age, sex. max_per_cell keeps that many patients of each center and
-    class, and at most one without a label of each center.
+    P(label | findings)), guideline (0-2), age, sex, protocol. max_per_cell keeps that many patients of each
+    center and class, and at most one without a label of each center.
+
+    shortcut ties protocol to label as in `protocols`, where patients without a label count as not of high
+    risk. A patient has one label, whichever scans exist, so T1 and T2 share the protocol. No other column
+    depends on it: where it is on, prob_0..prob_2 leave out what the protocol tells, and are no upper bound.
+    ValueError for a shortcut outside 0-1.
     """
     rng = np.random.default_rng(seed)
     cohort = draw_cells(rng).sample(frac=1, random_state=rng)
@@ -150,6 +173,7 @@ def patients(seed, max_per_cell=None):
         cohort[f"label_{m}"] = cohort.label.where(cohort[f"has_{m}"] & (cohort.label >= 0)).astype("Int64")
     cohort["age"] = rng.normal(67, 10, len(cohort)).clip(30, 90).astype(int)
     cohort["sex"] = rng.choice(["F", "M"], len(cohort))
+    cohort["protocol"] = protocols(cohort.label == 2, seed, shortcut)
     if max_per_cell is not None:
         cohort = cohort[cohort["rank"] < np.where(cohort.label < 0, 1, max_per_cell)]
     return cohort[PATIENT_COLUMNS].reset_index(drop=True)
@@ -215,20 +239,22 @@ def write_sheets(cohort, layout, root):
     cohort.to_csv(root / "truth.csv", index=False)
 
 
-def write(root, *, seed=0, layout="second", max_per_cell=None, jobs=1, progress=True):
+def write(root, *, seed=0, layout="second", max_per_cell=None, shortcut=0.0, jobs=1, progress=True):
     """Path of the phantom cohort, written under root whole or not at all.
 
     layout "second": IPMN_labels_total.xlsx and IPMN_images_masks/{t1,t2}/{images,masks}/NAME.nii.gz; "first":
     one sheet a modality and {t1,t2}_clean_ROI/NAME.nii.gz. truth.csv beside them holds `patients`;
-    max_per_cell shortens the cohort as it does there. The files depend on seed, not on jobs (processes).
-    FileExistsError if root exists, ValueError for any other layout.
+    max_per_cell shortens the cohort as it does there, and shortcut (0 to 1, off at 0) ties the protocol to
+    the label: within every center it alone then has an expected AUC of (1 + shortcut) / 2 for high risk. The
+    files do not depend on jobs (processes). FileExistsError if root exists, ValueError for any other layout
+    or shortcut.
     """
     root = Path(root)
     if layout not in ("first", "second"):
         raise ValueError(f"layout is {layout!r}: choose 'first' (clean ROIs) or 'second' (images and masks)")
     if root.exists():
         raise FileExistsError(f"{root} exists: remove it, or write the phantom to another folder")
-    cohort = patients(seed, max_per_cell)
+    cohort = patients(seed, max_per_cell, shortcut)
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
         write_sheets(cohort, layout, partial)

@@ -22,12 +22,19 @@ def pairs(cohort):
     return [(row, phantom.volumes(row, 0, "t1"), phantom.volumes(row, 0, "t2")) for row in rows]
 
 
+@pytest.fixture(scope="module")
+def dedicated_pairs(pairs):
+    """The patients of `pairs`, scanned by the dedicated protocols."""
+    rows = [row._replace(protocol="dedicated") for row, *_ in pairs]
+    return [(row, phantom.volumes(row, 0, "t1"), phantom.volumes(row, 0, "t2")) for row in rows]
+
+
 def arrays(scan):
     return [np.asarray(volume.dataobj) for volume in scan]
 
 
-def test_image_and_mask_share_a_grid_and_the_mask_is_a_pancreas(pairs):
-    for _, *scans in pairs:
+def test_image_and_mask_share_a_grid_and_the_mask_is_a_pancreas(pairs, dedicated_pairs):
+    for _, *scans in pairs + dedicated_pairs:
         for image, mask in scans:
             assert image.shape == mask.shape
             assert np.array_equal(image.affine, mask.affine)
@@ -45,8 +52,41 @@ def test_every_center_and_modality_has_its_own_grid_and_protocol(pairs):
     assert all(0.9 <= z[0] == z[1] <= 1.6 and 3 <= z[2] <= 8 for z in zooms)
 
 
-def test_fluid_is_bright_on_t2_and_dark_on_t1_against_parenchyma(pairs):
-    for row, t1, t2 in pairs:
+def test_a_dedicated_protocol_covers_the_standard_extent_with_finer_voxels():
+    for standard in anatomy.SCANNERS.values():
+        other, voxel = anatomy.dedicated(standard), np.array([standard.spacing] * 2 + [standard.thickness])
+        finer = voxel * [0.95, 0.95, 0.8]
+        assert [other.spacing, other.spacing, other.thickness] == pytest.approx(finer)
+        more = other.matrix * finer - standard.matrix * voxel
+        assert (more > -1e-9).all() and (more < finer).all()  # mm; by less than a voxel
+        assert (finer * (np.array(other.matrix) - 1) <= anatomy.FINE * (np.array(anatomy.SHAPE) - 1)).all()
+        assert (other.tr, other.bias, other.scale) == (standard.tr, standard.bias, standard.scale)
+        assert other.noise > standard.noise and other.te > standard.te
+
+
+def test_the_protocol_shows_in_the_header_and_a_little_in_the_signal(pairs, dedicated_pairs):
+    for (row, *scans), (_, *others) in zip(pairs, dedicated_pairs, strict=True):
+        for one, two in zip(scans, others, strict=True):
+            zooms = np.divide(two[0].header.get_zooms(), one[0].header.get_zooms())
+            assert zooms == pytest.approx([0.95, 0.95, 0.8]), row.patient_id
+            (image, mask), (image2, mask2) = arrays(one), arrays(two)
+            ratio = np.median(image2[mask2 > 0]) / np.median(image[mask > 0])
+            assert 0.8 < ratio < 0.99, row.patient_id  # less signal: a later echo, on T1 a larger flip angle
+
+
+def test_the_protocol_leaves_the_anatomy_alone(pairs, dedicated_pairs):
+    for (row, *scans), (_, *others) in zip(pairs, dedicated_pairs, strict=True):
+        ml, centre = [], []
+        for _, mask in [*scans, *others]:
+            inside = np.asarray(mask.dataobj)
+            ml.append(inside.sum() * np.prod(mask.header.get_zooms()))
+            centre.append(nib.affines.apply_affine(mask.affine, np.argwhere(inside)).mean(axis=0))
+        assert ml[2:] == pytest.approx(ml[:2], rel=0.05), row.patient_id  # partial volume of another grid
+        assert np.abs(np.subtract(centre[2:], centre[:2])).max() < 1.5, row.patient_id  # mm; about a pixel
+
+
+def test_fluid_is_bright_on_t2_and_dark_on_t1_against_parenchyma(pairs, dedicated_pairs):
+    for row, t1, t2 in pairs + dedicated_pairs:
         (image, mask), (image2, mask2) = arrays(t1), arrays(t2)
         inside, inside2 = image[mask > 0], image2[mask2 > 0]
         assert np.percentile(inside2, 99.5) > 3 * np.median(inside2), row.patient_id

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ipmn_core import phantom
+from ipmn_core import cli, phantom
 
 TABLE1 = pd.read_csv(Path(phantom.__file__).parent / "paper" / "table1.csv").set_index(["center", "modality"])
 CLASSES = ["no_risk", "low_risk", "high_risk"]
@@ -120,6 +120,76 @@ def test_guideline_classes_at_the_published_sizes():
     assert phantom.guideline(cases).tolist() == cases.expected.tolist()
 
 
+def test_without_the_shortcut_everybody_is_scanned_by_the_standard_protocol(cohort):
+    assert set(cohort.protocol) == {"standard"}
+    pd.testing.assert_frame_equal(phantom.patients(0, shortcut=0.0), cohort)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.8])
+def test_within_every_center_the_protocol_earns_the_stated_auc(q):
+    seeds = range(10)
+    drawn = pd.concat(phantom.patients(seed, shortcut=q).assign(seed=seed) for seed in seeds)
+    drawn["dedicated"] = drawn.protocol == "dedicated"
+    for modality in ("t1", "t2"):
+        known = drawn.dropna(subset=f"label_{modality}")
+        known = known.assign(high_risk=(known[f"label_{modality}"] == 2).astype(bool))
+        for center, frame in known.groupby("center"):
+            found = [roc_auc_score(part.high_risk, part.dedicated) for _, part in frame.groupby("seed")]
+            n_1, n_0 = frame.high_risk.sum() / len(seeds), (~frame.high_risk).sum() / len(seeds)
+            # AUC = (1 + P(dedicated | high risk) - P(dedicated | other)) / 2, two binomial proportions of
+            # variance (1 - q^2) / 4n: four standard errors of the mean over seeds
+            error = np.sqrt((1 - q**2) / 4 * (1 / n_1 + 1 / n_0) / len(seeds)) / 2
+            assert np.mean(found) == pytest.approx((1 + q) / 2, abs=4 * error), (center, modality)
+    blank = drawn[drawn.label_t1.isna() & drawn.label_t2.isna()]  # drawn as if not of high risk
+    error = 4 * np.sqrt((1 - q**2) / 4 / len(blank))
+    assert blank.dedicated.mean() == pytest.approx((1 - q) / 2, abs=error)
+
+
+def test_at_1_the_protocol_is_the_label():
+    cohort = phantom.patients(3, shortcut=1)
+    high_risk = cohort.label_t1.fillna(cohort.label_t2).eq(2).fillna(False).astype(bool)
+    assert ((cohort.protocol == "dedicated") == high_risk).all()
+
+
+def test_the_shortcut_changes_nothing_but_the_protocol(cohort):
+    tied = phantom.patients(0, shortcut=0.8)
+    pd.testing.assert_frame_equal(tied.drop(columns="protocol"), cohort.drop(columns="protocol"))
+    small = phantom.patients(0, max_per_cell=2, shortcut=0.8)
+    assert tied[tied.number.isin(small.number)].protocol.tolist() == small.protocol.tolist()
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.01, np.nan, np.inf])
+def test_a_shortcut_outside_0_to_1_is_refused(q, tmp_path):
+    with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
+        phantom.write(tmp_path / "cohort", shortcut=q)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shortcut_shows_in_the_files_of_high_risk_patients_only(root, tmp_path, monkeypatch):
+    whole = phantom.patients
+    monkeypatch.setattr(phantom, "patients", lambda *settings: whole(*settings).iloc[::3])
+    tied = phantom.write(tmp_path / "tied", max_per_cell=1, shortcut=1, progress=False)
+    truth, here, there = pd.read_csv(tied / "truth.csv"), digests(root), digests(tied)
+    dedicated = set(truth.patient_id[truth.protocol == "dedicated"])
+    assert dedicated == set(truth.patient_id[truth.label_t1.fillna(truth.label_t2) == 2])
+    assert 0 < len(dedicated) < len(truth) and there.keys() < here.keys()
+    for name in there:
+        changed = Path(name).name.removesuffix(".nii.gz") in dedicated
+        assert (here[name] != there[name]) == changed, name
+        thickness = [nib.load(folder / name).header.get_zooms()[2] for folder in (root, tied)]
+        assert thickness[1] == pytest.approx(thickness[0] * (0.8 if changed else 1)), name
+    sheets = [pd.read_excel(folder / "IPMN_labels_total.xlsx") for folder in (root, tied)]
+    pd.testing.assert_frame_equal(sheets[0].iloc[::3].reset_index(drop=True), sheets[1], check_dtype=False)
+
+
+def test_the_command_passes_the_shortcut_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(phantom, "write", lambda root, **settings: asked.append(settings) or root)
+    assert cli.main(["phantom", str(tmp_path / "a"), "--shortcut", "0.8"]) == 0
+    assert cli.main(["phantom", str(tmp_path / "b")]) == 0
+    assert [settings["shortcut"] for settings in asked] == [0.8, 0]
+
+
 def test_the_second_release_is_written_as_it_lies_on_disk(root):
     sheet = pd.read_excel(root / "IPMN_labels_total.xlsx")
     assert ["t1" in c.lower() for c in sheet.columns] == [True] + 6 * [False]
@@ -141,7 +211,7 @@ def test_truth_keeps_latents_and_probabilities(root):
 
 def test_the_first_release_holds_the_masked_crop_with_the_right_affine(root, tmp_path, monkeypatch):
     cohort = phantom.patients(0, 1).head(2)
-    monkeypatch.setattr(phantom, "patients", lambda seed, max_per_cell: cohort)
+    monkeypatch.setattr(phantom, "patients", lambda *_: cohort)
     first = phantom.write(tmp_path / "first", layout="first", max_per_cell=1, progress=False)
     for modality in ("t1", "t2"):
         sheet = pd.read_excel(first / f"IPMN_labels_{modality}_total.xlsx")
@@ -162,7 +232,7 @@ def test_the_first_release_holds_the_masked_crop_with_the_right_affine(root, tmp
 
 def test_files_depend_on_the_seed_and_not_on_the_number_of_processes(root, tmp_path, monkeypatch):
     cohort = phantom.patients(0, 1).iloc[[0, 9, 20]]  # among them int16 and float32 centers
-    monkeypatch.setattr(phantom, "patients", lambda seed, max_per_cell: cohort)
+    monkeypatch.setattr(phantom, "patients", lambda *_: cohort)
     two = phantom.write(tmp_path / "two", max_per_cell=1, jobs=2, progress=False)
     other = phantom.write(tmp_path / "other", max_per_cell=1, seed=1, progress=False)
     here, there, elsewhere = digests(root), digests(two), digests(other)
