@@ -16,6 +16,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
@@ -152,6 +153,16 @@ def assign_folds(scans: pd.DataFrame, n_folds: int, rule="center", binary=False)
     return fold
 
 
+def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
+    """The index of those of the training `scans` that are held out to choose the epoch on, drawn by `seed`.
+
+    `share` of every center and label, to the nearest whole case: none of two cases at 0.2, one of three.
+    Departs from the paper: its released code chooses on the test fold. With a share of 0 nothing is held out.
+    """
+    rng = np.random.default_rng(seed)
+    return scans.groupby(["center", "label"]).sample(frac=share, random_state=rng).index
+
+
 def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> pd.DataFrame:
     """Problems of the paper's folds: centers that cannot be split (warning), small classes (note)."""
     problems = []
@@ -176,7 +187,8 @@ def open_cohort(p) -> pd.DataFrame:
     if p.data == "phantom" and not root.exists():
         from ipmn_core import phantom
 
-        phantom.write(root, seed=p.seed, max_per_cell=p.phantom_max_per_cell, jobs=p.jobs)
+        options = {"max_per_cell": p.phantom_max_per_cell, "shortcut": p.phantom_shortcut}
+        phantom.write(root, seed=p.seed, jobs=p.jobs, **options)
     if not root.is_dir():
         remedy = "set `data` to its folder (get it from https://osf.io/74vfs) or to phantom (synthetic)"
         raise CohortError(root, "no such folder, so no cohort", remedy)

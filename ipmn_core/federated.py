@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -122,13 +123,56 @@ def fit(
     for round_ in range(first, settings.epochs + 1):
         w_global = training.snapshot(model)
         losses: list[float] = []
+        updates: list[torch.Tensor] = []
 
-        def updates() -> Iterator[State]:
+        def local_states() -> Iterator[State]:
             for k, client in enumerate(learners.values()):
                 seed = [*settings.seed, round_, k]  # noqa: B023
                 losses.append(local_update(model, w_global, client, data, settings, strategy, seed))  # noqa: B023
+                updates.append(update_of(model, w_global))  # noqa: B023
                 yield model.state_dict()
 
-        model.load_state_dict(weighted_average(updates(), n_k))
+        model.load_state_dict(weighted_average(local_states(), n_k))
         loss = sum(n * value for n, value in zip(n_k, losses, strict=True)) / sum(n_k)
-        yield training.evaluate_epoch(model, learners, test, data, settings, round_, loss)
+        products = inner_products(updates)
+        updates.clear()  # before the evaluation needs the memory
+        prob = training.evaluate(model, test, data, settings)
+        yield Epoch(round_, loss, prob, training.checkpoint_of(model, learners, round_), products)
+
+
+def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
+    """A client's update w_k - w_t (P,), over the P parameters without the buffers, as in Eq. (3)."""
+    return torch.cat([(w.detach() - w_global[name]).flatten() for name, w in model.named_parameters()])
+
+
+def inner_products(updates: Sequence[torch.Tensor]) -> np.ndarray:
+    """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it."""
+    products = torch.stack([torch.dot(a, b) for a in updates for b in updates])
+    return products.double().cpu().numpy().reshape(len(updates), len(updates))
+
+
+def fit_local_only(
+    models: nn.ModuleDict,
+    clients: dict[str, torch.Tensor],
+    tests: dict[str, torch.Tensor],
+    data: Cases,
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+) -> Iterator[Epoch]:
+    """Epochs without a federation: every client trains a model of its own, and is tested on its own cases.
+
+    What a center reaches alone, the yardstick of a federation's gain. `models`, `clients` and `tests` have
+    the same names; the probabilities follow `tests`, one client after another. Seeds are those of the
+    federated clients, so the first epoch is the local update of FedAvg's first round.
+    """
+    learners = {name: training.Learner(name, models[name], clients[name], settings) for name in clients}
+    first = training.restore(models, learners, checkpoint)
+    n_k = [len(indices) for indices in clients.values()]
+    for epoch in range(first, settings.epochs + 1):
+        losses, probs = [], []
+        for k, (name, learner) in enumerate(learners.items()):
+            seed = [*settings.seed, epoch, k, 0]
+            losses.append(training.train_epoch(models[name], learner, data, settings, seed))
+            probs.append(training.evaluate(models[name], tests[name], data, settings))
+        loss = float(np.average(losses, weights=n_k))
+        yield Epoch(epoch, loss, np.concatenate(probs), training.checkpoint_of(models, learners, epoch))

@@ -10,6 +10,54 @@ from scipy.stats import rankdata
 
 RUN = ["task", "modality", "arm", "fold"]  # what identifies one run
 GLOBAL = "global"  # the paper's name for all centers together
+COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+CLASSES = {2: ("other", "high-risk"), 3: ("no-risk", "low-risk", "high-risk")}
+
+
+class PredictionsError(ValueError):
+    """A row of predictions cannot be right; the message names it and the file."""
+
+
+def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictions") -> pd.DataFrame:
+    """The predictions themselves, if every row can be right.
+
+    Raises PredictionsError naming the first row at fault: a column of the contract is missing, a label is no
+    class, probabilities are not between 0 and 1 or do not sum to 1, a case stands twice in an epoch of a
+    run, is tested in two folds of an arm, or is one of `not_tested`, the case ids of the same run that were
+    trained on.
+    """
+    missing = [name for name in [*COLUMNS, "prob_0", "prob_1"] if name not in predictions]
+    if missing:
+        raise PredictionsError(f"{source}: no column {', '.join(missing)}; {REPEAT}")
+    prob = predictions.filter(regex=r"^prob_\d+$").to_numpy(dtype=float)
+    n_classes = np.where((predictions["task"] == "binary").to_numpy(), 2, prob.shape[1])
+    filled = np.where(np.arange(prob.shape[1]) < n_classes[:, None], prob, 0)
+    case = ["task", "modality", "arm", "case_id"]
+    folds = predictions[[*case, "fold"]].drop_duplicates()
+    twice = pd.MultiIndex.from_frame(folds.loc[folds.duplicated(case), case])
+    faults = {
+        "its probabilities are not all between 0 and 1": ~((filled >= 0) & (filled <= 1)).all(axis=1),
+        # softmax in float32 is off by up to 1e-6
+        "its probabilities do not sum to 1": ~(np.abs(filled.sum(axis=1) - 1) < 1e-5),
+        "its label is no class": ~predictions["y_true"].isin(range(3)) | (predictions["y_true"] >= n_classes),
+        "the same case, run and epoch stand twice": predictions.duplicated([*case, "fold", "epoch"]),
+        "this case is tested in two folds of the arm": pd.MultiIndex.from_frame(predictions[case]).isin(
+            twice
+        ),
+        "this case was trained on in the same run": predictions["case_id"].isin(not_tested),
+    }
+    for fault, where in faults.items():
+        if np.any(where):
+            raise PredictionsError(f"{source}, {_row(predictions, int(np.argmax(where)))}: {fault}; {REPEAT}")
+    return predictions
+
+
+REPEAT = "delete the run's folder and repeat the run, or restore the file"
+
+
+def _row(predictions: pd.DataFrame, i: int) -> str:
+    row = predictions.iloc[i]
+    return f"row {i} (case {row['case_id']} of {_name(row[RUN])}, epoch {row['epoch']})"
 
 
 def scores(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -92,39 +140,56 @@ def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "acc", "auc", "n"]).sort_values(keys, ignore_index=True)
 
 
-def _last(epochs: pd.DataFrame) -> int:
-    """Last epoch of one run's `per_epoch` rows."""
-    return epochs["epoch"].max()
-
-
-def _best_test(epochs: pd.DataFrame) -> int:
+def _best(epochs: pd.DataFrame) -> int:
     """Epoch with the highest global AUC, the earliest of equals; the last if no AUC is defined."""
-    return _last(epochs) if epochs["auc"].isna().all() else epochs.loc[epochs["auc"].idxmax(), "epoch"]
+    undefined = epochs["auc"].isna().all()
+    return epochs["epoch"].max() if undefined else epochs.loc[epochs["auc"].idxmax(), "epoch"]
 
 
-RULES = {"best_test": _best_test, "last": _last}
+RULES = ("best_test", "best_inner", "last")
 
 
-def select(predictions: pd.DataFrame, rule: str = "best_test") -> pd.DataFrame:
+def select(
+    predictions: pd.DataFrame, rule: str = "best_test", validation: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Predictions of one epoch a run, chosen by `rule`.
 
     "best_test" is the paper's rule: the epoch (round) with the highest global AUC on the test fold, the
     earliest of equals. It is optimistic, for the cases that choose the epoch are those it is reported on; the
-    paper's text does not name the set (section of disagreements), its released code uses the test fold.
-    "last" is the last epoch and knows nothing of the test fold. Raises ValueError for another rule.
+    paper's text does not name the set (see the ledger), its released code uses the test fold.
+    Departs from the paper: "best_inner" takes that AUC from `validation`, predictions of cases held out of
+    the training fold; "last" is the last epoch. Neither knows anything of the test fold. Raises ValueError
+    for another rule, and for "best_inner" naming a run that has no inner validation.
     """
     if rule not in RULES:
         raise ValueError(f"Unknown selection rule {rule!r}: choose one of {', '.join(RULES)}.")
-    chosen = [(*run, RULES[rule](epochs)) for run, epochs in per_epoch(predictions).groupby(RUN)]
-    return predictions.merge(pd.DataFrame(chosen, columns=[*RUN, "epoch"]), how="inner")
+    if rule == "last":
+        epochs = predictions.groupby(RUN, as_index=False)["epoch"].max()
+    else:
+        scored = per_epoch(predictions if rule == "best_test" else _validation_of(predictions, validation))
+        epochs = pd.DataFrame(
+            [(*run, _best(rows)) for run, rows in scored.groupby(RUN)], columns=[*RUN, "epoch"]
+        )
+    return predictions.merge(epochs, how="inner")
+
+
+def _validation_of(predictions: pd.DataFrame, validation: pd.DataFrame | None) -> pd.DataFrame:
+    """`validation`, if it has rows of every run of the predictions."""
+    known = set() if validation is None else set(validation[RUN].itertuples(index=False, name=None))
+    for run in predictions[RUN].drop_duplicates().itertuples(index=False, name=None):
+        if run not in known:
+            raise ValueError(
+                f"{_name(run)} has no inner validation: train it with `inner_validation` above 0."
+            )
+    return validation
 
 
 def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and AUC of every run at each center and globally, from one epoch a run (see `select`).
 
-    Columns task, modality, arm, fold, center, n, positives, acc, auc: `positives` counts the highest class
-    (high risk), `center` includes "global", AUC is NaN where a class is absent. Raises ValueError if a run
-    has several epochs.
+    Columns task, modality, arm, fold, center, n, positives, acc, auc, undefined: `positives` counts the
+    highest class (high risk), `center` includes "global", AUC is NaN where a class is absent and `undefined`
+    then names the class. Raises ValueError if a run has several epochs.
     """
     rows = []
     for run, frame in selected.groupby(RUN, sort=False):
@@ -133,19 +198,27 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
         high = scores(frame)[1].shape[1] - 1
         for center, part in frame.groupby("center", sort=False):
             y, prob = scores(part)
-            rows.append((*run, center, len(y), int((y == high).sum()), accuracy(y, prob), auc(y, prob)))
-        n_high = int((frame["y_true"] == high).sum())
-        rows.append((*run, GLOBAL, len(frame), n_high, global_accuracy(frame), global_auc(frame)))
-    return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc"])
+            n_high = int((y == high).sum())
+            values = accuracy(y, prob), auc(y, prob), absent_classes(y, high + 1)
+            rows.append((*run, center, len(y), n_high, *values))
+        n_high, absent = int((frame["y_true"] == high).sum()), absent_classes(frame["y_true"], high + 1)
+        rows.append((*run, GLOBAL, len(frame), n_high, global_accuracy(frame), global_auc(frame), absent))
+    return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc", "undefined"])
+
+
+def absent_classes(y, n_classes: int) -> str:
+    """Why labels (N,) have no AUC, for a reader: "no high-risk case"; "" if every class has a case."""
+    absent = [name for k, name in enumerate(CLASSES[n_classes]) if not (np.asarray(y) == k).any()]
+    return f"no {' and no '.join(absent)} case" if absent else ""
 
 
 def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over folds of the rows of `by_fold`, as in tables 2 and 3 of the paper.
 
-    Columns task, modality, arm, center, acc_mean, acc_std, auc_mean, auc_std, folds, auc_folds. Standard
-    deviations divide by the number of folds (ddof = 0): the paper's AHN 0.8750 +/- 0.1250 over 4 folds of
-    4 cases can be nothing else. A fold with an undefined AUC is left out of the AUC, `auc_folds` counts the
-    others; mean and deviation are NaN if there are none.
+    Columns task, modality, arm, center, acc_mean, acc_std, auc_mean, auc_std, folds, auc_folds, undefined.
+    Standard deviations divide by the number of folds (ddof = 0): the paper's AHN 0.8750 +/- 0.1250 over 4
+    folds of 4 cases can be nothing else. A fold with an undefined AUC is left out of the AUC: `auc_folds`
+    counts the others, `undefined` says which and why; mean and deviation are NaN if there are none.
     """
     groups = folds.groupby(["task", "modality", "arm", "center"], sort=False)
     columns = {}
@@ -154,57 +227,30 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
             groups[metric].mean(),
             groups[metric].std(ddof=0),
         )
-    return pd.DataFrame({**columns, "folds": groups.size(), "auc_folds": groups["auc"].count()}).reset_index()
+    columns |= {"folds": groups.size(), "auc_folds": groups["auc"].count()}
+    columns["undefined"] = pd.Series([in_folds(rows) for _, rows in groups], groups.size().index)
+    return pd.DataFrame(columns).reset_index()
 
 
-def optimism(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Global AUC, mean over folds, at the epoch chosen on the test fold and at the last.
+def in_folds(rows: pd.DataFrame) -> str:
+    """Why and in which folds an AUC is undefined: "no high-risk case in fold 0, 2"; "" if it nowhere is."""
+    reasons = rows[rows["undefined"] != ""].groupby("undefined", sort=False)["fold"]
+    return "; ".join(f"{reason} in fold {', '.join(map(str, sorted(folds)))}" for reason, folds in reasons)
 
-    Columns task, modality, arm, best_test, last, difference: what choosing on the test fold adds.
-    Departs from the paper: it reports the first alone.
+
+def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Global AUC, mean over folds, at the epoch chosen by each of the RULES: what choosing on the test adds.
+
+    Columns task, modality, arm, best_test, best_inner, last, peak_minus_inner, peak_minus_last. Without an
+    inner validation split `best_inner` is NaN. Departs from the paper: it reports the first alone.
     """
-    rules = {}
+    columns = {}
     for rule in RULES:
-        summary = over_folds(by_fold(select(predictions, rule)))
-        rules[rule] = summary[summary["center"] == GLOBAL].set_index(["task", "modality", "arm"])["auc_mean"]
-    table = pd.DataFrame(rules)
-    return table.assign(difference=table["best_test"] - table["last"]).reset_index()
-
-
-def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Pooled AUC of the phantom's true model: columns task, modality, oracle_auc, guideline_auc.
-
-    `scans` has case_id, patient_id, modality, label; `truth` has one row a patient: patient_id, the true
-    class probabilities prob_0, prob_1, prob_2 given the findings, and `guideline`, a rule's score for high
-    risk (binary task only). Upper and lower case of a patient_id do not matter. Empty if `truth` is, as for
-    real data. Raises ValueError naming scans whose patient is not in `truth`.
-    """
-    columns = ["task", "modality", "oracle_auc", "guideline_auc"]
-    if truth.empty:
-        return pd.DataFrame(columns=columns)
-    known = scans.assign(patient=scans["patient_id"].str.casefold()).merge(
-        truth.assign(patient=truth["patient_id"].str.casefold()).drop(columns="patient_id"),
-        on="patient",
-        how="left",
-        validate="many_to_one",
-        suffixes=("", "_truth"),
-    )
-    missing = known.loc[known["prob_0"].isna(), "case_id"]
-    if len(missing):
-        raise ValueError(
-            f"{len(missing)} scans have no patient in the phantom's truth, such as {', '.join(missing[:5])}: "
-            "pass the truth.csv that was written with this cohort."
-        )
-    rows = []
-    for modality, frame in known.groupby("modality"):
-        label, prob = frame["label"].to_numpy(), frame[["prob_0", "prob_1", "prob_2"]].to_numpy()
-        guideline = _rank_auc(label == 2, frame["guideline"].to_numpy())
-        rows.append(("binary", modality, _rank_auc(label == 2, prob[:, 2]), guideline))
-        rows.append(("three_class", modality, auc(label, prob), np.nan))
-    return pd.DataFrame(rows, columns=columns)
-
-
-def beside_ceiling(summary: pd.DataFrame, ceiling: pd.DataFrame) -> pd.DataFrame:
-    """Global AUC of every arm (`over_folds`) beside the oracle's and the guideline's (`ceiling`)."""
-    rows = summary.loc[summary["center"] == GLOBAL, ["task", "modality", "arm", "auc_mean", "auc_std"]]
-    return rows.merge(ceiling, on=["task", "modality"], how="left")
+        if rule == "best_inner" and (validation is None or validation.empty):
+            continue
+        summary = over_folds(by_fold(select(predictions, rule, validation)))
+        mine = summary[summary["center"] == GLOBAL]
+        columns[rule] = mine.set_index(["task", "modality", "arm"])["auc_mean"]
+    table = pd.DataFrame(columns, index=columns["best_test"].index, columns=RULES).reset_index()
+    inner, last = (table["best_test"] - table[rule] for rule in ("best_inner", "last"))
+    return table.assign(peak_minus_inner=inner, peak_minus_last=last)

@@ -33,12 +33,14 @@ class Params(BaseModel):
     data: str = "phantom"
     columns: Literal["header", "position"] = "header"
     phantom_max_per_cell: Count | None = None
+    phantom_shortcut: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_per_cell: Count | None = None
     modalities: Annotated[tuple[Modality, ...], List, Field(min_length=1)] = ("t1", "t2")
     size: Annotated[int, Field(ge=32)] = 96
     fold_rule: Literal["center", "patient"] = "center"
     three_class_folds: Annotated[int, Field(ge=2)] = 5
     binary_folds: Annotated[int, Field(ge=2)] = 4
+    inner_validation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     three_class_models: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
         "resnet34",
         "shufflenetv2",
@@ -52,6 +54,7 @@ class Params(BaseModel):
         "fedavg",
         "fedprox_0.1",
         "fedprox_0.3",
+        "local_only",
     )
     epochs: Count = 100
     epochs_by_model: dict[str, Count] = {}
@@ -94,7 +97,8 @@ class Params(BaseModel):
     def phantom_root(self) -> Path:
         """Where the phantom cohort of this seed and size lies, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
-        return project_root() / self.outputs / "phantom" / f"{PHANTOM}_seed{self.seed}_{cases}"
+        shortcut = f"_shortcut{self.phantom_shortcut:g}" if self.phantom_shortcut else ""
+        return project_root() / self.outputs / "phantom" / f"{PHANTOM}_seed{self.seed}_{cases}{shortcut}"
 
     @property
     def cohort_root(self) -> Path:

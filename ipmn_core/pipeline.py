@@ -41,7 +41,7 @@ def prepare(p: Params, fresh: bool = False) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, preprocess, runs
+    from ipmn_core import cohort, preprocess, probes, runs
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
     runs.uses_bfloat16(p, runs.device_of(p))
@@ -54,8 +54,10 @@ def _prepare(p: Params, fresh: bool) -> None:
     key = runs.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
-    for run in (run for task in runs.TASKS for run in grids[task]):
-        runs.finished(p.folder / "runs", run, runs.settings_of(p, run), key)
+    for task in runs.TASKS:
+        for of, grid in ((runs, grids[task]), (probes, probes.grid(p, task))):
+            for run in grid:
+                runs.finished(p.folder / "runs", run, of.settings_of(p, run), key)
 
 
 def run(p: Params) -> Iterator[Path]:

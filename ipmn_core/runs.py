@@ -29,6 +29,7 @@ from ipmn_core.params import Params
 from ipmn_core.preprocess import Cubes
 
 TASKS = ("three_class", "binary")
+LOCAL_ONLY = "local_only"  # every center trains alone
 
 
 class StaleRunError(RuntimeError):
@@ -60,7 +61,7 @@ def grid(p: Params, task: str) -> list[Run]:
     arms = p.three_class_models if task == "three_class" else p.arms
     for name in {*p.three_class_models, *p.epochs_by_model, p.binary_model} - set(models.MODELS):
         raise ValueError(f"{name}: unknown model; known are {', '.join(models.MODELS)}")
-    for arm in set(p.arms) - {"centralized"}:
+    for arm in set(p.arms) - {"centralized", LOCAL_ONLY}:
         federated.strategy(arm)
     # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
@@ -101,7 +102,9 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
     """Everything of the profile that a run's result depends on, as plain values for `run.json`."""
     device = device_of(p)
     model = run.arm if run.task == "three_class" else p.binary_model
-    if run.task == "binary" and run.arm != "centralized":
+    if run.arm == LOCAL_ONLY:
+        length = {"epochs": p.rounds * p.local_epochs, "local_epochs": 1, "mu": None}
+    elif run.task == "binary" and run.arm != "centralized":
         length = {"epochs": p.rounds, "local_epochs": p.local_epochs, "mu": federated.strategy(run.arm).mu}
     else:
         own = p.epochs_by_model if run.task == "three_class" else {}
@@ -111,6 +114,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "model": model,
         "folds": p.folds(run.task),
         "fold_rule": p.fold_rule,
+        "inner_validation": p.inner_validation,
         "max_per_cell": p.max_per_cell,
         "size": p.size,
         **length,
@@ -185,8 +189,10 @@ def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) 
 def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cubes) -> Path:
     """The folder of `run`, trained, tested each epoch and written; resumed if it was interrupted.
 
-    Writes `predictions.parquet`, `history.csv`, `model.pt` (the epoch with the highest global AUC on the
-    test fold, the paper's rule) and, last, `run.json`; each appears whole or not at all.
+    Writes `predictions.parquet`, `history.csv`, `splits.csv` (which case was trained on, held out for inner
+    validation, tested), `model.pt` (the epoch with the highest global AUC on the test fold, the paper's rule)
+    and, last, `run.json`; with an inner validation split also its `validation.parquet`, for a federated arm
+    `updates.csv`, the inner products of the clients' updates. Each appears whole or not at all.
     """
     folder = _train(p, run, scans, folds, cubes)
     gc.collect()
@@ -204,11 +210,12 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings_of(p, run), "data": data_key(scans, cubes)}
     mine = (scans["modality"] == run.modality).to_numpy()
-    rows = scans[mine].assign(test=folds[mine] == run.fold)
+    rows = _with_roles(scans[mine], folds[mine] == run.fold, p, run)
+    held_out = _held_out(rows)
     progress, learning = _load_checkpoint(folder)
     last_save = time.perf_counter()
     for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
-        auc = _note(progress, epoch, run, p.seed, rows[rows["test"]])
+        auc = _note(progress, epoch, run, p.seed, held_out)
         if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
             progress["best_auc"], progress["best"] = auc, training.snapshot(model)
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
@@ -216,8 +223,22 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
             started = last_save = time.perf_counter()
             _save_checkpoint(folder, record, progress, epoch.checkpoint())
     progress["seconds"] += time.perf_counter() - started
-    _write(folder, record, progress, device_of(p))
+    _write(folder, record, progress, rows, device_of(p))
     return folder
+
+
+def _with_roles(scans: pd.DataFrame, is_test: pd.Series, p: Params, run: Run) -> pd.DataFrame:
+    """The scans with `index`, their place in the cubes, and `role`: test, validation or train."""
+    rows = scans.reset_index(drop=True).assign(role=np.where(is_test, "test", "train"))
+    drawn = cohort.inner_validation(rows[rows["role"] == "train"], p.inner_validation, (p.seed, run.fold))
+    rows.loc[drawn, "role"] = "validation"
+    return rows
+
+
+def _held_out(rows: pd.DataFrame) -> pd.DataFrame:
+    """The cases not trained on, center by center: the order in which every arm predicts them."""
+    held_out = rows[rows["role"] != "train"]
+    return held_out.sort_values("center", key=lambda c: c.map(cohort.CENTERS.index), kind="stable")
 
 
 def _epochs(
@@ -228,20 +249,32 @@ def _epochs(
     protocol = training.Settings(**{name: settings[name] for name in names}, seed=(p.seed, run.fold))
     y = targets(rows["label"].to_numpy(), run.task)
     data = training.Cases(torch.tensor(array).unsqueeze(1).to(device), torch.tensor(y, device=device))
-    model = models.build(settings["model"], 2 if run.task == "binary" else 3, p.seed).to(device)
-    if protocol.channels_last:
-        model = model.to(memory_format=torch.channels_last_3d)
-    is_test = rows["test"].to_numpy()
-    train, test = (torch.from_numpy(np.flatnonzero(where)) for where in (~is_test, is_test))
-    if settings["mu"] is None:
-        epochs = training.fit(model, train, test, data, protocol, learning)
+    train, test = _indices(rows[rows["role"] == "train"]), _indices(_held_out(rows))
+    build = lambda: models.build(settings["model"], 2 if run.task == "binary" else 3, p.seed)  # noqa: E731
+    if run.arm == "centralized" or run.task == "three_class":
+        model = _placed(build(), device, protocol)
+        train = torch.cat(list(train.values())).sort().values
+        epochs = training.fit(model, train, torch.cat(list(test.values())), data, protocol, learning)
+    elif run.arm == LOCAL_ONLY:
+        model = _placed(torch.nn.ModuleDict({center: build() for center in train}), device, protocol)
+        epochs = federated.fit_local_only(model, train, test, data, protocol, learning)
     else:
-        centers = rows["center"].to_numpy()
-        names = [c for c in cohort.CENTERS if c in set(centers)]
-        clients = {c: train[torch.from_numpy(centers[~is_test] == c)] for c in names}
-        epochs = federated.fit(model, clients, test, data, protocol, federated.strategy(run.arm), learning)
+        model, test = _placed(build(), device, protocol), torch.cat(list(test.values()))
+        strategy = federated.strategy(run.arm)
+        epochs = federated.fit(model, train, test, data, protocol, strategy, learning)
     for epoch in epochs:
         yield epoch, model
+
+
+def _indices(rows: pd.DataFrame) -> dict[str, torch.Tensor]:
+    """Places in the cubes of each center's rows, the centers in their usual order."""
+    places = rows.groupby("center").groups
+    return {c: torch.tensor(places[c].to_numpy()) for c in cohort.CENTERS if c in places}
+
+
+def _placed(model: torch.nn.Module, device: torch.device, settings: training.Settings) -> torch.nn.Module:
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last_3d) if settings.channels_last else model
 
 
 def targets(labels: np.ndarray, task: str) -> np.ndarray:
@@ -249,17 +282,20 @@ def targets(labels: np.ndarray, task: str) -> np.ndarray:
     return (labels == 2).astype(np.int64) if task == "binary" else labels.astype(np.int64)
 
 
-def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, test: pd.DataFrame) -> float:
-    """The global AUC of an epoch on the test fold, after adding its predictions and history to `progress`."""
-    y = targets(test["label"].to_numpy(), run.task)
-    frame = test[["case_id", "center", "modality"]].assign(
+def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, held_out: pd.DataFrame) -> float:
+    """The global AUC of an epoch on the test fold, after adding what the epoch left to `progress`."""
+    y = targets(held_out["label"].to_numpy(), run.task)
+    frame = held_out[["role", "case_id", "center", "modality"]].assign(
         task=run.task, arm=run.arm, fold=run.fold, seed=seed, epoch=epoch.number, y_true=y
     )
     for k in range(epoch.prob.shape[1]):
         frame[f"prob_{k}"] = epoch.prob[:, k]
-    auc = metrics.auc(y, epoch.prob)
+    test = (held_out["role"] == "test").to_numpy()
+    auc = metrics.auc(y[test], epoch.prob[test])
     progress["frames"].append(frame)
-    progress["history"].append((epoch.number, epoch.loss, metrics.accuracy(y, epoch.prob), auc))
+    progress["history"].append((epoch.number, epoch.loss, metrics.accuracy(y[test], epoch.prob[test]), auc))
+    if epoch.inner_products is not None:
+        progress["inner_products"].append(epoch.inner_products.tolist())
     return auc
 
 
@@ -270,7 +306,8 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def _load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
     if not (folder / "checkpoint.pt").exists():
-        return {"frames": [], "history": [], "best": None, "best_auc": -1.0, "seconds": 0.0}, None
+        progress = {"frames": [], "history": [], "inner_products": [], "best": None, "best_auc": -1.0}
+        return {**progress, "seconds": 0.0}, None
     saved = _read_checkpoint(folder)
     progress = saved["progress"]
     return {**progress, "frames": [pd.read_parquet(io.BytesIO(progress["frames"]))]}, saved["learning"]
@@ -283,9 +320,38 @@ def _save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learn
     write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
 
 
-def _write(folder: Path, record: dict[str, Any], progress: dict, device: torch.device) -> None:
+def _write(
+    folder: Path, record: dict[str, Any], progress: dict, rows: pd.DataFrame, device: torch.device
+) -> None:
     history = pd.DataFrame(progress["history"], columns=["epoch", "loss", "test_acc", "test_auc"])
-    predictions = pd.concat(progress["frames"], ignore_index=True)
+    noted = pd.concat(progress["frames"], ignore_index=True)
+    for name, role in (("predictions", "test"), ("validation", "validation")):
+        frame = noted[noted["role"] == role].drop(columns="role")
+        if role == "test" or record["settings"]["inner_validation"]:
+            write_atomically(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
+    write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
+    if progress["inner_products"]:
+        updates = _updates(progress["inner_products"], list(_indices(rows[rows["role"] == "train"])))
+        write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
+    best = {key: value.cpu() for key, value in progress["best"].items()}  # to be read on any machine
+    write_atomically(folder / "model.pt", lambda tmp: torch.save(best, tmp))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    seal(folder, record, rows, progress["seconds"], name)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _updates(inner_products: list[list[list[float]]], clients: list[str]) -> pd.DataFrame:
+    """Inner products of the clients' updates in long form: columns round, client, other, inner_product."""
+    rounds = range(1, len(inner_products) + 1)
+    index = pd.MultiIndex.from_product([rounds, clients, clients], names=["round", "client", "other"])
+    return pd.Series(np.ravel(inner_products), index, name="inner_product").reset_index()
+
+
+def seal(
+    folder: Path, record: dict[str, Any], rows: pd.DataFrame, seconds: float, device: str | None = None
+) -> None:
+    """Makes a run whole: `splits.csv` with the `role` of every case of `rows` and, last, `run.json`."""
+    splits = rows[["case_id", "center", "role"]]
     settings = json.dumps(record["settings"], sort_keys=True)
     record = {
         **record,
@@ -295,15 +361,11 @@ def _write(folder: Path, record: dict[str, Any], progress: dict, device: torch.d
             "torch": torch.__version__,
             "monai": monai.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "seconds": round(progress["seconds"], 2),
+        "device": device or platform.machine(),
+        "seconds": round(seconds, 2),
     }
-    write_atomically(folder / "predictions.parquet", lambda tmp: predictions.to_parquet(tmp, index=False))
-    write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
-    best = {key: value.cpu() for key, value in progress["best"].items()}  # to be read on any machine
-    write_atomically(folder / "model.pt", lambda tmp: torch.save(best, tmp))
+    write_atomically(folder / "splits.csv", lambda tmp: splits.to_csv(tmp, index=False))
     write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -317,11 +379,40 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:
-    """The test predictions of all runs of a task, one row a case and epoch.
+    """The test predictions of all runs of a task, one row a case and epoch, checked (`metrics.check`).
 
-    Raises FileNotFoundError naming the first run that is not finished.
+    Raises FileNotFoundError naming the first run that is not finished, PredictionsError naming a bad row.
     """
-    return pd.concat([pd.read_parquet(_whole(p, run) / "predictions.parquet") for run in grid(p, task)])
+    return pd.concat([read(p, run, settings_of(p, run)) for run in grid(p, task)], ignore_index=True)
+
+
+def validation(p: Params, task: str) -> pd.DataFrame:
+    """The predictions of the inner validation cases, in the form of `predictions`; empty without a split."""
+    if not p.inner_validation:
+        return pd.DataFrame(columns=metrics.COLUMNS)
+    frames = [read(p, run, settings_of(p, run), "validation") for run in grid(p, task)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def read(p: Params, run: Run, settings: dict[str, Any], role: str = "test") -> pd.DataFrame:
+    """A run's predictions of its test or its inner validation cases, refused if a row cannot be right."""
+    folder = _whole(p, run, settings)
+    path = folder / {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
+    frame, splits = pd.read_parquet(path), pd.read_csv(folder / "splits.csv")
+    return metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(path))
+
+
+def updates(p: Params) -> pd.DataFrame:
+    """Inner products of the clients' updates in every round of all federated runs: columns modality, arm,
+    fold, round, client, other, inner_product. Raises FileNotFoundError naming a run that is not finished.
+    """
+    federated_runs = [run for run in grid(p, "binary") if run.arm in federated.STRATEGIES]
+    frames = [
+        pd.read_csv(_whole(p, run, settings_of(p, run)) / "updates.csv").assign(**asdict(run))
+        for run in federated_runs
+    ]
+    columns = ["modality", "arm", "fold", "round", "client", "other", "inner_product"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
 def histories(p: Params, task: str) -> pd.DataFrame:
@@ -329,11 +420,12 @@ def histories(p: Params, task: str) -> pd.DataFrame:
 
     Raises FileNotFoundError naming the first run that is not finished.
     """
-    frames = [pd.read_csv(_whole(p, run) / "history.csv").assign(**asdict(run)) for run in grid(p, task)]
+    folders = {run: _whole(p, run, settings_of(p, run)) for run in grid(p, task)}
+    frames = [pd.read_csv(folder / "history.csv").assign(**asdict(run)) for run, folder in folders.items()]
     return pd.concat(frames, ignore_index=True)
 
 
-def _whole(p: Params, run: Run) -> Path:
+def _whole(p: Params, run: Run, settings: dict[str, Any]) -> Path:
     folder = p.folder / "runs" / run.path
     if not (folder / "run.json").exists():
         notebook = "02" if run.task == "three_class" else "03"
@@ -341,6 +433,7 @@ def _whole(p: Params, run: Run) -> Path:
             f"{folder} holds no finished run; run notebook {notebook} or `ipmn run` first"
         )
     record = json.loads((folder / "run.json").read_text())
-    machine = {key: record["settings"][key] for key in ("device", "bfloat16")}  # may be read on another one
-    _refuse_other(record, {**settings_of(p, run), **machine, "data": record["data"]}, folder)
+    found = record["settings"]  # may be read on another machine
+    machine = {key: found[key] for key in ("device", "bfloat16", "channels_last") if key in found}
+    _refuse_other(record, {**settings, **machine, "data": record["data"]}, folder)
     return folder

@@ -65,13 +65,15 @@ class Learner:
 class Epoch:
     """What an epoch (a round) leaves: its number from 1, training loss, test probabilities (n_test, K).
 
-    `checkpoint()` gives the state from which training goes on bit for bit.
+    `checkpoint()` gives the state from which training goes on bit for bit. A federated round also has the
+    inner products (clients, clients) of the clients' updates w_k - w_t, over all parameters.
     """
 
     number: int
     loss: float
     prob: np.ndarray
     checkpoint: Callable[[], dict[str, Any]]
+    inner_products: np.ndarray | None = None
 
 
 def fit(
@@ -86,7 +88,8 @@ def fit(
     learners = {"all": Learner("all centers", model, train, settings)}
     for epoch in range(restore(model, learners, checkpoint), settings.epochs + 1):
         loss = train_epoch(model, learners["all"], data, settings, [*settings.seed, epoch, 0, 0])
-        yield evaluate_epoch(model, learners, test, data, settings, epoch, loss)
+        prob = evaluate(model, test, data, settings)
+        yield Epoch(epoch, loss, prob, checkpoint_of(model, learners, epoch))
 
 
 def local_objective(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -143,22 +146,16 @@ def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Set
     return torch.cat(prob).double().cpu().numpy()
 
 
-def evaluate_epoch(
-    model: nn.Module,
-    learners: dict[str, Learner],
-    test: torch.Tensor,
-    data: Cases,
-    settings: Settings,
-    number: int,
-    loss: float,
-) -> Epoch:
-    """The Epoch that `model` has reached, tested on the case indices `test`."""
+def checkpoint_of(
+    model: nn.Module, learners: dict[str, Learner], number: int
+) -> Callable[[], dict[str, Any]]:
+    """A function for the state after epoch `number`: weights, every learner's AdamW and schedule."""
 
     def checkpoint() -> dict[str, Any]:
         states = {k: (s.optimizer.state_dict(), s.schedule.state_dict()) for k, s in learners.items()}
         return {"epoch": number, "model": model.state_dict(), "learners": states}
 
-    return Epoch(number, loss, evaluate(model, test, data, settings), checkpoint)
+    return checkpoint
 
 
 def restore(model: nn.Module, learners: dict[str, Learner], checkpoint: dict[str, Any] | None) -> int:

@@ -584,7 +584,9 @@ def profile(folder, **changes):
         "columns": "header",
         "modalities": ("t1", "t2"),
     }
-    return types.SimpleNamespace(**settings | {"seed": 3, "jobs": 2, "phantom_max_per_cell": 7} | changes)
+    return types.SimpleNamespace(
+        **settings | {"seed": 3, "jobs": 2, "phantom_max_per_cell": 7, "phantom_shortcut": 0.5} | changes
+    )
 
 
 def test_a_profile_opens_a_folder_with_its_modalities(tmp_path):
@@ -599,15 +601,15 @@ def test_a_profile_opens_a_folder_with_its_modalities(tmp_path):
 def test_the_phantom_is_written_once_where_the_profile_says(tmp_path, monkeypatch):
     written = []
 
-    def write(root, seed, max_per_cell, jobs):
-        written.append((root, seed, max_per_cell, jobs))
+    def write(root, seed, max_per_cell, shortcut, jobs):
+        written.append((root, seed, max_per_cell, shortcut, jobs))
         root.mkdir()
         second_release(root, [("nyu_1", "nyu_1", 1)])
 
     monkeypatch.setattr(ipmn_core, "phantom", types.SimpleNamespace(write=write), raising=False)
     p = profile("phantom", cohort_root=tmp_path / "phantom")
     assert len(cohort.open_cohort(p)) == len(cohort.open_cohort(p)) == 2
-    assert written == [(tmp_path / "phantom", 3, 7, 2)]
+    assert written == [(tmp_path / "phantom", 3, 7, 0.5, 2)]
 
 
 def test_a_missing_folder_says_where_it_was_looked_for_and_how_to_get_data(tmp_path):

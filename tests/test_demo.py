@@ -5,7 +5,7 @@ import pytest
 import yaml
 from test_params import PROFILES
 
-from ipmn_core import cohort, metrics, params, preprocess, runs
+from ipmn_core import cohort, metrics, params, preprocess, runs, truth
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,13 @@ def demo(tmp_path_factory):
     scans = cohort.open_cohort(p)
     cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
-    reached = metrics.over_folds(metrics.by_fold(metrics.select(predictions)))
-    return metrics.beside_ceiling(reached, metrics.ceiling(scans, cohort.truth(p))).set_index("task")
+    selected = metrics.select(predictions)
+    oracle = truth.reference_arms(selected, cohort.truth(p)).query("arm == 'oracle'")
+    reached = metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
+    auc = reached[reached["center"] == metrics.GLOBAL].pivot(index="task", columns="arm", values="auc_mean")
+    return auc.assign(reached=auc["centralized"].fillna(auc["densenet121"]))
 
 
 @pytest.mark.parametrize(("task", "least"), [("binary", 0.70), ("three_class", 0.65)])
 def test_the_demo_learns_and_stays_below_the_oracle(demo, task, least):
-    assert least <= demo.loc[task, "auc_mean"] <= demo.loc[task, "oracle_auc"]
+    assert least <= demo.loc[task, "reached"] <= demo.loc[task, "oracle"]

@@ -214,6 +214,57 @@ def test_local_epochs_are_more_steps_a_round_and_schedules_follow():
         )  # 6 local epochs, a cut every 2
 
 
+def test_a_round_leaves_the_inner_products_of_the_clients_updates():
+    clients, data = split(9, 12, 12), cases(33)
+    _, epochs = federation(STRATEGIES["fedprox_0.1"], clients, epochs=1)
+    w_global = small_net().state_dict()
+    updates = []
+    for k, indices in enumerate(clients.values()):
+        client = small_net()
+        learner = training.Learner("c", client, indices, settings())
+        federated.local_update(
+            client, w_global, learner, data, settings(), STRATEGIES["fedprox_0.1"], [0, 0, 1, k]
+        )
+        parameters = dict(client.named_parameters())
+        updates.append(torch.cat([(parameters[n] - w_global[n]).flatten() for n in parameters]).double())
+    expected = torch.stack(updates) @ torch.stack(updates).T
+    torch.testing.assert_close(
+        torch.from_numpy(epochs[0].inner_products), expected, rtol=1e-5, atol=0
+    )  # float32
+
+
+def test_local_only_starts_as_fedavgs_first_local_updates_and_shares_nothing():
+    clients, data = split(9, 12, 12), cases(33)
+    models = nn.ModuleDict({name.replace(" ", "_"): small_net() for name in clients})
+    own = dict(zip(models, clients.values(), strict=True))
+    epochs = federated.fit_local_only(models, own, own, data, settings())
+    first = next(epochs)
+    for k, (name, indices) in enumerate(own.items()):
+        client = small_net()
+        learner = training.Learner("c", client, indices, settings())
+        federated.local_update(
+            client, small_net().state_dict(), learner, data, settings(), Strategy(), [0, 0, 1, k]
+        )
+        assert largest_difference(models[name].state_dict(), client.state_dict()) == 0
+        alone = training.evaluate(client, indices, data, settings())
+        assert (first.prob[indices] == alone).all()  # the cases of the clients are numbered one after another
+    assert first.inner_products is None
+    states = [model.state_dict() for model in models.values()]
+    assert largest_difference(states[0], states[1]) > 0
+
+
+def test_local_only_resumed_from_a_checkpoint_ends_bit_identical():
+    clients, data = {"a": torch.arange(9), "b": torch.arange(9, 20)}, cases(33)
+    whole, broken, resumed = (nn.ModuleDict({name: small_net(k) for name in clients}) for k in (0, 0, 9))
+    fit = lambda models, saved=None: federated.fit_local_only(  # noqa: E731
+        models, clients, clients, data, settings(), saved
+    )
+    list(fit(whole))
+    saved = copy.deepcopy(next(fit(broken)).checkpoint())
+    assert [epoch.number for epoch in fit(resumed, saved)] == [2, 3]
+    assert largest_difference(whole.state_dict(), resumed.state_dict()) == 0
+
+
 def test_an_unknown_arm_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"fedsgd.*fedavg, fedprox_0\.1, fedprox_0\.3"):
         federated.strategy("fedsgd")

@@ -146,19 +146,20 @@ def test_every_run_has_its_own_selected_epoch():
     worse, better = predictions([1, 0], [0.1, 0.9]), predictions([1, 0], [0.9, 0.1])
     frame = pd.concat([better, worse.assign(epoch=2), worse.assign(fold=1), better.assign(fold=1, epoch=2)])
     assert metrics.select(frame).groupby("fold")["epoch"].unique().str[0].to_dict() == {0: 1, 1: 2}
-    with pytest.raises(ValueError, match="best_test, last"):
+    with pytest.raises(ValueError, match="best_test, best_inner, last"):
         metrics.select(frame, "best_validation")
 
 
 def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
     fold = predictions([1, 0, 0, 0], [0.9, 0.2, 0.6, 0.1], center=["NYU", "NYU", "AHN", "AHN"], fold=3)
     table = metrics.by_fold(fold)
-    assert list(table.columns) == [*metrics.RUN, "center", "n", "positives", "acc", "auc"]
+    assert list(table.columns) == [*metrics.RUN, "center", "n", "positives", "acc", "auc", "undefined"]
     assert table["center"].tolist() == ["NYU", "AHN", "global"]
     assert table["n"].tolist() == [2, 2, 4]
     assert table["positives"].tolist() == [1, 0, 1]
     assert table["acc"].tolist() == [1, 0.5, 0.75]
     assert table["auc"].isna().tolist() == [False, True, False]
+    assert table["undefined"].tolist() == ["", "no high-risk case", ""]
 
 
 def test_positives_of_three_classes_are_the_high_risk_cases_even_where_a_center_has_none():
@@ -174,7 +175,8 @@ def test_by_fold_refuses_unselected_predictions():
 
 def folds_of(acc, auc):
     keys = {"task": "binary", "modality": "t1", "arm": "centralized", "center": "AHN"}
-    return pd.DataFrame({"fold": range(len(acc)), "acc": acc, "auc": auc}).assign(**keys)
+    why = ["no high-risk case" if np.isnan(value) else "" for value in auc]
+    return pd.DataFrame({"fold": range(len(acc)), "acc": acc, "auc": auc, "undefined": why}).assign(**keys)
 
 
 def test_deviation_over_folds_divides_by_their_number_as_only_that_gives_the_papers_ahn():
@@ -187,6 +189,7 @@ def test_deviation_over_folds_divides_by_their_number_as_only_that_gives_the_pap
 def test_undefined_folds_are_left_out_of_the_auc_and_counted():
     row = metrics.over_folds(folds_of([1, 0.5, 1, 0.5], [np.nan, 0.5, 1, np.nan])).iloc[0]
     assert (row["auc_mean"], row["auc_std"], row["folds"], row["auc_folds"]) == (0.75, 0.25, 4, 2)
+    assert row["undefined"] == "no high-risk case in fold 0, 3"
     row = metrics.over_folds(folds_of([1, 0.5], [np.nan, np.nan])).iloc[0]
     assert np.isnan(row["auc_mean"])
     assert np.isnan(row["auc_std"])
@@ -201,46 +204,78 @@ def test_both_tasks_in_one_frame_are_measured_each_with_its_own_classes():
     pd.testing.assert_frame_equal(together, pd.concat(apart, ignore_index=True))
 
 
+def test_every_absent_class_is_named():
+    assert metrics.absent_classes([0, 0], 2) == "no high-risk case"
+    assert metrics.absent_classes([1, 1], 2) == "no other case"
+    assert metrics.absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
+    assert metrics.absent_classes([2, 1, 0], 3) == ""
+
+
+def test_best_inner_selects_by_the_held_out_cases_and_reports_the_test_cases():
+    test = pd.concat([predictions([1, 0], p, epoch=e) for e, p in enumerate([[0.9, 0.1], [0.1, 0.9]], 1)])
+    inner = pd.concat([predictions([1, 0], p, epoch=e) for e, p in enumerate([[0.1, 0.9], [0.9, 0.1]], 1)])
+    chosen = metrics.select(test, "best_inner", inner.assign(case_id=["a", "b", "a", "b"]))
+    assert chosen["epoch"].tolist() == [2, 2]
+    assert chosen["case_id"].tolist() == ["case_0", "case_1"]
+    for nothing in (None, inner.assign(fold=1)):
+        with pytest.raises(ValueError, match=r"binary/t2/fedavg/fold0 has no inner validation"):
+            metrics.select(test, "best_inner", nothing)
+
+
 def test_optimism_is_what_choosing_on_the_test_fold_adds():
-    predictions = random_run(2)
-    row = metrics.optimism(predictions).iloc[0]
-    epochs = metrics.per_epoch(predictions)  # one fold
+    test, inner = random_run(2), random_run(2, seed=1)
+    row = metrics.optimism(test, inner).iloc[0]
+    epochs, inner_epochs = metrics.per_epoch(test), metrics.per_epoch(inner)  # one fold
     assert row["best_test"] == pytest.approx(epochs["auc"].max())
+    assert row["best_inner"] == pytest.approx(epochs["auc"][inner_epochs["auc"].idxmax()])
     assert row["last"] == pytest.approx(epochs["auc"].iloc[-1])
-    assert row["difference"] == pytest.approx(epochs["auc"].max() - epochs["auc"].iloc[-1])
+    assert row["peak_minus_last"] == pytest.approx(row["best_test"] - row["last"])
+    assert row["peak_minus_inner"] == pytest.approx(row["best_test"] - row["best_inner"])
+    assert metrics.optimism(test)[["best_inner", "peak_minus_inner"]].isna().all(axis=None)
 
 
-def test_an_arm_stands_beside_the_ceiling_of_its_task_and_modality():
-    summary = metrics.over_folds(metrics.by_fold(metrics.select(random_run(2))))
-    task, modality = summary.loc[0, ["task", "modality"]]
-    known = pd.DataFrame([(task, modality, 0.9, 0.8), (task, "other", 0.1, 0.1)])
-    known.columns = ["task", "modality", "oracle_auc", "guideline_auc"]
-    beside = metrics.beside_ceiling(summary, known)
-    assert beside["oracle_auc"].tolist() == [0.9]
-    nothing = metrics.ceiling(pd.DataFrame(), pd.DataFrame())  # real data has no truth
-    assert metrics.beside_ceiling(summary, nothing)["oracle_auc"].isna().all()
+def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is_not():
+    # 40 folds of noise: the best of 10 epochs lies well above chance, the inner choice's mean error is 0.01
+    test = pd.concat([random_run(2, epochs=10, n=60, seed=k, fold=k) for k in range(40)])
+    inner = pd.concat([random_run(2, epochs=10, n=60, seed=1000 + k, fold=k) for k in range(40)])
+    row = metrics.optimism(test, inner).iloc[0]
+    assert row["best_test"] > 0.58
+    assert abs(row["best_inner"] - 0.5) < 0.04 and abs(row["last"] - 0.5) < 0.04
 
 
-def test_the_ceiling_matches_scans_to_true_probabilities_by_patient():
-    rng = np.random.default_rng(0)
-    prob = rng.dirichlet(np.ones(3), 90)
-    truth = pd.DataFrame(prob, columns=["prob_0", "prob_1", "prob_2"])
-    truth = truth.assign(
-        patient_id=[f"NYU_{i:04d}" for i in range(90)], guideline=rng.integers(0, 2, 90), label=9
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.drop(columns=["fold", "prob_1"]), "no column fold, prob_1"),
+        (
+            lambda f: pd.concat([f, f.iloc[[7]]]),
+            r"row 180 \(case case_7 of binary/t2/fedavg/fold0, epoch 1\)",
+        ),
+        (
+            lambda f: f.assign(prob_0=f["prob_0"].where(f.index != 61, 0.99)),
+            r"row 61 \(case case_1 .*sum to 1",
+        ),
+        (lambda f: f.assign(prob_1=f["prob_1"].where(f.index != 5)), r"row 5 .* between 0 and 1"),
+        (lambda f: f.assign(prob_0=f["prob_0"] + 1, prob_1=f["prob_1"] - 1), r"row 0 .* between 0 and 1"),
+        (lambda f: f.assign(y_true=2), r"row 0 .*label is no class"),
+        (lambda f: f.assign(fold=[0] * 90 + [1] * 90), r"row 0 .*tested in two folds"),
+    ],
+)
+def test_predictions_that_cannot_be_right_are_refused_with_the_row(spoil, message):
+    good = random_run(2)
+    assert metrics.check(good) is good
+    with pytest.raises(metrics.PredictionsError, match=message):
+        metrics.check(spoil(good))
+
+
+def test_a_case_that_was_trained_on_is_refused_with_its_row():
+    with pytest.raises(metrics.PredictionsError, match=r"file x, row 3 \(case case_3 .* was trained on"):
+        metrics.check(random_run(2), ["case_3", "other"], "file x")
+
+
+def test_both_tasks_pass_the_check_in_one_frame():
+    three = random_run(3, task="three_class")
+    three[["prob_0", "prob_1", "prob_2"]] /= (
+        three[["prob_0", "prob_1", "prob_2"]].sum(axis=1).to_numpy()[:, None]
     )
-    label = np.array([rng.choice(3, p=p) for p in prob])
-    scans = pd.DataFrame(
-        {"case_id": truth["patient_id"], "patient_id": truth["patient_id"].str.lower(), "label": label}
-    )
-    scans = pd.concat([scans.assign(modality="t1"), scans.iloc[::-1].assign(modality="t2")])
-    table = metrics.ceiling(scans, truth).set_index(["modality", "task"])
-    for modality in ("t1", "t2"):
-        binary, three = table.loc[(modality, "binary")], table.loc[(modality, "three_class")]
-        assert binary["oracle_auc"] == pytest.approx(roc_auc_score(label == 2, prob[:, 2]), abs=1e-12)
-        assert binary["guideline_auc"] == pytest.approx(
-            roc_auc_score(label == 2, truth["guideline"]), abs=1e-12
-        )
-        assert three["oracle_auc"] == pytest.approx(roc_auc_score(label, prob, multi_class="ovr"), abs=1e-12)
-        assert np.isnan(three["guideline_auc"])
-    with pytest.raises(ValueError, match=r"2 scans have no patient.*NYU_0089, NYU_0089"):
-        metrics.ceiling(scans, truth.iloc[:-1])
+    metrics.check(pd.concat([random_run(2), three], ignore_index=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_federated import settings
 
-from ipmn_core import cohort, params, runs, training
+from ipmn_core import cohort, metrics, params, runs, training
 from ipmn_core.preprocess import Cubes
 
 CONTRACT = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
@@ -52,8 +52,8 @@ def test_the_paper_grid_is_complete():
     p = params.Params()
     three_class, binary = runs.grid(p, "three_class"), runs.grid(p, "binary")
     assert len(set(three_class)) == len(three_class) == 5 * 2 * 5
-    assert len(set(binary)) == len(binary) == 4 * 2 * 4
-    assert len({run.path for run in three_class + binary}) == 82
+    assert len(set(binary)) == len(binary) == 5 * 2 * 4
+    assert len({run.path for run in three_class + binary}) == 90
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,8 @@ def test_a_run_leaves_the_contract_and_is_not_repeated(tmp_path, data):
         "history.csv",
         "model.pt",
         "run.json",
+        "splits.csv",
+        "updates.csv",
     }
     record = json.loads((folder / "run.json").read_text())
     assert (
@@ -158,7 +160,8 @@ def test_every_setting_of_the_protocol_arrives(tmp_path, data, monkeypatch):
     p, (scans, cubes) = profile(tmp_path, **changed), data
     for arm in ("centralized", "fedprox_0.1"):
         run = runs.Run("binary", "t1", arm, 1)
-        rows = scans[scans["modality"] == "t1"].assign(test=False)
+        rows = scans[scans["modality"] == "t1"].assign(role="train")
+        rows.loc[rows.groupby("center").head(1).index, "role"] = "test"
         list(runs._epochs(p, run, runs.settings_of(p, run), rows, cubes.array[:24], None))
     common = shared | {"bfloat16": False, "channels_last": True, "seed": (11, 1)}
     assert seen[0] == training.Settings(epochs=7, local_epochs=1, **common)
@@ -239,3 +242,90 @@ def test_bfloat16_is_taken_only_where_it_is_right(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert runs.uses_bfloat16(profile(tmp_path, precision="auto"), cpu)
     assert not runs.uses_bfloat16(profile(tmp_path, precision="float32"), cpu)
+
+
+def test_a_run_says_what_every_case_was_used_for(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=2, inner_validation=0.3)
+    predictions, validation = runs.run_grid(p, "binary", *data), runs.validation(p, "binary")
+    scans = data[0][data[0]["modality"] == "t1"]
+    for fold in (0, 1):
+        splits = pd.read_csv(
+            p.folder / "runs" / "binary" / "t1" / "centralized" / f"fold{fold}" / "splits.csv"
+        )
+        assert sorted(splits["case_id"]) == sorted(scans["case_id"])
+        role = splits.set_index("case_id")["role"]
+        for frame, name in ((predictions, "test"), (validation, "validation")):
+            rows = frame[frame["fold"] == fold]
+            assert set(rows["case_id"]) == set(role.index[role == name])
+            assert rows.groupby("case_id")["epoch"].apply(list).map(lambda e: e == [1, 2]).all()
+        labels = scans.set_index("case_id").loc[role.index].assign(role=role)
+        cells = labels[labels["role"] != "test"].groupby(["center", "label"])["role"]
+        held = cells.agg(lambda r: (r == "validation").sum())
+        assert (held == (0.3 * cells.size()).round()).all() and held.sum() > 0
+    assert list(validation.columns) == list(predictions.columns)
+
+
+def test_without_inner_validation_there_is_none(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=1)
+    predictions = runs.run_grid(p, "binary", *data)
+    assert runs.validation(p, "binary").empty
+    assert metrics.optimism(predictions, runs.validation(p, "binary"))["best_inner"].isna().all()
+
+
+def test_the_held_out_cases_do_not_train(tmp_path, data, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(training, "fit", lambda *a: seen.update(train=a[1], test=a[2]) or iter([]))
+    p, (scans, cubes) = profile(tmp_path, inner_validation=0.3), data
+    run = runs.Run("binary", "t1", "centralized", 0)
+    mine = scans[scans["modality"] == "t1"]
+    rows = runs._with_roles(mine, cohort.assign_folds(mine, 2, binary=True) == 0, p, run)
+    list(runs._epochs(p, run, runs.settings_of(p, run), rows, cubes.array[:24], None))
+    assert set(rows["role"]) == {"train", "validation", "test"}
+    assert seen["train"].tolist() == np.flatnonzero(rows["role"] == "train").tolist()
+    assert sorted(seen["test"].tolist()) == np.flatnonzero(rows["role"] != "train").tolist()
+
+
+def test_local_only_tests_each_center_with_its_own_model(tmp_path, data):
+    p = profile(tmp_path, arms=["local_only"], local_epochs=2)
+    predictions = runs.run_grid(p, "binary", *data)
+    assert set(predictions["epoch"]) == {1, 2, 3, 4}  # as many as the federation's local epochs
+    assert predictions.groupby("epoch")["case_id"].nunique().eq(24).all()
+    folder = p.folder / "runs" / "binary" / "t1" / "local_only" / "fold0"
+    history, kept = pd.read_csv(folder / "history.csv"), torch.load(folder / "model.pt", weights_only=True)
+    best = history.loc[history["test_auc"].idxmax(), "epoch"]
+    best = predictions[(predictions["fold"] == 0) & (predictions["epoch"] == best)]
+    scans, cubes = data
+    for center in ("NYU", "AHN", "EMC"):
+        model = runs.models.build("shufflenetv2", 2)
+        own = {key.removeprefix(f"{center}."): v for key, v in kept.items() if key.startswith(f"{center}.")}
+        model.load_state_dict(own)
+        rows = best[best["center"] == center]
+        where = (scans["modality"] == "t1").to_numpy()
+        index = [np.flatnonzero(where & (scans["case_id"] == c))[0] for c in rows["case_id"]]
+        x = torch.from_numpy(cubes.array[index]).unsqueeze(1)
+        alone = training.Cases(x, torch.zeros(len(x)))
+        prob = training.evaluate(model, torch.arange(len(x)), alone, settings(channels_last=True))
+        np.testing.assert_allclose(
+            prob[:, 1], rows["prob_1"], atol=1e-6
+        )  # another batch size rounds otherwise
+
+
+def test_updates_of_the_clients_are_kept_by_round(tmp_path, data):
+    p = profile(tmp_path)
+    runs.run_grid(p, "binary", *data)
+    updates = runs.updates(p)
+    assert set(updates["arm"]) == {"fedprox_0.1"} and set(updates["round"]) == {1, 2}
+    assert len(updates) == 2 * 2 * 3 * 3  # folds, rounds, pairs of three centers
+    assert (updates.query("client == other")["inner_product"] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["predictions.parquet", "validation.parquet"])
+def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(tmp_path, data, name):
+    p = profile(tmp_path, arms=["centralized"], epochs=1, inner_validation=0.3)
+    runs.run_grid(p, "binary", *data)
+    path = p.folder / "runs" / "binary" / "t1" / "centralized" / "fold1" / name
+    splits, frame = pd.read_csv(path.with_name("splits.csv")), pd.read_parquet(path)
+    frame.loc[2, "case_id"] = leaked = splits.loc[splits["role"] == "train", "case_id"].iloc[0]
+    frame.to_parquet(path)
+    with pytest.raises(metrics.PredictionsError, match=rf"{name}, row 2 \(case {leaked} .* was trained on"):
+        (runs.predictions if name.startswith("p") else runs.validation)(p, "binary")
