@@ -12,8 +12,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ipmn_core import metrics
 from ipmn_core.cohort import CENTERS
+from ipmn_core.metrics import ARM
 
-ARM = ["task", "modality", "arm"]
 TREAT_ALL, TREAT_NONE = "treat all", "treat none"
 
 
@@ -30,10 +30,7 @@ def high_risk(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def _arms(selected: pd.DataFrame):
     """(task, modality, arm) and its rows, arms in order of appearance within task and modality."""
-    for run, frame in selected.groupby(metrics.RUN, sort=False):
-        if frame["epoch"].nunique() > 1:
-            raise ValueError(f"{'/'.join(map(str, run))} has several epochs: apply `metrics.select` first.")
-    for (task, modality), rows in selected.groupby(["task", "modality"]):
+    for (task, modality), rows in metrics.one_epoch(selected).groupby(["task", "modality"]):
         for arm, part in rows.groupby("arm", sort=False):
             yield (task, modality, arm), part
 

@@ -46,6 +46,14 @@ def _panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
     return axes, panels
 
 
+def _no_runs() -> Figure:
+    """A figure that says that no run has what it would show, for instance no federated arm."""
+    figure, ax = plt.subplots(figsize=(WIDTH / 2, 0.6), layout="constrained")
+    ax.text(0.5, 0.5, "n/a: no run of this kind in the profile", ha="center", va="center")
+    ax.set_axis_off()
+    return figure
+
+
 def _values(names: pd.Series) -> list[str]:
     """Distinct values: tasks and modalities sorted, arms in order of appearance."""
     values = list(dict.fromkeys(names))
@@ -203,6 +211,8 @@ def gain(table: pd.DataFrame) -> Figure:
     From `heterogeneity.gain`: columns modality, arm, center, over (the reference), difference, low, high (its
     interval), undefined (why a difference is NaN).
     """
+    if table.empty:
+        return _no_runs()
     axes, panels = _estimates(table, "over", "modality", ("difference", "low", "high"), line=0)
     for ax, rows in panels:
         modality, over = rows[["modality", "over"]].iloc[0].map(display_name)
@@ -260,6 +270,8 @@ def drift(table: pd.DataFrame) -> Figure:
     From `heterogeneity.drift`: columns modality, arm, fold, round, client, distance. A colour a client, a
     thin line a fold, a thick one their mean.
     """
+    if table.empty:
+        return _no_runs()
     axes, panels = _panels(table, "arm", "modality", 2.5, sharex=True, sharey=True)
     rounds = table["round"].unique()
     few = len(rounds) <= 10  # room to set clients beside each other and to mark every round
@@ -282,6 +294,8 @@ def cosines(matrices: pd.DataFrame) -> Figure:
     From `heterogeneity.cosines`: columns modality, arm, client, other, cosine (mean over rounds and folds).
     The colours run from -1 to 1.
     """
+    if matrices.empty:
+        return _no_runs()
     clients = _centers(matrices["client"])
     axes, panels = _panels(matrices, "arm", "modality", 2.8, sharex=True, sharey=True)
     for ax, rows in panels:

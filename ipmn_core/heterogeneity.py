@@ -1,11 +1,12 @@
 """How much the centers of a federation differ: drift and direction of their updates, gain of each center."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
+from ipmn_core import inference, metrics
 from ipmn_core.cohort import CENTERS
-from ipmn_core.inference import delong_test
-from ipmn_core.metrics import GLOBAL, absent_classes
 
 ROUND = ["modality", "arm", "fold", "round"]
 
@@ -44,29 +45,32 @@ def gain(selected: pd.DataFrame, over=("centralized", "local_only")) -> pd.DataF
 
     Columns modality, arm, over, center, n, positives, difference, low, high, undefined: AUC of the arm less
     that of `over`, scores of the center's test cases pooled over folds, with DeLong's paired 95 % interval.
-    `selected` holds one epoch a run; its binary rows count. An `over` that was not trained is left out; a
-    center of one class has no AUC, `undefined` says so. Compare with care: seven centers, wide intervals.
+    `selected` holds one epoch a run; its binary rows count. An `over` that was not trained is left out; where
+    a number is NaN `undefined` says why. Raises ValueError if a run has several epochs or two arms were not
+    tested on the same cases.
     """
-    binary = selected[selected["task"] == "binary"]
+    binary = metrics.one_epoch(selected[selected["task"] == "binary"])
     rows = []
     for modality, frame in binary.groupby("modality"):
         arms = dict(list(frame.groupby("arm", sort=False)))
         federated = [arm for arm in arms if arm not in ("centralized", "local_only")]
-        for reference in (arm for arm in over if arm in arms):
-            for arm in federated:
-                for center in [*(c for c in CENTERS if c in set(frame["center"])), GLOBAL]:
-                    values = _paired(arms[arm], arms[reference], center)
-                    rows.append((modality, arm, reference, center, *values))
+        centers = [center for center in CENTERS if center in set(frame["center"])]
+        for reference, arm in product((arm for arm in over if arm in arms), federated):
+            pairs = inference.paired(arms[arm], arms[reference])
+            for center in (*centers, metrics.GLOBAL):
+                here = pairs if center == metrics.GLOBAL else pairs[pairs["center"] == center]
+                rows.append((modality, arm, reference, center, *_difference(here)))
     columns = ["n", "positives", "difference", "low", "high", "undefined"]
-    return pd.DataFrame(rows, columns=["modality", "arm", "over", "center", *columns])
+    table = pd.DataFrame(rows, columns=["modality", "arm", "over", "center", *columns])
+    mixed = (table["over"] == "local_only") & (table["center"] == metrics.GLOBAL)
+    table.loc[mixed, ["difference", "low", "high"]] = np.nan
+    table.loc[mixed, "undefined"] = "local_only has a model a center: their scores share no scale"
+    return table
 
 
-def _paired(arm: pd.DataFrame, reference: pd.DataFrame, center: str) -> tuple:
-    """n, positives, difference of AUC, its interval and why it is undefined, of one center's cases."""
-    both = arm.merge(reference, on=["case_id", "fold"], suffixes=("", "_other"), validate="one_to_one")
-    mine = both if center == GLOBAL else both[both["center"] == center]
-    y, absent = mine["y_true"].to_numpy(), absent_classes(mine["y_true"], 2)
-    if absent:
-        return len(y), int(y.sum()), np.nan, np.nan, np.nan, absent
-    difference, low, high, *_ = delong_test(y, mine["prob_1"].to_numpy(), mine["prob_1_other"].to_numpy())
-    return len(y), int(y.sum()), difference, low, high, ""
+def _difference(pairs: pd.DataFrame) -> tuple:
+    """n, positives, difference of AUC, its interval and why one is NaN, of the cases of two arms."""
+    y = pairs["y_true"].to_numpy()
+    difference, low, high, *_ = inference.delong_test(y, pairs["prob_1"], pairs["prob_1_reference"])
+    undefined = metrics.absent_classes(y, 2) or inference.no_delong(y, 2, "interval")
+    return len(y), int(y.sum()), difference, low, high, undefined

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-RUN = ["task", "modality", "arm", "fold"]  # what identifies one run
+ARM = ["task", "modality", "arm"]  # what the folds of one arm share
+RUN = [*ARM, "fold"]  # what identifies one run
 GLOBAL = "global"  # the paper's name for all centers together
 COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
 CLASSES = {2: ("other", "high-risk"), 3: ("no-risk", "low-risk", "high-risk")}
@@ -21,29 +22,31 @@ class PredictionsError(ValueError):
 def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictions") -> pd.DataFrame:
     """The predictions themselves, if every row can be right.
 
-    Raises PredictionsError naming the first row at fault: a column of the contract is missing, a label is no
-    class, probabilities are not between 0 and 1 or do not sum to 1, a case stands twice in an epoch of a
-    run, is tested in two folds of an arm, or is one of `not_tested`, the case ids of the same run that were
-    trained on.
+    Raises PredictionsError naming the first row at fault: a column of the contract is missing or a cell
+    empty, a label is no class or not the same in every epoch, probabilities are not between 0 and 1 or do not
+    sum to 1, a case stands twice in an epoch of a run, is tested in two folds of an arm, or is one of
+    `not_tested`, the case ids of the same run that were trained on.
     """
-    missing = [name for name in [*COLUMNS, "prob_0", "prob_1"] if name not in predictions]
+    needed = [*COLUMNS, "prob_0", "prob_1"]
+    if "task" in predictions and (predictions["task"] != "binary").any():
+        needed += ["prob_2"]
+    missing = [name for name in needed if name not in predictions]
     if missing:
         raise PredictionsError(f"{source}: no column {', '.join(missing)}; {REPEAT}")
     prob = predictions.filter(regex=r"^prob_\d+$").to_numpy(dtype=float)
     n_classes = np.where((predictions["task"] == "binary").to_numpy(), 2, prob.shape[1])
     filled = np.where(np.arange(prob.shape[1]) < n_classes[:, None], prob, 0)
-    case = ["task", "modality", "arm", "case_id"]
-    folds = predictions[[*case, "fold"]].drop_duplicates()
-    twice = pd.MultiIndex.from_frame(folds.loc[folds.duplicated(case), case])
+    case = [*ARM, "case_id"]
+    first = predictions.groupby(case)[["fold", "y_true"]].transform("first")
     faults = {
+        "a cell is empty": predictions[COLUMNS].isna().any(axis=1),
         "its probabilities are not all between 0 and 1": ~((filled >= 0) & (filled <= 1)).all(axis=1),
         # softmax in float32 is off by up to 1e-6
         "its probabilities do not sum to 1": ~(np.abs(filled.sum(axis=1) - 1) < 1e-5),
         "its label is no class": ~predictions["y_true"].isin(range(3)) | (predictions["y_true"] >= n_classes),
         "the same case, run and epoch stand twice": predictions.duplicated([*case, "fold", "epoch"]),
-        "this case is tested in two folds of the arm": pd.MultiIndex.from_frame(predictions[case]).isin(
-            twice
-        ),
+        "this case is tested in two folds of the arm": predictions["fold"] != first["fold"],
+        "this case has had another label before": predictions["y_true"] != first["y_true"],
         "this case was trained on in the same run": predictions["case_id"].isin(not_tested),
     }
     for fault, where in faults.items():
@@ -192,9 +195,7 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     then names the class. Raises ValueError if a run has several epochs.
     """
     rows = []
-    for run, frame in selected.groupby(RUN, sort=False):
-        if frame["epoch"].nunique() > 1:
-            raise ValueError(f"{_name(run)} has several epochs: apply `select` first.")
+    for run, frame in one_epoch(selected).groupby(RUN, sort=False):
         high = scores(frame)[1].shape[1] - 1
         for center, part in frame.groupby("center", sort=False):
             y, prob = scores(part)
@@ -204,6 +205,14 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
         n_high, absent = int((frame["y_true"] == high).sum()), absent_classes(frame["y_true"], high + 1)
         rows.append((*run, GLOBAL, len(frame), n_high, global_accuracy(frame), global_auc(frame), absent))
     return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc", "undefined"])
+
+
+def one_epoch(selected: pd.DataFrame) -> pd.DataFrame:
+    """`selected` itself, if every run has one epoch. Raises ValueError naming one that has several."""
+    epochs = selected.groupby(RUN)["epoch"].nunique()
+    if (epochs > 1).any():
+        raise ValueError(f"{_name(epochs.idxmax())} has several epochs: apply `metrics.select` first.")
+    return selected
 
 
 def absent_classes(y, n_classes: int) -> str:
@@ -241,8 +250,10 @@ def in_folds(rows: pd.DataFrame) -> str:
 def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
     """Global AUC, mean over folds, at the epoch chosen by each of the RULES: what choosing on the test adds.
 
-    Columns task, modality, arm, best_test, best_inner, last, peak_minus_inner, peak_minus_last. Without an
-    inner validation split `best_inner` is NaN. Departs from the paper: it reports the first alone.
+    Columns task, modality, arm, epochs (to choose from), best_test, best_inner, last, peak_minus_inner,
+    peak_minus_last, undefined. No difference is negative, with one epoch all are 0, with more they grow:
+    compare arms of one length. Without an inner validation split `best_inner` is NaN and `undefined` says so.
+    Departs from the paper: it reports the first alone.
     """
     columns = {}
     for rule in RULES:
@@ -251,6 +262,8 @@ def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) 
         summary = over_folds(by_fold(select(predictions, rule, validation)))
         mine = summary[summary["center"] == GLOBAL]
         columns[rule] = mine.set_index(["task", "modality", "arm"])["auc_mean"]
-    table = pd.DataFrame(columns, index=columns["best_test"].index, columns=RULES).reset_index()
+    table = pd.DataFrame(columns, index=columns["best_test"].index, columns=RULES)
+    table.insert(0, "epochs", predictions.groupby(ARM)["epoch"].nunique())
     inner, last = (table["best_test"] - table[rule] for rule in ("best_inner", "last"))
-    return table.assign(peak_minus_inner=inner, peak_minus_last=last)
+    undefined = "" if "best_inner" in columns else "no inner validation split"
+    return table.assign(peak_minus_inner=inner, peak_minus_last=last, undefined=undefined).reset_index()

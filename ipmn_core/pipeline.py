@@ -41,7 +41,7 @@ def prepare(p: Params, fresh: bool = False) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, preprocess, probes, runs
+    from ipmn_core import cohort, preprocess, probes, records, runs
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
     runs.uses_bfloat16(p, runs.device_of(p))
@@ -51,13 +51,13 @@ def _prepare(p: Params, fresh: bool) -> None:
         get_reusable_executor().shutdown()
     for task in runs.TASKS:
         cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    key = runs.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
+    key = records.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in runs.TASKS:
         for of, grid in ((runs, grids[task]), (probes, probes.grid(p, task))):
             for run in grid:
-                runs.finished(p.folder / "runs", run, of.settings_of(p, run), key)
+                records.finished(runs.folder_of(p, run), of.settings_of(p, run), key)
 
 
 def run(p: Params) -> Iterator[Path]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ipmn_core import cohort, runs
+from ipmn_core import cohort, records, runs
 from ipmn_core.cohort import CENTERS
 from ipmn_core.params import Params
 from ipmn_core.preprocess import Cubes
@@ -124,8 +124,10 @@ def fit(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.DataFrame
     `scans` and `cubes` row by row. A probe's run lies among those of the arms and has one epoch; no case is
     held out for inner validation, for there is no epoch to choose. Raises StaleRunError as `runs.run_grid`.
     """
-    root, key = p.folder / "runs", runs.data_key(scans, cubes)
-    todo = [run for run in grid(p, task) if not runs.finished(root, run, settings_of(p, run), key)]
+    key = records.data_key(scans, cubes)
+    todo = [
+        run for run in grid(p, task) if not records.finished(runs.folder_of(p, run), settings_of(p, run), key)
+    ]
     folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
     seen: dict[tuple[str, str], np.ndarray] = {}
     for run in tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1):
@@ -145,13 +147,15 @@ def _fit(p: Params, run: Run, rows: pd.DataFrame, x: np.ndarray, record: dict[st
         task=run.task, arm=run.arm, fold=run.fold, seed=p.seed, epoch=1, y_true=y[test]
     )
     frame = frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
-    folder = p.folder / "runs" / run.path
+    folder = runs.folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     write = lambda tmp: frame.to_parquet(tmp, index=False)  # noqa: E731
-    runs.write_atomically(folder / "predictions.parquet", write)
-    runs.seal(folder, record, rows, time.perf_counter() - started)
+    records.write_atomically(folder / "predictions.parquet", write)
+    records.seal(folder, record, rows, time.perf_counter() - started)
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:
     """The test predictions of all probes of a task, as `runs.predictions` of the arms, with one epoch."""
-    return pd.concat([runs.read(p, run, settings_of(p, run)) for run in grid(p, task)], ignore_index=True)
+    read = records.read_predictions
+    frames = [read(runs.folder_of(p, run), settings_of(p, run)) for run in grid(p, task)]
+    return pd.concat(frames, ignore_index=True)

@@ -1,39 +1,29 @@
-"""A run is arm x modality x fold: the grid, one run whole or absent on disk, resume, workers."""
+"""A run is arm x modality x fold: the grid, one run trained and tested each epoch, resume, workers."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import hashlib
-import io
-import json
-import os
-import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import joblib
-import monai
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ipmn_core import cohort, federated, metrics, models, training
+from ipmn_core import cohort, federated, metrics, models, records, training
 from ipmn_core.params import Params
 from ipmn_core.preprocess import Cubes
 
 TASKS = ("three_class", "binary")
 LOCAL_ONLY = "local_only"  # every center trains alone
-
-
-class StaleRunError(RuntimeError):
-    """A run on disk was made with other settings or data than those asked for."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +34,6 @@ class Run:
     modality: str
     arm: str
     fold: int
-
-    @property
-    def path(self) -> Path:
-        """The run's folder below `runs/`."""
-        return Path(self.task, self.modality, self.arm, f"fold{self.fold}")
 
 
 def grid(p: Params, task: str) -> list[Run]:
@@ -98,9 +83,24 @@ def uses_bfloat16(p: Params, device: torch.device) -> bool:
     return able and p.precision != "float32"
 
 
+def folder_of(p: Params, run: Run) -> Path:
+    """Where a run lies: `<outputs>/<profile>/runs/<task>/<modality>/<arm>/fold<k>`."""
+    return p.folder / "runs" / run.task / run.modality / run.arm / f"fold{run.fold}"
+
+
 def settings_of(p: Params, run: Run) -> dict[str, Any]:
-    """Everything of the profile that a run's result depends on, as plain values for `run.json`."""
-    device = device_of(p)
+    """Everything that a run's result depends on, as plain values for `run.json`: protocol and machine."""
+    device, protocol = device_of(p), protocol_of(p, run)
+    machine = {
+        "device": device.type,
+        "bfloat16": uses_bfloat16(p, device),
+        "channels_last": device.type == "cpu" and protocol["model"] in models.CHANNELS_LAST,
+    }
+    return {**protocol, **machine}
+
+
+def protocol_of(p: Params, run: Run) -> dict[str, Any]:
+    """What of the profile a run's result depends on, whatever machine trains it."""
     model = run.arm if run.task == "three_class" else p.binary_model
     if run.arm == LOCAL_ONLY:
         length = {"epochs": p.rounds * p.local_epochs, "local_epochs": 1, "mu": None}
@@ -126,9 +126,6 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
         "lr_gamma": p.lr_gamma,
         "augment_prob": p.augment_prob,
         "seed": p.seed,
-        "device": device.type,
-        "bfloat16": uses_bfloat16(p, device),
-        "channels_last": device.type == "cpu" and model in models.CHANNELS_LAST,
         "threads": p.threads,
     }
 
@@ -140,9 +137,8 @@ def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.Data
     if `p.threads` is set. Raises StaleRunError before any training if a run on disk, finished or not, was
     made with other settings or data.
     """
-    runs_root = p.folder / "runs"
-    key = data_key(scans, cubes)
-    todo = [run for run in grid(p, task) if not finished(runs_root, run, settings_of(p, run), key)]
+    key = records.data_key(scans, cubes)
+    todo = [run for run in grid(p, task) if not records.finished(folder_of(p, run), settings_of(p, run), key)]
     folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
     work = joblib.Parallel(n_jobs=min(p.jobs, max(len(todo), 1)), return_as="generator_unordered")(
         joblib.delayed(execute)(p, run, scans, folds, cubes) for run in todo
@@ -154,36 +150,6 @@ def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.Data
         for _ in tqdm(work, f"training {task}", total=len(todo), unit="run", disable=not todo, mininterval=1):
             pass
     return predictions(p, task)
-
-
-def data_key(scans: pd.DataFrame, cubes: Cubes) -> str:
-    """A SHA-256 over the cubes' fingerprint and the rows they belong to: cases, patients, centers, labels."""
-    rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
-    return hashlib.sha256((cubes.key + rows).encode()).hexdigest()
-
-
-def finished(runs_root: Path, run: Run, settings: dict[str, Any], key: str) -> bool:
-    """Whether `run` is whole on disk. Raises StaleRunError, with the difference, if what lies there,
-    finished or not, was made with other settings or data.
-    """
-    folder = runs_root / run.path
-    if (folder / "run.json").exists():
-        _refuse_other(json.loads((folder / "run.json").read_text()), {**settings, "data": key}, folder)
-        return True
-    if (folder / "checkpoint.pt").exists():
-        _refuse_other(_read_checkpoint(folder), {**settings, "data": key}, folder)
-    return False
-
-
-def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    found = {**record["settings"], "data": record["data"]}
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if keys:
-        changes = "; ".join(f"{key}: {found.get(key)!r} on disk, {wanted.get(key)!r} now" for key in keys)
-        raise StaleRunError(
-            f"{folder} was made with other settings or data ({changes}). Give this profile another name, "
-            "delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
-        )
 
 
 def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cubes) -> Path:
@@ -206,24 +172,25 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     if p.threads:
         torch.set_num_threads(p.threads)
     torch.set_flush_denormal(True)
-    folder = p.folder / "runs" / run.path
+    folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings_of(p, run), "data": data_key(scans, cubes)}
+    record = {"settings": settings_of(p, run), "data": records.data_key(scans, cubes)}
     mine = (scans["modality"] == run.modality).to_numpy()
     rows = _with_roles(scans[mine], folds[mine] == run.fold, p, run)
     held_out = _held_out(rows)
-    progress, learning = _load_checkpoint(folder)
+    progress, learning = records.load_checkpoint(folder)
     last_save = time.perf_counter()
     for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
         auc = _note(progress, epoch, run, p.seed, held_out)
         if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
-            progress["best_auc"], progress["best"] = auc, training.snapshot(model)
+            progress["best_auc"], progress["best"] = auc, None  # its memory is needed for the new one
+            progress["best"] = training.snapshot(model)
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
             progress["seconds"] += time.perf_counter() - started
             started = last_save = time.perf_counter()
-            _save_checkpoint(folder, record, progress, epoch.checkpoint())
+            records.save_checkpoint(folder, record, progress, epoch.checkpoint())
     progress["seconds"] += time.perf_counter() - started
-    _write(folder, record, progress, rows, device_of(p))
+    records.write(folder, record, progress, rows, device_of(p))
     return folder
 
 
@@ -299,107 +266,21 @@ def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, held_out: 
     return auc
 
 
-def _read_checkpoint(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-
-
-def _load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
-    if not (folder / "checkpoint.pt").exists():
-        progress = {"frames": [], "history": [], "inner_products": [], "best": None, "best_auc": -1.0}
-        return {**progress, "seconds": 0.0}, None
-    saved = _read_checkpoint(folder)
-    progress = saved["progress"]
-    return {**progress, "frames": [pd.read_parquet(io.BytesIO(progress["frames"]))]}, saved["learning"]
-
-
-def _save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learning: dict[str, Any]) -> None:
-    """Tensors and plain values only, so that it loads without unpickling code."""
-    frames = pd.concat(progress["frames"]).to_parquet()
-    content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
-    write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
-
-
-def _write(
-    folder: Path, record: dict[str, Any], progress: dict, rows: pd.DataFrame, device: torch.device
-) -> None:
-    history = pd.DataFrame(progress["history"], columns=["epoch", "loss", "test_acc", "test_auc"])
-    noted = pd.concat(progress["frames"], ignore_index=True)
-    for name, role in (("predictions", "test"), ("validation", "validation")):
-        frame = noted[noted["role"] == role].drop(columns="role")
-        if role == "test" or record["settings"]["inner_validation"]:
-            write_atomically(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
-    write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
-    if progress["inner_products"]:
-        updates = _updates(progress["inner_products"], list(_indices(rows[rows["role"] == "train"])))
-        write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
-    best = {key: value.cpu() for key, value in progress["best"].items()}  # to be read on any machine
-    write_atomically(folder / "model.pt", lambda tmp: torch.save(best, tmp))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    seal(folder, record, rows, progress["seconds"], name)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def _updates(inner_products: list[list[list[float]]], clients: list[str]) -> pd.DataFrame:
-    """Inner products of the clients' updates in long form: columns round, client, other, inner_product."""
-    rounds = range(1, len(inner_products) + 1)
-    index = pd.MultiIndex.from_product([rounds, clients, clients], names=["round", "client", "other"])
-    return pd.Series(np.ravel(inner_products), index, name="inner_product").reset_index()
-
-
-def seal(
-    folder: Path, record: dict[str, Any], rows: pd.DataFrame, seconds: float, device: str | None = None
-) -> None:
-    """Makes a run whole: `splits.csv` with the `role` of every case of `rows` and, last, `run.json`."""
-    splits = rows[["case_id", "center", "role"]]
-    settings = json.dumps(record["settings"], sort_keys=True)
-    record = {
-        **record,
-        "settings_hash": hashlib.sha256(settings.encode()).hexdigest(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "monai": monai.__version__,
-        },
-        "device": device or platform.machine(),
-        "seconds": round(seconds, 2),
-    }
-    write_atomically(folder / "splits.csv", lambda tmp: splits.to_csv(tmp, index=False))
-    write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then moves it there: whole or absent."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 def predictions(p: Params, task: str) -> pd.DataFrame:
     """The test predictions of all runs of a task, one row a case and epoch, checked (`metrics.check`).
 
     Raises FileNotFoundError naming the first run that is not finished, PredictionsError naming a bad row.
     """
-    return pd.concat([read(p, run, settings_of(p, run)) for run in grid(p, task)], ignore_index=True)
+    frames = [records.read_predictions(*_wanted(p, run)) for run in grid(p, task)]
+    return metrics.check(pd.concat(frames, ignore_index=True), source=f"{p.folder / 'runs' / task}, all runs")
 
 
 def validation(p: Params, task: str) -> pd.DataFrame:
     """The predictions of the inner validation cases, in the form of `predictions`; empty without a split."""
     if not p.inner_validation:
         return pd.DataFrame(columns=metrics.COLUMNS)
-    frames = [read(p, run, settings_of(p, run), "validation") for run in grid(p, task)]
+    frames = [records.read_predictions(*_wanted(p, run), "validation") for run in grid(p, task)]
     return pd.concat(frames, ignore_index=True)
-
-
-def read(p: Params, run: Run, settings: dict[str, Any], role: str = "test") -> pd.DataFrame:
-    """A run's predictions of its test or its inner validation cases, refused if a row cannot be right."""
-    folder = _whole(p, run, settings)
-    path = folder / {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
-    frame, splits = pd.read_parquet(path), pd.read_csv(folder / "splits.csv")
-    return metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(path))
 
 
 def updates(p: Params) -> pd.DataFrame:
@@ -408,7 +289,7 @@ def updates(p: Params) -> pd.DataFrame:
     """
     federated_runs = [run for run in grid(p, "binary") if run.arm in federated.STRATEGIES]
     frames = [
-        pd.read_csv(_whole(p, run, settings_of(p, run)) / "updates.csv").assign(**asdict(run))
+        pd.read_csv(records.whole(*_wanted(p, run)) / "updates.csv").assign(**asdict(run))
         for run in federated_runs
     ]
     columns = ["modality", "arm", "fold", "round", "client", "other", "inner_product"]
@@ -420,20 +301,12 @@ def histories(p: Params, task: str) -> pd.DataFrame:
 
     Raises FileNotFoundError naming the first run that is not finished.
     """
-    folders = {run: _whole(p, run, settings_of(p, run)) for run in grid(p, task)}
-    frames = [pd.read_csv(folder / "history.csv").assign(**asdict(run)) for run, folder in folders.items()]
+    frames = [
+        pd.read_csv(records.whole(*_wanted(p, run)) / "history.csv").assign(**asdict(run))
+        for run in grid(p, task)
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
-def _whole(p: Params, run: Run, settings: dict[str, Any]) -> Path:
-    folder = p.folder / "runs" / run.path
-    if not (folder / "run.json").exists():
-        notebook = "02" if run.task == "three_class" else "03"
-        raise FileNotFoundError(
-            f"{folder} holds no finished run; run notebook {notebook} or `ipmn run` first"
-        )
-    record = json.loads((folder / "run.json").read_text())
-    found = record["settings"]  # may be read on another machine
-    machine = {key: found[key] for key in ("device", "bfloat16", "channels_last") if key in found}
-    _refuse_other(record, {**settings, **machine, "data": record["data"]}, folder)
-    return folder
+def _wanted(p: Params, run: Run) -> tuple[Path, dict[str, Any]]:
+    return folder_of(p, run), protocol_of(p, run)

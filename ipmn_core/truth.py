@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from ipmn_core.metrics import GLOBAL, RUN, by_fold
+from ipmn_core.metrics import ARM, GLOBAL, RUN, by_fold
 
 CHANCE = 0.5
 
@@ -64,12 +64,14 @@ def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
 
-    `decomposed` is `within.decompose` of the arms and the oracle. Columns task, modality, arm, pooled,
-    within, pooled_closed, within_closed; below chance is negative. Without an oracle the last two are NaN.
+    `decomposed` is `within.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
+    pooled, within, pooled_closed, within_closed; below chance is negative, `undefined` says why a number is
+    NaN: as in `decompose`, or "no oracle".
     """
-    table = decomposed[["task", "modality", "arm", "pooled", "within"]]
-    oracle = table[table["arm"] == "oracle"].drop(columns="arm")
+    table = decomposed[[*ARM, "undefined", "pooled", "within"]]
+    oracle = table[table["arm"] == "oracle"].drop(columns=["arm", "undefined"])
     table = table.merge(oracle, on=["task", "modality"], how="left", suffixes=("", "_oracle"))
     for scope in ("pooled", "within"):
         table[f"{scope}_closed"] = (table[scope] - CHANCE) / (table.pop(f"{scope}_oracle") - CHANCE)
-    return table
+    none = ~table.set_index(["task", "modality"]).index.isin(oracle.set_index(["task", "modality"]).index)
+    return table.assign(undefined=np.where(none, "no oracle", table["undefined"]))

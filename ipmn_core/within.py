@@ -11,10 +11,9 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from ipmn_core.cohort import CENTERS, LABELS
-from ipmn_core.metrics import GLOBAL, RUN, scores
+from ipmn_core.cohort import CENTERS
+from ipmn_core.metrics import ARM, CLASSES, GLOBAL, one_epoch, scores
 
-ARM = ["task", "modality", "arm"]
 SUMS = ["wins", "pairs", "positives", "cases"]
 
 
@@ -25,8 +24,9 @@ def decompose(selected: pd.DataFrame) -> pd.DataFrame:
     the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between.
     A fold counts by its pairs, so `pooled` differs slightly from the mean of the folds' AUCs. Binary: high
     risk against the rest. Three classes: the mean over classes of each class's value against the rest
-    (`pairs`: their sum); the identity then holds for each class, not for the means. A value that has no pairs
-    is NaN and `undefined` says why. Raises ValueError if a run has several epochs.
+    (`pairs`: their sum); the identity then holds for each class, not for the means. `local_only` has a model
+    a center, whose scores share no scale: of it only `within` can be read. A value that has no pairs is NaN
+    and `undefined` says why. Raises ValueError if a run has several epochs.
     """
     counts, keys = _counts(selected), [*ARM, "risk"]
     together = counts["center"] == GLOBAL
@@ -65,19 +65,15 @@ def _counts(selected: pd.DataFrame) -> pd.DataFrame:
 
     Columns task, modality, arm, center, fold, risk, wins, pairs, positives, cases.
     """
-    epochs = selected.groupby(RUN)["epoch"].nunique()
-    if (epochs > 1).any():
-        run = "/".join(map(str, epochs.idxmax()))
-        raise ValueError(f"{run} has several epochs: apply `metrics.select` first.")
     rows = []
-    for arm, frame in selected.groupby(ARM, sort=False):
+    for arm, frame in one_epoch(selected).groupby(ARM, sort=False):
         y, prob = scores(frame)
         center, fold = frame["center"].to_numpy(), frame["fold"].to_numpy()
         centers = [*sorted(set(center), key=CENTERS.index), GLOBAL]
         classes = [1] if prob.shape[1] == 2 else range(prob.shape[1])
         for c, f, k in product(centers, np.unique(fold), classes):
             mine = (fold == f) & ((center == c) | (c == GLOBAL))
-            risk = LABELS[-prob.shape[1] :][k].replace(" ", "-")
+            risk = CLASSES[prob.shape[1]][k]
             rows.append((*arm, c, f, risk, *_wins(y[mine] == k, prob[mine, k])))
     return pd.DataFrame(rows, columns=[*ARM, "center", "fold", "risk", *SUMS])
 

@@ -251,6 +251,6 @@ def test_a_threshold_without_odds_is_refused(threshold):
 def test_a_run_of_several_epochs_is_refused_by_name(function):
     frame = rows([0, 1], [0.2, 0.7])
     both = pd.concat([frame, frame.assign(epoch=2)])
-    with pytest.raises(ValueError, match=r"binary/t2/fedavg/0 has several epochs.*select"):
+    with pytest.raises(ValueError, match=r"binary/t2/fedavg/fold0 has several epochs.*select"):
         function(both)
     function(metrics.select(both, "last"))

@@ -229,8 +229,8 @@ def test_a_round_leaves_the_inner_products_of_the_clients_updates():
         updates.append(torch.cat([(parameters[n] - w_global[n]).flatten() for n in parameters]).double())
     expected = torch.stack(updates) @ torch.stack(updates).T
     torch.testing.assert_close(
-        torch.from_numpy(epochs[0].inner_products), expected, rtol=1e-5, atol=0
-    )  # float32
+        torch.from_numpy(epochs[0].inner_products), expected, rtol=2e-3, atol=1e-9
+    )  # updates are held in half precision
 
 
 def test_local_only_starts_as_fedavgs_first_local_updates_and_shares_nothing():

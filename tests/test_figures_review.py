@@ -310,3 +310,9 @@ def test_an_arm_keeps_its_colour_and_reference_arms_are_told_apart(intervals):
     curve = calibration.decision_curve(predictions(arms=("fedavg", "oracle")))
     ax = review.decision_curves(curve).axes[0]
     assert line(ax, "Oracle").get_linestyle() == "--" and line(ax, "FedAvg").get_linestyle() == "-"
+
+
+@pytest.mark.parametrize("figure", [review.drift, review.cosines, review.gain])
+def test_a_profile_without_a_federated_arm_is_told_so(figure):
+    (ax,) = figure(pd.DataFrame(columns=["modality", "arm"])).axes
+    assert "no run of this kind" in ax.texts[0].get_text()

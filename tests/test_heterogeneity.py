@@ -71,6 +71,27 @@ def test_gain_of_a_center_of_one_class_is_undefined_with_the_reason():
     assert np.isnan(row["difference"]) and row["undefined"] == "no high-risk case"
 
 
+def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers_alone():
+    arms = three_arms()
+    arms.loc[(arms["center"] == "AHN") & (arms["case_id"] == "case_50"), "y_true"] = 1
+    table = heterogeneity.gain(arms).set_index(["over", "center"])
+    row = table.loc[("centralized", "AHN")]
+    assert row["positives"] == 1 and np.isfinite(row["difference"]) and np.isnan(row["low"])
+    assert row["undefined"] == "one high-risk case: too few for a DeLong interval"
+    assert np.isfinite(table.loc[("centralized", "global"), "difference"])
+    row = table.loc[("local_only", "global")]
+    assert np.isnan(row["difference"]) and "share no scale" in row["undefined"]
+
+
+def test_gain_refuses_arms_tested_on_other_cases_and_several_epochs():
+    arms = three_arms()
+    lost = (arms["arm"] == "fedavg") & (arms["case_id"] == "case_7")
+    with pytest.raises(ValueError, match=r"Case case_7 .*tested by centralized, not by fedavg"):
+        heterogeneity.gain(arms[~lost])
+    with pytest.raises(ValueError, match="several epochs"):
+        heterogeneity.gain(pd.concat([arms, arms.assign(epoch=2)]))
+
+
 def test_gain_leaves_out_what_was_not_trained():
     table = heterogeneity.gain(three_arms().query("arm != 'local_only'"))
     assert set(table["over"]) == {"centralized"}

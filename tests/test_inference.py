@@ -234,7 +234,7 @@ def test_lone_cases_do_not_vary_and_give_no_interval():
     row = inference.intervals(alone).iloc[-1]
     assert row["auc"] == auc
     assert row[["auc_low", "auc_high"]].isna().all()
-    assert row["undefined"] == "one case a center and label in every fold: nothing for the bootstrap to draw"
+    assert row["undefined"] == "one case a center and label: nothing for the bootstrap to draw"
 
 
 def test_the_bootstrap_depends_on_the_seed_and_not_on_the_order_of_rows():

@@ -169,7 +169,9 @@ def test_positives_of_three_classes_are_the_high_risk_cases_even_where_a_center_
 
 
 def test_by_fold_refuses_unselected_predictions():
-    with pytest.raises(ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `select`"):
+    with pytest.raises(
+        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select`"
+    ):
         metrics.by_fold(random_run(2))
 
 
@@ -231,7 +233,10 @@ def test_optimism_is_what_choosing_on_the_test_fold_adds():
     assert row["last"] == pytest.approx(epochs["auc"].iloc[-1])
     assert row["peak_minus_last"] == pytest.approx(row["best_test"] - row["last"])
     assert row["peak_minus_inner"] == pytest.approx(row["best_test"] - row["best_inner"])
-    assert metrics.optimism(test)[["best_inner", "peak_minus_inner"]].isna().all(axis=None)
+    assert (row["epochs"], row["undefined"]) == (3, "")
+    without = metrics.optimism(test)
+    assert without[["best_inner", "peak_minus_inner"]].isna().all(axis=None)
+    assert without["undefined"].tolist() == ["no inner validation split"]
 
 
 def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is_not():
@@ -258,7 +263,10 @@ def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is
         (lambda f: f.assign(prob_1=f["prob_1"].where(f.index != 5)), r"row 5 .* between 0 and 1"),
         (lambda f: f.assign(prob_0=f["prob_0"] + 1, prob_1=f["prob_1"] - 1), r"row 0 .* between 0 and 1"),
         (lambda f: f.assign(y_true=2), r"row 0 .*label is no class"),
-        (lambda f: f.assign(fold=[0] * 90 + [1] * 90), r"row 0 .*tested in two folds"),
+        (lambda f: f.assign(y_true=f["y_true"] ^ (f.index == 60)), r"row 60 .*had another label before"),
+        (lambda f: f.assign(center=f["center"].where(f.index != 9)), r"row 9 .*a cell is empty"),
+        (lambda f: f.assign(task="three_class"), "no column prob_2"),
+        (lambda f: f.assign(fold=[0] * 90 + [1] * 90), r"row 90 .*tested in two folds"),
     ],
 )
 def test_predictions_that_cannot_be_right_are_refused_with_the_row(spoil, message):

@@ -1,6 +1,4 @@
 import operator
-import subprocess
-import sys
 import warnings
 
 import nibabel as nib
@@ -8,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ipmn_core import metrics, probes, within
+from ipmn_core import cohort, metrics, params, probes, records, runs, within
 from ipmn_core.cohort import CENTERS
+from ipmn_core.preprocess import Cubes
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +59,6 @@ def two_protocols(tmp_path, tied, n=480):
     rows = [((a, a, z), (2, 2, 2 + i % 3)) for i, (a, z) in enumerate(zip(in_plane, dz, strict=True))]
     files = [write_image(tmp_path / f"{i}.nii", *row) for i, row in enumerate(rows)]
     return scans_of(np.array(CENTERS)[at], label, files)
-
-
-def test_import_is_light():
-    code = "import sys, ipmn_core.probes; sys.exit(bool({'sklearn', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_center_features_are_one_column_a_center_in_their_order():
@@ -244,3 +238,56 @@ def test_wrong_calls_are_refused_with_the_remedy():
         probes.features("histogram_only", scans, np.zeros((3, 2, 2, 2)))
     with pytest.raises(ValueError, match="several modalities"):
         probes.features("center_only", scans.assign(modality=["t1", "t2"]), cubes)
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A profile, 48 scans of two centers and modalities with a header each, and their cubes."""
+    values = {"profile": "t", "outputs": str(tmp_path), "size": 32, "three_class_folds": 2, "binary_folds": 2}
+    p = params.validate({**values, "inner_validation": 0.2}, "test")
+    rows = [
+        (f"{c}{k}", f"{c}{k}", c, m, k % 3) for m in ("t1", "t2") for c in ("NYU", "AHN") for k in range(12)
+    ]
+    scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
+    scans["image"] = [write_image(tmp_path / f"{i}.nii", (1, 1, 3 + i % 5)) for i in range(len(scans))]
+    cubes = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
+    return p, scans, Cubes(cubes, "data-1")
+
+
+def test_probes_leave_runs_in_the_contract_that_are_not_repeated(profile):
+    p, scans, cubes = profile
+    for task in runs.TASKS:
+        fitted = probes.fit(p, task, scans, cubes)
+        metrics.check(fitted)
+        assert set(fitted["arm"]) == set(probes.PROBES) and set(fitted["epoch"]) == {1}
+        assert fitted.groupby(["arm", "modality"]).size().eq(24).all()  # each case once
+        before = {path: path.stat().st_mtime_ns for path in p.folder.rglob("*")}
+        pd.testing.assert_frame_equal(probes.fit(p, task, scans, cubes), fitted)
+        assert {path: path.stat().st_mtime_ns for path in p.folder.rglob("*")} == before
+    folds = cohort.assign_folds(scans, 2, binary=True)
+    for fold, rows in probes.predictions(p, "binary").query("modality == 't2'").groupby("fold"):
+        expected = scans.loc[(folds == fold) & (scans["modality"] == "t2"), "case_id"]
+        assert set(rows["case_id"]) == set(expected)
+
+
+def test_a_probes_run_trains_on_all_that_it_does_not_test_and_is_its_own_predict(profile):
+    p, scans, cubes = profile
+    fitted = probes.fit(p, "binary", scans, cubes)
+    mine = (scans["modality"] == "t1").to_numpy()
+    x = probes.features("header_only", scans[mine], cubes.array[mine])
+    y = (scans.loc[mine, "label"] == 2).astype(int).to_numpy()
+    test = (cohort.assign_folds(scans, 2, binary=True)[mine] == 1).to_numpy()
+    rows = fitted.query("arm == 'header_only' and modality == 't1' and fold == 1")
+    expected = probes.predict("header_only", x, y, ~test, test, p.seed)
+    assert (rows[["prob_0", "prob_1"]].to_numpy() == expected).all()
+    splits = pd.read_csv(p.folder / "runs" / "binary" / "t1" / "header_only" / "fold1" / "splits.csv")
+    assert splits["role"].value_counts().to_dict() == {"train": int((~test).sum()), "test": int(test.sum())}
+
+
+def test_probes_of_other_data_or_settings_are_refused(profile):
+    p, scans, cubes = profile
+    probes.fit(p, "binary", scans, cubes)
+    with pytest.raises(records.StaleRunError, match="data: '"):
+        probes.fit(p, "binary", scans, Cubes(cubes.array, "data-2"))
+    with pytest.raises(records.StaleRunError, match="seed: 0 on disk, 1 now"):
+        probes.predictions(p.model_copy(update={"seed": 1}), "binary")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_federated import settings
 
-from ipmn_core import cohort, metrics, params, runs, training
+from ipmn_core import cohort, metrics, params, records, runs, training
 from ipmn_core.preprocess import Cubes
 
 CONTRACT = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
@@ -53,7 +53,7 @@ def test_the_paper_grid_is_complete():
     three_class, binary = runs.grid(p, "three_class"), runs.grid(p, "binary")
     assert len(set(three_class)) == len(three_class) == 5 * 2 * 5
     assert len(set(binary)) == len(binary) == 5 * 2 * 4
-    assert len({run.path for run in three_class + binary}) == 90
+    assert len({runs.folder_of(p, run) for run in three_class + binary}) == 90
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_a_run_leaves_the_contract_and_is_not_repeated(tmp_path, data):
     }
     record = json.loads((folder / "run.json").read_text())
     assert (
-        record["settings"]["mu"] == 0.1 and record["data"] == runs.data_key(*data) and record["seconds"] > 0
+        record["settings"]["mu"] == 0.1
+        and record["data"] == records.data_key(*data)
+        and record["seconds"] > 0
     )
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = runs.run_grid(p, "binary", *data)
@@ -137,7 +139,7 @@ def test_a_run_of_other_settings_or_data_is_refused_with_the_difference(
 ):
     only = {"arms": ["centralized"], "epochs": 1}
     runs.run_grid(profile(tmp_path, **only), "binary", *data)
-    with pytest.raises(runs.StaleRunError, match=difference):
+    with pytest.raises(records.StaleRunError, match=difference):
         runs.run_grid(profile(tmp_path, **only, **changes), "binary", data[0], Cubes(data[1].array, key))
 
 
@@ -146,7 +148,7 @@ def test_a_corrected_label_is_other_data(tmp_path, data):
     runs.run_grid(p, "binary", scans, cubes)
     corrected = scans.assign(label=scans["label"].where(scans.index != 5, 0))
     assert corrected.loc[5, "label"] != scans.loc[5, "label"]
-    with pytest.raises(runs.StaleRunError, match="data: '"):
+    with pytest.raises(records.StaleRunError, match="data: '"):
         runs.run_grid(p, "binary", corrected, cubes)
 
 
@@ -209,14 +211,14 @@ def test_a_checkpoint_of_other_settings_is_refused_before_any_training(tmp_path,
     folder = tmp_path / "t" / "runs" / "three_class" / "t1" / "shufflenetv2"
     for path in (folder / "fold0").iterdir():
         path.unlink()
-    with pytest.raises(runs.StaleRunError, match=r"fold1 .*lr: 0\.001 on disk, 0\.01 now"):
+    with pytest.raises(records.StaleRunError, match=r"fold1 .*lr: 0\.001 on disk, 0\.01 now"):
         runs.run_grid(profile(tmp_path, **only, lr=0.01), "three_class", *data)
     assert not list((folder / "fold0").iterdir())
 
 
 def test_predictions_of_other_settings_are_not_read_as_these(tmp_path, data):
     runs.run_grid(profile(tmp_path, arms=["centralized"], epochs=1), "binary", *data)
-    with pytest.raises(runs.StaleRunError, match="epochs: 1 on disk, 2 now"):
+    with pytest.raises(records.StaleRunError, match="epochs: 1 on disk, 2 now"):
         runs.predictions(profile(tmp_path, arms=["centralized"], epochs=2), "binary")
 
 
@@ -329,3 +331,38 @@ def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(tmp_path, 
     frame.to_parquet(path)
     with pytest.raises(metrics.PredictionsError, match=rf"{name}, row 2 \(case {leaked} .* was trained on"):
         (runs.predictions if name.startswith("p") else runs.validation)(p, "binary")
+
+
+def test_a_case_tested_in_two_folds_is_refused(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=1)
+    runs.run_grid(p, "binary", *data)
+    one, two = (p.folder / "runs" / "binary" / "t1" / "centralized" / f"fold{k}" for k in (0, 1))
+    for name in ("predictions.parquet", "splits.csv"):
+        (two / name).write_bytes((one / name).read_bytes())
+    frame = pd.read_parquet(two / "predictions.parquet").assign(fold=1)
+    frame.to_parquet(two / "predictions.parquet", index=False)
+    with pytest.raises(metrics.PredictionsError, match=r"row 12 \(case .*tested in two folds"):
+        runs.predictions(p, "binary")
+
+
+def test_an_epoch_that_lacks_a_test_case_is_refused(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=2)
+    runs.run_grid(p, "binary", *data)
+    path = p.folder / "runs" / "binary" / "t1" / "centralized" / "fold0" / "predictions.parquet"
+    frame = pd.read_parquet(path)
+    lost = frame.loc[3, "case_id"]
+    frame.drop(index=3).to_parquet(path, index=False)
+    with pytest.raises(metrics.PredictionsError, match=rf"epoch 1: no row of case {lost}"):
+        runs.predictions(p, "binary")
+
+
+def test_runs_of_another_machine_can_be_read_on_this_one(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=1)
+    here = runs.run_grid(p, "binary", *data)
+    for fold in (0, 1):
+        path = p.folder / "runs" / "binary" / "t1" / "centralized" / f"fold{fold}" / "run.json"
+        record = json.loads(path.read_text())
+        record["settings"] |= {"device": "cuda", "bfloat16": True, "channels_last": False}
+        path.write_text(json.dumps(record))
+    gpu = p.model_copy(update={"device": "cuda:7", "precision": "bfloat16"})  # this machine has neither
+    pd.testing.assert_frame_equal(runs.predictions(gpu, "binary"), here)

@@ -48,7 +48,7 @@ def test_the_ceiling_of_a_cohort_is_the_auc_of_its_true_probabilities(patients):
     scans = pd.concat(
         [scans.assign(modality="t1"), scans.iloc[::-1].assign(modality="t2")], ignore_index=True
     )
-    ceiling = truth.ceiling(scans, patients).set_index(["task", "modality", "arm"])["auc"]
+    ceiling = truth.ceiling(scans, patients).set_index(["task", "modality", "arm"])["auc"].sort_index()
     assert len(ceiling) == 6
     for modality in ("t1", "t2"):
         high, three = ceiling["binary", modality], ceiling["three_class", modality]
@@ -74,6 +74,7 @@ def test_real_data_have_no_truth_and_so_no_reference_arms():
     assert truth.reference_arms(run, pd.DataFrame()).empty
     gap = truth.gap_closed(within.decompose(run))
     assert gap[["pooled_closed", "within_closed"]].isna().all(axis=None) and gap["pooled"].notna().all()
+    assert set(gap["undefined"]) == {"no oracle"}
 
 
 def test_cases_without_a_patient_are_named(patients):
@@ -85,7 +86,9 @@ def test_cases_without_a_patient_are_named(patients):
 
 def test_the_gap_is_0_at_chance_1_at_the_oracle_and_negative_below_chance():
     arms = [("oracle", 0.9, 0.8), ("good", 0.8, 0.65), ("chance", 0.5, 0.5), ("bad", 0.4, 0.5)]
-    table = pd.DataFrame(arms, columns=["arm", "pooled", "within"]).assign(task="binary", modality="t1")
+    table = pd.DataFrame(arms, columns=["arm", "pooled", "within"]).assign(
+        task="binary", modality="t1", undefined=""
+    )
     gap = truth.gap_closed(table).set_index("arm")
     assert gap["pooled_closed"].round(12).to_dict() == {"oracle": 1, "good": 0.75, "chance": 0, "bad": -0.25}
     assert gap["within_closed"].round(12).to_dict() == {"oracle": 1, "good": 0.5, "chance": 0, "bad": 0}

@@ -206,6 +206,6 @@ def test_columns_are_the_ones_promised():
 def test_several_epochs_of_a_run_are_refused_by_name():
     frame = random_run(2)
     with pytest.raises(
-        ValueError, match=r"binary/t2/fedavg/0 has several epochs: apply `metrics.select` first"
+        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select` first"
     ):
         within.decompose(pd.concat([frame, frame.assign(epoch=2)]))

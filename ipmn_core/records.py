@@ -1,0 +1,173 @@
+"""What a run leaves on disk: whole or absent, of the settings and data asked for, checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import pandas as pd
+import torch
+
+from ipmn_core import metrics
+from ipmn_core.cohort import CENTERS
+from ipmn_core.preprocess import Cubes
+
+MACHINE = ("device", "bfloat16", "channels_last")  # settings that the machine decides
+
+
+class StaleRunError(RuntimeError):
+    """A run on disk was made with other settings or data than those asked for."""
+
+
+def data_key(scans: pd.DataFrame, cubes: Cubes) -> str:
+    """A SHA-256 over the cubes' fingerprint and the rows they belong to: cases, patients, centers, labels."""
+    rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
+    return hashlib.sha256((cubes.key + rows).encode()).hexdigest()
+
+
+def finished(folder: Path, settings: dict[str, Any], key: str) -> bool:
+    """Whether a whole run lies in `folder`. Raises StaleRunError, with the difference, if what lies there,
+    finished or not, was made with other settings or data.
+    """
+    if (folder / "run.json").exists():
+        _refuse_other(json.loads((folder / "run.json").read_text()), {**settings, "data": key}, folder)
+        return True
+    if (folder / "checkpoint.pt").exists():
+        _refuse_other(_read_checkpoint(folder), {**settings, "data": key}, folder)
+    return False
+
+
+def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    found = {**record["settings"], "data": record["data"]}
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if keys:
+        changes = "; ".join(f"{key}: {found.get(key)!r} on disk, {wanted.get(key)!r} now" for key in keys)
+        raise StaleRunError(
+            f"{folder} was made with other settings or data ({changes}). Give this profile another name, "
+            "delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
+        )
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
+    if not (folder / "checkpoint.pt").exists():
+        progress = {"frames": [], "history": [], "inner_products": [], "best": None, "best_auc": -1.0}
+        return {**progress, "seconds": 0.0}, None
+    saved = _read_checkpoint(folder)
+    progress = saved["progress"]
+    return {**progress, "frames": [pd.read_parquet(io.BytesIO(progress["frames"]))]}, saved["learning"]
+
+
+def save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learning: dict[str, Any]) -> None:
+    """Tensors and plain values only, so that it loads without unpickling code."""
+    frames = pd.concat(progress["frames"]).to_parquet()
+    content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
+    write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
+
+
+def write(
+    folder: Path, record: dict[str, Any], progress: dict, rows: pd.DataFrame, device: torch.device
+) -> None:
+    """The files of a finished run, from its `progress` and the `role` of every case, and no checkpoint."""
+    history = pd.DataFrame(progress["history"], columns=["epoch", "loss", "test_acc", "test_auc"])
+    noted = pd.concat(progress["frames"], ignore_index=True)
+    for name, role in (("predictions", "test"), ("validation", "validation")):
+        frame = noted[noted["role"] == role].drop(columns="role")
+        if role == "test" or record["settings"]["inner_validation"]:
+            write_atomically(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
+    write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
+    if progress["inner_products"]:
+        trained_on = set(rows.loc[rows["role"] == "train", "center"])
+        updates = _updates(progress["inner_products"], [c for c in CENTERS if c in trained_on])
+        write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
+    best = {key: value.cpu() for key, value in progress["best"].items()}  # to be read on any machine
+    write_atomically(folder / "model.pt", lambda tmp: torch.save(best, tmp))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    seal(folder, record, rows, progress["seconds"], name)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _updates(inner_products: list[list[list[float]]], clients: list[str]) -> pd.DataFrame:
+    """Inner products of the clients' updates in long form: columns round, client, other, inner_product."""
+    rounds = range(1, len(inner_products) + 1)
+    index = pd.MultiIndex.from_product([rounds, clients, clients], names=["round", "client", "other"])
+    return pd.Series(np.ravel(inner_products), index, name="inner_product").reset_index()
+
+
+def seal(
+    folder: Path, record: dict[str, Any], rows: pd.DataFrame, seconds: float, device: str | None = None
+) -> None:
+    """Makes a run whole: `splits.csv` with the `role` of every case of `rows` and, last, `run.json`."""
+    splits = rows[["case_id", "center", "role"]]
+    settings = json.dumps(record["settings"], sort_keys=True)
+    record = {
+        **record,
+        "settings_hash": hashlib.sha256(settings.encode()).hexdigest(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+        },
+        "device": device or platform.machine(),
+        "seconds": round(seconds, 2),
+    }
+    write_atomically(folder / "splits.csv", lambda tmp: splits.to_csv(tmp, index=False))
+    write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary name beside `path`, then moves it there: whole or absent."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def read_predictions(folder: Path, settings: dict[str, Any], role: str = "test") -> pd.DataFrame:
+    """A run's predictions of its test or its inner validation cases, refused if a row cannot be right.
+
+    Raises FileNotFoundError if there is no whole run, StaleRunError if it was made with other settings,
+    PredictionsError naming file and row.
+    """
+    name = {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
+    frame = pd.read_parquet(whole(folder, settings) / name)
+    splits = pd.read_csv(folder / "splits.csv")
+    frame = metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(folder / name))
+    wanted = set(splits.loc[splits["role"] == role, "case_id"])
+    for epoch, rows in frame.groupby("epoch"):
+        lost = sorted(wanted - set(rows["case_id"]))
+        if lost:
+            raise metrics.PredictionsError(
+                f"{folder / name}, epoch {epoch}: no row of case {lost[0]}; {metrics.REPEAT}"
+            )
+    return frame
+
+
+def whole(folder: Path, settings: dict[str, Any]) -> Path:
+    """`folder` itself, if a whole run of these settings lies in it, perhaps made on another machine.
+
+    Raises FileNotFoundError or StaleRunError.
+    """
+    if not (folder / "run.json").exists():
+        notebook = "02" if settings["task"] == "three_class" else "03"
+        raise FileNotFoundError(
+            f"{folder} holds no finished run; run notebook {notebook} or `ipmn run` first"
+        )
+    record = json.loads((folder / "run.json").read_text())
+    machine = {key: value for key, value in record["settings"].items() if key in MACHINE}
+    _refuse_other(record, {**settings, **machine, "data": record["data"]}, folder)
+    return folder
