@@ -74,4 +74,5 @@ def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     for scope in ("pooled", "within"):
         table[f"{scope}_closed"] = (table[scope] - CHANCE) / (table.pop(f"{scope}_oracle") - CHANCE)
     none = ~table.set_index(["task", "modality"]).index.isin(oracle.set_index(["task", "modality"]).index)
-    return table.assign(undefined=np.where(none, "no oracle", table["undefined"]))
+    table["undefined"] = np.where(none, "no oracle", table["undefined"])
+    return table.sort_values(["task", "modality"], kind="stable", ignore_index=True)
