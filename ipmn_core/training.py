@@ -141,7 +141,8 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    pieces = indices.split(2 * settings.batch_size)  # no gradients are kept, so more cases fit
+    # no gradients are kept, so more cases fit; below 16, torch takes a slow path on one thread
+    pieces = indices.split(max(16, 2 * settings.batch_size))
     prob = [forward(model, data.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob).double().cpu().numpy()
 

@@ -170,9 +170,9 @@ def test_every_setting_of_the_protocol_arrives(tmp_path, data, monkeypatch):
     assert seen[1] == training.Settings(epochs=8, local_epochs=2, **common)
 
 
-@pytest.mark.parametrize("arm", ["centralized", "fedprox_0.1"])
+@pytest.mark.parametrize("arm", ["centralized", "fedprox_0.1", "local_only"])
 def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, monkeypatch):
-    whole, broken = profile(tmp_path / "a", arms=[arm]), profile(tmp_path / "b", arms=[arm])
+    whole, broken = (profile(tmp_path / name, arms=[arm], inner_validation=0.3) for name in ("a", "b"))
     runs.run_grid(whole, "binary", *data)
     monkeypatch.setattr(runs, "_note", interrupt_after(1, runs._note))
     with pytest.raises(KeyboardInterrupt):
@@ -184,10 +184,11 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, 
         runs.predictions(broken, "binary")
     runs.run_grid(broken, "binary", *data)
     pd.testing.assert_frame_equal(runs.predictions(whole, "binary"), runs.predictions(broken, "binary"))
-    for name in ("model.pt", "history.csv"):
-        assert (first / name).read_bytes() == (
-            whole.folder / "runs" / "binary" / "t1" / arm / "fold0" / name
-        ).read_bytes()
+    files = {"predictions.parquet", "validation.parquet", "history.csv", "splits.csv", "model.pt", "run.json"}
+    assert {path.name for path in first.iterdir()} == files | ({"updates.csv"} if "fed" in arm else set())
+    for path in first.parent.glob("fold*/*"):
+        same = path.read_bytes() == (whole.folder / path.relative_to(broken.folder)).read_bytes()
+        assert same or path.name == "run.json"  # it holds the seconds
 
 
 def interrupt_after(epochs, note):
