@@ -64,7 +64,7 @@ def gain(selected: pd.DataFrame, over=("centralized", "local_only")) -> pd.DataF
     table = pd.DataFrame(rows, columns=["modality", "arm", "over", "center", *columns])
     mixed = (table["over"] == "local_only") & (table["center"] == metrics.GLOBAL)
     table.loc[mixed, ["difference", "low", "high"]] = np.nan
-    table.loc[mixed, "undefined"] = "local_only has a model a center: their scores share no scale"
+    table.loc[mixed, "undefined"] = "no common scale: local_only has a model a center"
     return table
 
 

@@ -143,6 +143,8 @@ def _fit(p: Params, run: Run, rows: pd.DataFrame, x: np.ndarray, record: dict[st
     started = time.perf_counter()
     y, test = runs.targets(rows["label"].to_numpy(), run.task), (rows["role"] == "test").to_numpy()
     prob = predict(run.arm, x, y, ~test, test, p.seed)
+    absent = (2 if run.task == "binary" else 3) - prob.shape[1]  # classes above all labels of the cohort
+    prob = np.pad(prob, ((0, 0), (0, absent)))
     frame = rows.loc[test, ["case_id", "center", "modality"]].assign(
         task=run.task, arm=run.arm, fold=run.fold, seed=p.seed, epoch=1, y_true=y[test]
     )

@@ -63,7 +63,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
     if not (folder / "checkpoint.pt").exists():
-        progress = {"frames": [], "history": [], "inner_products": [], "best": None, "best_auc": -1.0}
+        progress = {"frames": [], "history": [], "inner_products": [], "best_auc": -1.0}
         return {**progress, "seconds": 0.0}, None
     saved = _read_checkpoint(folder)
     progress = saved["progress"]
@@ -75,6 +75,12 @@ def save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learni
     frames = pd.concat(progress["frames"]).to_parquet()
     content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
     write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
+
+
+def save_model(folder: Path, model: torch.nn.Module) -> None:
+    """`model.pt`, the best weights so far: on disk at once, for they may be those of seven centers."""
+    state = {key: value.cpu() for key, value in model.state_dict().items()}  # to be read on any machine
+    write_atomically(folder / "model.pt", lambda tmp: torch.save(state, tmp))
 
 
 def write(
@@ -92,8 +98,6 @@ def write(
         trained_on = set(rows.loc[rows["role"] == "train", "center"])
         updates = _updates(progress["inner_products"], [c for c in CENTERS if c in trained_on])
         write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
-    best = {key: value.cpu() for key, value in progress["best"].items()}  # to be read on any machine
-    write_atomically(folder / "model.pt", lambda tmp: torch.save(best, tmp))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     seal(folder, record, rows, progress["seconds"], name)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

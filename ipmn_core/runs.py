@@ -183,8 +183,8 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
         auc = _note(progress, epoch, run, p.seed, held_out)
         if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
-            progress["best_auc"], progress["best"] = auc, None  # its memory is needed for the new one
-            progress["best"] = training.snapshot(model)
+            progress["best_auc"] = auc
+            records.save_model(folder, model)
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
             progress["seconds"] += time.perf_counter() - started
             started = last_save = time.perf_counter()

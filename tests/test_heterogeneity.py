@@ -80,7 +80,7 @@ def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers
     assert row["undefined"] == "one high-risk case: too few for a DeLong interval"
     assert np.isfinite(table.loc[("centralized", "global"), "difference"])
     row = table.loc[("local_only", "global")]
-    assert np.isnan(row["difference"]) and "share no scale" in row["undefined"]
+    assert np.isnan(row["difference"]) and "no common scale" in row["undefined"]
 
 
 def test_gain_refuses_arms_tested_on_other_cases_and_several_epochs():

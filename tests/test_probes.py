@@ -291,3 +291,9 @@ def test_probes_of_other_data_or_settings_are_refused(profile):
         probes.fit(p, "binary", scans, Cubes(cubes.array, "data-2"))
     with pytest.raises(records.StaleRunError, match="seed: 0 on disk, 1 now"):
         probes.predictions(p.model_copy(update={"seed": 1}), "binary")
+
+
+def test_a_cohort_without_high_risk_still_has_three_classes(profile):
+    p, scans, cubes = profile
+    fitted = probes.fit(p, "three_class", scans.assign(label=scans["label"] % 2), cubes)
+    assert (fitted["prob_2"] == 0).all()

@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, 
         runs.run_grid(broken, "binary", *data)
     monkeypatch.undo()
     first = broken.folder / "runs" / "binary" / "t1" / arm / "fold0"
-    assert {path.name for path in first.iterdir()} == {"checkpoint.pt"}  # no run.json, no run
+    assert {path.name for path in first.iterdir()} == {"checkpoint.pt", "model.pt"}  # no run.json, no run
     with pytest.raises(FileNotFoundError, match="no finished run; run notebook 03"):
         runs.predictions(broken, "binary")
     runs.run_grid(broken, "binary", *data)
