@@ -166,14 +166,17 @@ def select(
     """
     if rule not in RULES:
         raise ValueError(f"Unknown selection rule {rule!r}: choose one of {', '.join(RULES)}.")
-    if rule == "last":
-        epochs = predictions.groupby(RUN, as_index=False)["epoch"].max()
-    else:
-        scored = per_epoch(predictions if rule == "best_test" else _validation_of(predictions, validation))
-        epochs = pd.DataFrame(
-            [(*run, _best(rows)) for run, rows in scored.groupby(RUN)], columns=[*RUN, "epoch"]
-        )
-    return predictions.merge(epochs, how="inner")
+    if rule == "best_inner":
+        return predictions.merge(_chosen(per_epoch(_validation_of(predictions, validation)), rule))
+    return predictions.merge(_chosen(per_epoch(predictions), rule))
+
+
+def _chosen(scored: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """The epoch of each run that `rule` chooses by rows of `per_epoch`: columns of RUN, epoch."""
+    epochs = [
+        (*run, rows["epoch"].max() if rule == "last" else _best(rows)) for run, rows in scored.groupby(RUN)
+    ]
+    return pd.DataFrame(epochs, columns=[*RUN, "epoch"])
 
 
 def _validation_of(predictions: pd.DataFrame, validation: pd.DataFrame | None) -> pd.DataFrame:
@@ -195,16 +198,20 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     then names the class. Raises ValueError if a run has several epochs.
     """
     rows = []
-    for run, frame in one_epoch(selected).groupby(RUN, sort=False):
-        high = scores(frame)[1].shape[1] - 1
-        for center, part in frame.groupby("center", sort=False):
-            y, prob = scores(part)
-            n_high = int((y == high).sum())
-            values = accuracy(y, prob), auc(y, prob), absent_classes(y, high + 1)
-            rows.append((*run, center, len(y), n_high, *values))
-        n_high, absent = int((frame["y_true"] == high).sum()), absent_classes(frame["y_true"], high + 1)
-        rows.append((*run, GLOBAL, len(frame), n_high, global_accuracy(frame), global_auc(frame), absent))
+    for _, frame in one_epoch(selected).groupby("task", sort=False):
+        frame = frame.reset_index(drop=True)
+        y, prob = scores(frame)
+        for run, part in frame.groupby(RUN, sort=False):
+            # size-weighted center accuracies are the pooled accuracy (see `global_accuracy`)
+            centers = {**part.groupby("center", sort=False).groups, GLOBAL: part.index}
+            rows += [(*run, center, *_measures(y[index], prob[index])) for center, index in centers.items()]
     return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc", "undefined"])
+
+
+def _measures(y: np.ndarray, prob: np.ndarray) -> tuple:
+    n_classes = prob.shape[1]
+    n_high = int((y == n_classes - 1).sum())
+    return len(y), n_high, accuracy(y, prob), auc(y, prob), absent_classes(y, n_classes)
 
 
 def one_epoch(selected: pd.DataFrame) -> pd.DataFrame:
@@ -255,14 +262,13 @@ def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) 
     compare arms of one length. Without an inner validation split `best_inner` is NaN and `undefined` says so.
     Departs from the paper: it reports the first alone.
     """
-    columns = {}
-    for rule in RULES:
-        if rule == "best_inner" and (validation is None or validation.empty):
-            continue
-        summary = over_folds(by_fold(select(predictions, rule, validation)))
-        mine = summary[summary["center"] == GLOBAL]
-        columns[rule] = mine.set_index(["task", "modality", "arm"])["auc_mean"]
+    tested = per_epoch(predictions)
+    chosen = {rule: _chosen(tested, rule) for rule in ("best_test", "last")}
+    if validation is not None and not validation.empty:
+        chosen["best_inner"] = _chosen(per_epoch(_validation_of(predictions, validation)), "best_inner")
+    columns = {rule: tested.merge(epochs).groupby(ARM)["auc"].mean() for rule, epochs in chosen.items()}
     table = pd.DataFrame(columns, index=columns["best_test"].index, columns=RULES)
+    table = table.reindex(pd.MultiIndex.from_frame(predictions[ARM].drop_duplicates()))
     table.insert(0, "epochs", predictions.groupby(ARM)["epoch"].nunique())
     inner, last = (table["best_test"] - table[rule] for rule in ("best_inner", "last"))
     undefined = "" if "best_inner" in columns else "no inner validation split"
