@@ -12,6 +12,7 @@ ARM = ["task", "modality", "arm"]  # what the folds of one arm share
 RUN = [*ARM, "fold"]  # what identifies one run
 GLOBAL = "global"  # the paper's name for all centers together
 COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+REPEAT = "delete the run's folder and repeat the run, or restore the file"
 CLASSES = {2: ("other", "high-risk"), 3: ("no-risk", "low-risk", "high-risk")}
 
 
@@ -53,9 +54,6 @@ def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictio
         if np.any(where):
             raise PredictionsError(f"{source}, {_row(predictions, int(np.argmax(where)))}: {fault}; {REPEAT}")
     return predictions
-
-
-REPEAT = "delete the run's folder and repeat the run, or restore the file"
 
 
 def _row(predictions: pd.DataFrame, i: int) -> str:

@@ -195,7 +195,7 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
 
 
 def _with_roles(scans: pd.DataFrame, is_test: pd.Series, p: Params, run: Run) -> pd.DataFrame:
-    """The scans with `index`, their place in the cubes, and `role`: test, validation or train."""
+    """The scans, indexed by their place in the cubes, each with its `role`: test, validation or train."""
     rows = scans.reset_index(drop=True).assign(role=np.where(is_test, "test", "train"))
     drawn = cohort.inner_validation(rows[rows["role"] == "train"], p.inner_validation, (p.seed, run.fold))
     rows.loc[drawn, "role"] = "validation"

@@ -11,11 +11,8 @@ from ipmn_core import cohort, metrics, params, preprocess, runs, truth
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     values = yaml.safe_load(next(path for path in PROFILES if path.stem == "demo").read_text())
-    values |= {
-        "phantom_max_per_cell": values["max_per_cell"],
-        "outputs": str(tmp_path_factory.mktemp("demo")),
-    }
-    values |= {"modalities": ["t2"], "three_class_models": ["densenet121"], "arms": ["centralized"]}
+    values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
+    values |= {"three_class_models": ["densenet121"], "arms": ["centralized"]}
     p = params.validate(values, "demo.yaml")
     scans = cohort.open_cohort(p)
     cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
