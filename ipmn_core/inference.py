@@ -172,10 +172,10 @@ def bootstrap_auc(
     """Percentile limits of the mean over folds of the AUC of one arm, by `resampled_auc`.
 
     Efron and Tibshirani 1993, chapter 13. Simulated coverage of 95 % limits (300 cohorts of one AUC, 0.76, in
-    4 folds) with the paper's T2 counts: global 94 %, NYU 93 %, AHN 91 %; with at most 5 cases a center and
-    label: 92 %, 89 %, 75 %. Too narrow where a center has a handful of cases, a point at worst; there
-    DeLong's limits are no better (AHN 84 %), over all cases they are right (96 % and 93 %). NaN where no AUC
-    is defined or every stratum is one case, so that there is nothing to resample.
+    4 folds; `tests/proc/coverage.py`) with the paper's T2 counts: global 91 %, NYU 96 %, AHN 90 %; with at
+    most 5 cases a center and label: 88 %, 90 %, 74 %. Too narrow where a center has a handful of cases, a
+    point at worst; DeLong's limits cover 93, 95, 85 % and 90, 85, 85 %. NaN where no AUC is defined or every
+    stratum is one case, so that there is nothing to resample.
     """
     if rows.groupby(STRATUM).size().max() == 1:
         return np.nan, np.nan

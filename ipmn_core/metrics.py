@@ -115,28 +115,13 @@ def _rank_auc(positive: np.ndarray, score: np.ndarray) -> float:
     return float((rankdata(score)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
-def global_accuracy(fold_frame: pd.DataFrame) -> float:
-    """Accuracy over centers, each weighted by its number of test images; the rows are one fold's test cases.
-
-    The weights make it the pooled accuracy of the fold.
-    """
-    centers = [(accuracy(*scores(rows)), len(rows)) for _, rows in fold_frame.groupby("center")]
-    accuracies, n_images = zip(*centers, strict=True)
-    return float(np.average(accuracies, weights=n_images))
-
-
-def global_auc(fold_frame: pd.DataFrame) -> float:
-    """AUC of one fold's test cases, scores pooled over centers; NaN if a class is absent."""
-    return auc(*scores(fold_frame))
-
-
 def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:
     """Global accuracy and AUC of every epoch: columns task, modality, arm, fold, epoch, acc, auc, n."""
     keys, rows = [*RUN, "epoch"], []
     for _, frame in predictions.groupby("task"):
         y, prob = scores(frame)
         for key, index in frame.groupby(keys).indices.items():
-            # size-weighted center accuracies are the pooled accuracy (see `global_accuracy`)
+            # the paper's global ACC, centers weighted by their test images, is the pooled accuracy
             rows.append((*key, accuracy(y[index], prob[index]), auc(y[index], prob[index]), len(index)))
     return pd.DataFrame(rows, columns=[*keys, "acc", "auc", "n"]).sort_values(keys, ignore_index=True)
 
@@ -200,7 +185,7 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
         frame = frame.reset_index(drop=True)
         y, prob = scores(frame)
         for run, part in frame.groupby(RUN, sort=False):
-            # size-weighted center accuracies are the pooled accuracy (see `global_accuracy`)
+            # the paper's global ACC, centers weighted by their test images, is the pooled accuracy
             centers = {**part.groupby("center", sort=False).groups, GLOBAL: part.index}
             rows += [(*run, center, *_measures(y[index], prob[index])) for center, index in centers.items()]
     return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc", "undefined"])

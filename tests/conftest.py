@@ -1,11 +1,23 @@
 import itertools
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 matplotlib.use("Agg")
+
+
+@pytest.fixture
+def house_style():
+    """Figures as the notebooks draw them, closed afterwards."""
+    from ipmn_core import figures
+
+    with plt.rc_context():
+        figures.use_style()
+        yield
+        plt.close("all")
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,9 @@ from sklearn.metrics import auc, roc_auc_score
 from ipmn_core import figures, metrics, preprocess, tables
 from ipmn_core.cohort import CENTERS
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 ORIENTATIONS = ["RAS", "LPS", "LAI", "SAR", "PIR", "ASL"]
 MM = (0.8, 1.3, 5.0)  # to the right, to the front, to the head
-
-
-@pytest.fixture(autouse=True)
-def house_style():
-    with plt.rc_context():
-        figures.use_style()
-        yield
-        plt.close("all")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 import itertools
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,17 +11,9 @@ from ipmn_core import calibration, figures, tables
 from ipmn_core import figures_review as review
 from ipmn_core.cohort import CENTERS
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 MODALITIES, METHODS = ("t1", "t2"), ("centralized", "fedavg", "fedprox_0.1")
 SHOWN = ["Centralized", "FedAvg", "FedProx (μ=0.1)"]
-
-
-@pytest.fixture(autouse=True)
-def house_style():
-    with plt.rc_context():
-        figures.use_style()
-        yield
-        plt.close("all")
 
 
 def table(columns, *levels, seed=0):

@@ -6,6 +6,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import ks_2samp, norm, ttest_1samp
 from sklearn.metrics import roc_auc_score
+from test_metrics import global_auc
 
 from ipmn_core import inference, metrics
 
@@ -228,7 +229,7 @@ def test_perfect_separation_stays_perfect():
 
 def test_lone_cases_do_not_vary_and_give_no_interval():
     alone = run(n=6, folds=1)  # one case a center and label
-    auc = metrics.global_auc(alone)
+    auc = global_auc(alone)
     assert 0 < auc < 1
     np.testing.assert_allclose(inference.resampled_auc(alone), auc)
     row = inference.intervals(alone).iloc[-1]
@@ -248,7 +249,7 @@ def test_a_fold_without_a_class_is_left_out_of_the_bootstrap():
     rows = run()
     lacking = rows[(rows["fold"] != 1) | (rows["y_true"] == 0)]
     low, high = inference.bootstrap_auc(lacking)
-    auc = np.mean([metrics.global_auc(rows[rows["fold"] == fold]) for fold in (0, 2)])
+    auc = np.mean([global_auc(rows[rows["fold"] == fold]) for fold in (0, 2)])
     assert low < auc < high
     assert np.isnan(inference.bootstrap_auc(rows[rows["y_true"] == 0])).all()
 
@@ -303,7 +304,7 @@ def test_intervals_say_why_a_number_is_undefined():
     assert nyu[["auc", "auc_low", "auc_high", "pooled_auc", "pooled_low", "pooled_high"]].isna().all()
     assert nyu["acc_low"] <= nyu["acc"] <= nyu["acc_high"]
     assert mcf["undefined"] == "no high-risk case in fold 1, 2"
-    assert mcf["auc"] == metrics.global_auc(rows[(at == "MCF") & (rows["fold"] == 0)])
+    assert mcf["auc"] == global_auc(rows[(at == "MCF") & (rows["fold"] == 0)])
     assert ahn["undefined"] == place(table, center="global")["undefined"] == ""
     one = inference.intervals(rows[(rows["y_true"] == 0) | (rows.index == 1)], n_resamples=10)
     row = place(one, center="global")
@@ -335,7 +336,7 @@ def test_every_arm_is_compared_with_the_reference_case_by_case():
         row = place(table, arm=arm["arm"].iloc[0])
         expected = inference.delong_test(arm["y_true"], arm["prob_1"], reference["prob_1"])
         assert row[["difference", "low", "high", "z", "p_delong"]].tolist() == pytest.approx(expected)
-        aucs = [[metrics.global_auc(a[a["fold"] == k]) for k in range(3)] for a in (arm, reference)]
+        aucs = [[global_auc(a[a["fold"] == k]) for k in range(3)] for a in (arm, reference)]
         difference = np.subtract(*aucs)
         assert row["fold_difference"] == pytest.approx(difference.mean())
         # trained on two of three folds, tested on one

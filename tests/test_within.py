@@ -4,8 +4,9 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from test_metrics import global_auc
 
-from ipmn_core import metrics, within
+from ipmn_core import within
 from ipmn_core.cohort import CENTERS
 
 ARM = ["task", "modality", "arm"]
@@ -85,7 +86,7 @@ def test_three_classes_are_the_mean_over_classes_against_the_rest():
 def test_pooled_of_one_fold_is_its_global_auc(n_classes, task):
     frame = random_run(n_classes, n_folds=1, task=task)
     row = within.decompose(frame).iloc[0]
-    assert row["pooled"] == pytest.approx(metrics.global_auc(frame), abs=1e-12)  # ranks against pairs
+    assert row["pooled"] == pytest.approx(global_auc(frame), abs=1e-12)  # ranks against pairs
 
 
 def test_a_fold_counts_by_its_pairs():
