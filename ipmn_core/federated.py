@@ -150,8 +150,9 @@ def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
 
 def inner_products(updates: Sequence[torch.Tensor]) -> np.ndarray:
     """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it."""
-    products = torch.stack([torch.dot(a.float(), b.float()) for a in updates for b in updates])
-    return products.double().cpu().numpy().reshape(len(updates), len(updates))
+    pieces = zip(*(update.split(2**20) for update in updates), strict=True)  # so that floats stay few
+    pieces = (torch.stack(piece).float() for piece in pieces)
+    return sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
 
 
 def fit_local_only(

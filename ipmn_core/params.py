@@ -72,6 +72,7 @@ class Params(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=0)] = 0
     jobs: Count = 1
+    backend: Literal["loky", "ray", "dask"] = "loky"
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     @model_validator(mode="after")

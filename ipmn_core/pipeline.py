@@ -41,10 +41,10 @@ def prepare(p: Params, fresh: bool = False) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, preprocess, probes, records, runs
+    from ipmn_core import cohort, machine, preprocess, probes, records, runs
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
-    runs.uses_bfloat16(p, runs.device_of(p))
+    machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)
     try:
         scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
     finally:  # idle workers of the phantom would hold memory, and this process, for minutes

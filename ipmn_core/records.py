@@ -8,10 +8,10 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import monai
 import numpy as np
 import pandas as pd
 import torch
@@ -43,6 +43,21 @@ def finished(folder: Path, settings: dict[str, Any], key: str) -> bool:
     if (folder / "checkpoint.pt").exists():
         _refuse_other(_read_checkpoint(folder), {**settings, "data": key}, folder)
     return False
+
+
+def note_share(folder: Path, share: float) -> None:
+    """Notes which share of a run is done, for whoever shows progress."""
+    (folder / "share_done").write_text(f"{share}")
+
+
+def share_done(folder: Path) -> float:
+    """Which share of the run in `folder` is done, 0 to 1."""
+    if (folder / "run.json").exists():
+        return 1.0
+    try:
+        return float((folder / "share_done").read_text())
+    except (FileNotFoundError, ValueError):  # not begun, or being written
+        return 0.0
 
 
 def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -100,7 +115,8 @@ def write(
         write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     seal(folder, record, rows, progress["seconds"], name)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "share_done"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _updates(inner_products: list[list[list[float]]], clients: list[str]) -> pd.DataFrame:
@@ -122,7 +138,7 @@ def seal(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "monai": monai.__version__,
+            "monai": version("monai"),
         },
         "device": device or platform.machine(),
         "seconds": round(seconds, 2),

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from ipmn_core import cohort, federated, metrics, models, records, training
+from ipmn_core import cohort, federated, machine, metrics, models, records, spread, training
 from ipmn_core.params import Params
 from ipmn_core.preprocess import Cubes
 
@@ -52,35 +47,9 @@ def grid(p: Params, task: str) -> list[Run]:
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
 
 
-def device_of(p: Params) -> torch.device:
-    """The device asked for; `auto` is the first GPU if there is one. Raises ValueError for an absent GPU."""
-    if p.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(p.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
-        raise ValueError(
-            f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
-        )
-    return device
-
-
-def uses_bfloat16(p: Params, device: torch.device) -> bool:
-    """Whether to train under bfloat16 autocast: as set, or for `auto` where the device has units for it.
-
-    A GPU that supports it, or a CPU with AMX. Raises ValueError if it is demanded of another CPU: with
-    AVX512-BF16 alone, oneDNN 3.12 returns wrong weight gradients for 3x3x3 convolutions at 2x2x2 voxels,
-    which DenseNet-121 and ResNet-34 meet at 32^3 (measured against float64; float32 is right).
-    """
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    if p.precision == "bfloat16" and not able:
-        raise ValueError(
-            f"precision: bfloat16 is not safe on this {device.type}; set `precision: float32` or `auto`"
-        )
-    return able and p.precision != "float32"
+def named(run: Run) -> str:
+    """A run as people read it: `binary t2 fedavg fold 0`."""
+    return f"{run.task} {run.modality} {run.arm} fold {run.fold}"
 
 
 def folder_of(p: Params, run: Run) -> Path:
@@ -90,13 +59,13 @@ def folder_of(p: Params, run: Run) -> Path:
 
 def settings_of(p: Params, run: Run) -> dict[str, Any]:
     """Everything that a run's result depends on, as plain values for `run.json`: protocol and machine."""
-    device, protocol = device_of(p), protocol_of(p, run)
-    machine = {
+    device, protocol = machine.device_of(p), protocol_of(p, run)
+    of_machine = {
         "device": device.type,
-        "bfloat16": uses_bfloat16(p, device),
+        "bfloat16": machine.uses_bfloat16(p, device, protocol["model"]),
         "channels_last": device.type == "cpu" and protocol["model"] in models.CHANNELS_LAST,
     }
-    return {**protocol, **machine}
+    return {**protocol, **of_machine}
 
 
 def protocol_of(p: Params, run: Run) -> dict[str, Any]:
@@ -135,20 +104,14 @@ def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.Data
 
     `scans` and `cubes` row by row. `p.jobs` runs are trained at a time; the result is that of one at a time
     if `p.threads` is set. Raises StaleRunError before any training if a run on disk, finished or not, was
-    made with other settings or data.
+    made with other settings or data, `spread.RunsFailedError` after it if some runs failed.
     """
     key = records.data_key(scans, cubes)
     todo = [run for run in grid(p, task) if not records.finished(folder_of(p, run), settings_of(p, run), key)]
     folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    work = joblib.Parallel(n_jobs=min(p.jobs, max(len(todo), 1)), return_as="generator_unordered")(
-        joblib.delayed(execute)(p, run, scans, folds, cubes) for run in todo
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="A worker stopped"
-        )  # joblib renews one that has grown large
-        for _ in tqdm(work, f"training {task}", total=len(todo), unit="run", disable=not todo, mininterval=1):
-            pass
+    calls = [(named(run), execute, (p, run, scans, folds, cubes)) for run in todo]
+    done = lambda: sum(records.share_done(folder_of(p, run)) for run in todo)  # noqa: E731
+    spread.over_workers(calls, p.jobs, p.backend, done, f"training {task}")
     return predictions(p, task)
 
 
@@ -160,18 +123,18 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
     and, last, `run.json`; with an inner validation split also its `validation.parquet`, for a federated arm
     `updates.csv`, the inner products of the clients' updates. Each appears whole or not at all.
     """
-    folder = _train(p, run, scans, folds, cubes)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc: joblib renews a worker that stays large
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    n_gpus = 0 if p.device != "auto" or p.jobs == 1 else torch.cuda.device_count()
+    with spread.own_gpu(n_gpus) if n_gpus > 1 else contextlib.nullcontext() as gpu:
+        if gpu is not None:
+            p = p.model_copy(update={"device": f"cuda:{gpu}"})
+        folder = _train(p, run, scans, folds, cubes)
+    machine.release_memory()
     return folder
 
 
 def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cubes) -> Path:
     started = time.perf_counter()
-    if p.threads:
-        torch.set_num_threads(p.threads)
-    torch.set_flush_denormal(True)
+    machine.prepare(p.threads)
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings_of(p, run), "data": records.data_key(scans, cubes)}
@@ -182,6 +145,7 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     last_save = time.perf_counter()
     for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
         auc = _note(progress, epoch, run, p.seed, held_out)
+        records.note_share(folder, epoch.number / record["settings"]["epochs"])
         if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
             progress["best_auc"] = auc
             records.save_model(folder, model)
@@ -190,7 +154,7 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
             started = last_save = time.perf_counter()
             records.save_checkpoint(folder, record, progress, epoch.checkpoint())
     progress["seconds"] += time.perf_counter() - started
-    records.write(folder, record, progress, rows, device_of(p))
+    records.write(folder, record, progress, rows, machine.device_of(p))
     return folder
 
 
@@ -211,7 +175,7 @@ def _held_out(rows: pd.DataFrame) -> pd.DataFrame:
 def _epochs(
     p: Params, run: Run, settings: dict[str, Any], rows: pd.DataFrame, array: np.ndarray, learning: Any
 ) -> Iterator[tuple[training.Epoch, torch.nn.Module]]:
-    device = device_of(p)
+    device = machine.device_of(p)
     names = [field.name for field in fields(training.Settings) if field.name != "seed"]
     protocol = training.Settings(**{name: settings[name] for name in names}, seed=(p.seed, run.fold))
     y = targets(rows["label"].to_numpy(), run.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ipmn_core import machine
 
 
 class DivergedError(ArithmeticError):
@@ -117,18 +120,21 @@ def train_epoch(
     model.train()
     rng = seeded(seed)
     order = learner.indices[torch.randperm(len(learner.indices), generator=rng)]
-    total = torch.zeros((), device=data.y.device)
+    turned = draw_orientations(len(order), data.x.shape[-1], settings.augment_prob, rng)
+    device = data.y.device
+    order, turned = order.to(device), turned.to(device)  # once: a GPU then never waits for the host
+    total = torch.zeros((), device=device)
     seen = 0
-    for batch in batches(order, settings.batch_size)[: settings.batches_per_epoch]:
-        x = augment(data.x[batch].float(), settings.augment_prob, rng)
-        loss = local_objective(forward(model, x, settings), data.y[batch])
+    for batch in batches(len(order), settings.batch_size)[: settings.batches_per_epoch]:
+        x = oriented(data.x[order[batch]], turned[batch]).float()
+        loss = local_objective(forward(model, x, settings), data.y[order[batch]])
         learner.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if add_gradient is not None:
             add_gradient()
         learner.optimizer.step()
-        total += loss.detach() * len(batch)
-        seen += len(batch)
+        total += loss.detach() * len(x)
+        seen += len(x)
     learner.schedule.step()
     learner.optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next epoch
     loss = total.item() / seen
@@ -142,7 +148,7 @@ def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Set
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
     # no gradients are kept, so more cases fit; below 16, torch takes a slow path on one thread
-    pieces = indices.split(max(16, 2 * settings.batch_size))
+    pieces = indices.to(data.y.device).split(max(16, 2 * settings.batch_size))
     prob = [forward(model, data.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob).double().cpu().numpy()
 
@@ -179,7 +185,7 @@ def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tens
     """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if so set."""
     if settings.channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.bfloat16):
+    with machine.autocast(x.device, settings.bfloat16):
         return model(x).float()
 
 
@@ -193,27 +199,46 @@ def seeded(seed: Sequence[int]) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[1]))
 
 
-def batches(order: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """`order` in pieces of `size`; a last piece of one joins the piece before it.
+def batches(n: int, size: int) -> list[slice]:
+    """`n` cases in pieces of `size`; a last piece of one joins the piece before it.
 
     Departs from the paper: its code is silent on a batch of one, on which BatchNorm fails at small sizes.
     """
-    pieces = list(order.split(size))
-    if len(pieces) > 1 and len(pieces[-1]) == 1:
-        pieces[-2:] = [torch.cat(pieces[-2:])]
-    return pieces
+    ends = [*range(size, n, size), n]
+    if len(ends) > 1 and n - ends[-2] == 1:
+        del ends[-2]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def augment(x: torch.Tensor, prob: float, rng: torch.Generator) -> torch.Tensor:
-    """`x` (N, 1, S, S, S) with, each with probability `prob`, a random axis flipped and a random
-    rotation by 90, 180 or 270 degrees in the first two axes: MONAI's RandAxisFlip and RandRotate90.
+def draw_orientations(n: int, size: int, prob: float, rng: torch.Generator) -> torch.Tensor:
+    """How each of `n` cubes is augmented, (n, 4) int64: a row of `orientations`, drawn from `rng`.
+
+    Each with probability `prob`, a random axis is flipped, and the first two axes are turned by 90, 180 or
+    270 degrees: MONAI's RandAxisFlip and RandRotate90.
     """
-    n = len(x)
-    flip, rotate = torch.rand(2, n, generator=rng) < prob
-    axis = torch.randint(3, (n,), generator=rng)
-    turns = torch.randint(1, 4, (n,), generator=rng)
-    for i in flip.nonzero().flatten().tolist():
-        x[i] = x[i].flip(1 + int(axis[i]))
-    for i in rotate.nonzero().flatten().tolist():
-        x[i] = x[i].rot90(int(turns[i]), (1, 2))
-    return x
+    flips, turns = torch.rand(2, n, generator=rng) < prob
+    axis = torch.randint(1, 4, (n,), generator=rng)
+    quarters = torch.randint(1, 4, (n,), generator=rng)
+    return orientations(size)[axis * flips, quarters * turns]
+
+
+@functools.cache
+def orientations(size: int) -> torch.Tensor:
+    """Where a turned cube's voxels come from, (4, 4, 4): by flip (none, then axis 0 to 2) and quarter turns.
+
+    It reads the flattened cube from another first voxel with other steps along the axes: four numbers.
+    """
+    voxels = torch.arange(size**3).view(size, size, size)
+    cubes = [voxels, *(voxels.flip(axis) for axis in range(3))]
+    read = [[cube.rot90(quarters, (0, 1)) for quarters in range(4)] for cube in cubes]
+    first = lambda v: v[0, 0, 0]  # noqa: E731
+    steps = lambda v: [first(v), v[1, 0, 0] - first(v), v[0, 1, 0] - first(v), v[0, 0, 1] - first(v)]  # noqa: E731
+    return torch.tensor([[steps(v) for v in row] for row in read])
+
+
+def oriented(x: torch.Tensor, orientation: torch.Tensor) -> torch.Tensor:
+    """Cubes `x` (N, 1, S, S, S) read in their `orientation` (N, 4), by index arithmetic, on their device."""
+    along = torch.arange(x.shape[-1], device=x.device)
+    first, d, h, w = orientation.T[:, :, None, None, None]
+    voxels = first + d * along[:, None, None] + h * along[:, None] + w * along
+    return x.flatten(1).gather(1, voxels.flatten(1)).view_as(x)

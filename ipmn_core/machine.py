@@ -1,0 +1,103 @@
+"""What is asked of the machine: its device, bfloat16 where it pays and is right, its threads and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ipmn_core import models
+from ipmn_core.params import Params
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def device_of(p: Params) -> torch.device:
+    """The device asked for; `auto` is the first GPU if there is one. Raises ValueError for an absent GPU."""
+    if p.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(p.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ValueError(
+            f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
+        )
+    return device
+
+
+def prepare(threads: int) -> None:
+    """Sets up this process for training: `threads` of torch (0: all cores), and memory that it keeps.
+
+    glibc gives large blocks back to the system as they are freed, and every tensor that follows pays for its
+    pages again: up to a third of a step. Kept, they are there for the next one; `release_memory` ends it.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    with contextlib.suppress(OSError, AttributeError):
+        glibc = ctypes.CDLL("libc.so.6")
+        glibc.mallopt(M_MMAP_MAX, 0)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release_memory() -> None:
+    """Gives what this process has freed back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: a GPU that does, a CPU with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    ask = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return any(answer() for answer in ask)
+
+
+def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
+    """Whether to train `model` under bfloat16 autocast: as set, or for `auto` where it pays.
+
+    It pays on a device that has it; on a CPU only for networks without depthwise convolutions, which
+    oneDNN computes more slowly in bfloat16. Raises ValueError if it is demanded of a device without it.
+    """
+    able = has_bfloat16(device)
+    if p.precision == "bfloat16" and not able:
+        raise ValueError(
+            f"precision: this {device.type} has no bfloat16 units, so it would be slower, not faster; "
+            "set `precision: float32` or `auto`"
+        )
+    pays = device.type == "cuda" or model not in models.DEPTHWISE
+    return able and (p.precision == "bfloat16" or (p.precision == "auto" and pays))
+
+
+class _GoneAround(TorchFunctionMode):
+    """Volumes shorter than their convolution's kernel are padded by hand; pooling returns what it was given.
+
+    oneDNN 3.12 (torch 2.13) returns wrong weight gradients, silently, for bfloat16 convolutions whose input
+    has a side shorter than the kernel: 3x3x3 at 2x2x2 voxels, which DenseNet-121 meets at 32^3 and 64^3. A
+    CPU's autocast pools in float32, after which a DenseNet would concatenate in float32 to its end.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.conv3d and min(args[0].shape[2:]) < max(args[1].shape[2:]):
+            x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
+            return func(
+                F.pad(x, [n for n in reversed(padding) for _ in "ab"]), weight, bias, stride, 0, *rest
+            )
+        result = func(*args, **(kwargs or {}))
+        return result.to(args[0].dtype) if func is F.avg_pool3d else result
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, enabled: bool):
+    """A block whose convolutions and products run in bfloat16, around what is wrong or slow there."""
+    if not enabled:
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), _GoneAround():
+        yield

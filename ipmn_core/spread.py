@@ -1,0 +1,152 @@
+"""Runs spread over workers: each in a process of its own, one GPU each, one progress display for all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import joblib
+from tqdm import tqdm
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+class RunsFailedError(RuntimeError):
+    """Some runs failed; the message names each with its reason. All others were finished."""
+
+
+def over_workers(
+    calls: Sequence[tuple[str, Callable, tuple]],
+    jobs: int,
+    backend: str,
+    done: Callable[[], float],
+    title: str,
+) -> None:
+    """Calls (name, function, arguments), `jobs` at a time on joblib's `backend`: "loky", "ray" or "dask".
+
+    Each runs in a process of its own, so that one that dies takes no other along; with one job all run here.
+    `done()` says how many are done, fractions included, and is shown with the time left.
+    Raises RunsFailedError after all others have ended, ImportError for a backend that is not installed.
+    """
+    with _progress(done, len(calls), title):
+        if min(jobs, len(calls)) < 2:
+            for _, function, arguments in calls:
+                function(*arguments)
+            return
+        with _backend(backend, jobs):
+            workers = joblib.Parallel(n_jobs=min(jobs, len(calls)))
+            reasons = workers(joblib.delayed(alone)(function, arguments) for _, function, arguments in calls)
+    failed = [f"{name}: {reason}" for (name, *_), reason in zip(calls, reasons, strict=True) if reason]
+    if failed:
+        raise RunsFailedError(
+            f"{len(failed)} of {len(calls)} runs failed; the others are finished and kept, "
+            "the same command repeats only these:\n  " + "\n  ".join(failed)
+        )
+
+
+def alone(function: Callable, arguments: tuple) -> str | None:
+    """None once `function(*arguments)` has returned in a process of its own, else why it did not."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        reason = receiver.recv()
+    except EOFError:
+        reason = "died"
+    process.join()
+    if reason != "died":
+        return reason
+    if process.exitcode < 0:
+        return f"its process was ended by {signal.Signals(-process.exitcode).name} (out of memory?)"
+    return f"its process ended with status {process.exitcode}"
+
+
+def _report(sender: Any, function: Callable, arguments: tuple) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the worker that waits for it
+    try:
+        function(*arguments)
+        sender.send(None)
+    except Exception as error:
+        if os.environ.get("IPMN_DEBUG"):
+            traceback.print_exc()
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _backend(name: str, jobs: int) -> Iterator[None]:
+    """joblib's backend for a block, on the Ray or Dask cluster in use, or on one of `jobs` local workers."""
+    with contextlib.ExitStack() as stack:
+        if name == "ray":
+            import ray
+            from ray.util.joblib import register_ray
+
+            if not ray.is_initialized():
+                ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+                stack.callback(ray.shutdown)
+            register_ray()
+        elif name == "dask":
+            import dask
+            from distributed import Client, get_client
+
+            try:
+                get_client()
+            except ValueError:
+                with dask.config.set({"distributed.worker.daemon": False}):  # a daemon may have no children
+                    stack.enter_context(Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+        with joblib.parallel_config(name, n_jobs=jobs):
+            yield
+
+
+@contextlib.contextmanager
+def _progress(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
+    """A bar over `total` runs during a block, renewed every second from `done()`, with the time left."""
+    if not total:
+        yield
+        return
+    style = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
+    ended = threading.Event()
+    with tqdm(desc=title, total=total, bar_format=style, mininterval=0) as bar:
+
+        def watch() -> None:
+            while not ended.wait(1.0):
+                bar.update(done() - bar.n)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            bar.update(done() - bar.n)
+
+
+@contextlib.contextmanager
+def own_gpu(count: int) -> Iterator[int]:
+    """The number of a GPU, of `count`, that no other process on this machine holds during the block.
+
+    If all are held, they are shared.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        for gpu in range(count):
+            path = os.path.join(tempfile.gettempdir(), f"ipmn-{os.getuid()}-gpu{gpu}.lock")
+            lock = stack.enter_context(open(path, "a"))
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield gpu
+                return
+        yield os.getpid() % count
