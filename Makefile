@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab clean
+.PHONY: demo test lint lab bench clean
 
 demo: .venv/installed          ## tables 1-3 and figure 1 on the embedded cohort
 	$(BIN)/ipmn run params/demo.yaml
 
-test: .venv/installed          ## the whole test suite
+test: .venv/extras             ## the whole test suite, with the backends that only it needs
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed          ## what .ci/run checks before the tests
@@ -18,10 +18,17 @@ lint: .venv/installed          ## what .ci/run checks before the tests
 lab: .venv/installed           ## the notebooks, live
 	$(BIN)/jupyter lab notebooks
 
+bench: .venv/installed         ## speed beside the plain pipeline, a quarter of an hour
+	$(BIN)/ipmn bench
+
 clean:                         ## everything that was written, but for the reference results
 	rm -rf .venv $(filter-out outputs/README.md outputs/reference, $(wildcard outputs/*))
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" --constraint constraints.txt
+	touch $@
+
+.venv/extras: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,dask,ray]" --constraint constraints.txt
 	touch $@

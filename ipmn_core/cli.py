@@ -1,4 +1,4 @@
-"""The command `ipmn`: run a profile, check a data set, write the phantom cohort."""
+"""The command `ipmn`: run a profile, check a data set, write the phantom cohort, time it all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ EPILOG = """examples:
   ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures
   ipmn check data/ipmn             is this copy of the data set usable?
   ipmn phantom /tmp/cohort         a synthetic cohort with known truth, in the data set's own layout
+  ipmn bench --only 32             speed beside the plain pipeline, cubes of 32^3 only
 """
 
 
@@ -81,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     phantom.set_defaults(command=write_phantom)
+
+    bench = commands.add_parser(
+        "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
+    )
+    bench.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds TEXT")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
+    bench.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    bench.add_argument("--growth", action="store_true", help="instead: cost against scans, cases, clients")
+    bench.set_defaults(command=run_bench)
     return parser
 
 
@@ -112,6 +123,27 @@ def check_cohort(options: argparse.Namespace) -> int:
     remarks = len(problems) - errors
     print(f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Prints the bench's table, or that of growth, and writes it as JSON if asked."""
+    import json
+
+    import pandas as pd
+
+    if options.growth:
+        from ipmn_core import growth
+
+        results = growth.run()
+    else:
+        from ipmn_core import bench
+
+        results = bench.run(options.only, options.repeats, options.jobs)
+        print("matrix product:", *(f"{v:.0f} GFLOP/s {k}" for k, v in results["gemm_gflops"].items()))
+    print(pd.DataFrame(results["rows"]).to_markdown(index=False, floatfmt=".4g"))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
 
 
 def write_phantom(options: argparse.Namespace) -> int:

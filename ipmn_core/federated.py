@@ -55,8 +55,9 @@ def weighted_average(states: Iterable[State], n_k: Sequence[int]) -> State:
     for state, n in zip(states, n_k, strict=True):
         for key, value in state.items():
             dtypes[key] = value.dtype
-            share = value.double() * (n / total)
-            average[key] = share if key not in average else average[key].add_(share)
+            if key not in average:
+                average[key] = torch.zeros_like(value, dtype=torch.float64)
+            average[key].add_(value, alpha=n / total)
     return {
         key: (value if dtypes[key].is_floating_point else value.round()).to(dtypes[key])
         for key, value in average.items()
@@ -150,7 +151,7 @@ def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
 
 def inner_products(updates: Sequence[torch.Tensor]) -> np.ndarray:
     """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it."""
-    pieces = zip(*(update.split(2**20) for update in updates), strict=True)  # so that floats stay few
+    pieces = zip(*(update.split(2**16) for update in updates), strict=True)  # these stay in the cache
     pieces = (torch.stack(piece).float() for piece in pieces)
     return sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
 

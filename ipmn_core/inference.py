@@ -135,14 +135,16 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
     """AUC (B,) of B resamples given as weights (B, N), how often each case is drawn; else as `metrics.auc`.
 
     With K_ij = 1 if positive i scores above negative j, 1/2 if equal, AUC_b = sum_ij w_bi w_bj K_ij /
-    (sum_i w_bi sum_j w_bj): one matrix product for all b. NaN where a resample lacks a class.
+    (sum_i w_bi sum_j w_bj), from running sums over the sorted scores: O(B N). NaN where a class is lacking.
     """
     classes, aucs = [1] if prob.shape[1] == 2 else range(prob.shape[1]), []
     for k in classes:
-        positive, score = y == k, prob[:, k]
-        n_pairs = weights[:, positive].sum(axis=1) * weights[:, ~positive].sum(axis=1)
-        wins = (np.sign(np.subtract.outer(score[positive], score[~positive])) + 1) / 2
-        won = ((weights[:, positive] @ wins) * weights[:, ~positive]).sum(axis=1)
+        values, place = np.unique(prob[:, k], return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        first = np.searchsorted(place[order], np.arange(len(values)))  # of the cases with each score
+        pos, neg = (np.add.reduceat((weights * of)[:, order], first, axis=1) for of in (y == k, y != k))
+        n_pairs = pos.sum(axis=1) * neg.sum(axis=1)
+        won = (pos * (neg.cumsum(axis=1) - neg / 2)).sum(axis=1)
         aucs.append(won / np.where(n_pairs > 0, n_pairs, np.nan))
     return np.mean(aucs, axis=0)
 

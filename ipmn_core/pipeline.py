@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,11 +31,21 @@ def prepare(p: Params, fresh: bool = False) -> None:
     """Checks what can be checked before any training: models, arms, device, cohort, folds, every volume.
 
     Writes the phantom and the cache of cubes if they are missing. `fresh` then discards the profile's
-    training runs; otherwise those on disk must be of these settings and data. Errors are sentences.
-    All of it in a process of its own, whose memory is free again for the training.
+    training runs; otherwise those on disk must be of these settings and data. Then trains every run that is
+    missing, so that one pool of workers and one progress display serve all notebooks. Errors are sentences.
+    All of it in a process of its own, whose memory is free again for the notebooks.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
         alone.submit(_prepare, p, fresh).result()
+        alone.submit(_train, p).result()
+
+
+def _train(p: Params) -> None:
+    from ipmn_core import cohort, preprocess, runs
+
+    scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
+    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    runs.train(p, ("binary", "three_class"), scans, cubes)  # the longer runs first: workers end together
 
 
 def _prepare(p: Params, fresh: bool) -> None:
@@ -68,9 +78,14 @@ def run(p: Params) -> Iterator[Path]:
     """
     for name in ("notebooks", "tables", "figures"):
         shutil.rmtree(p.folder / name, ignore_errors=True)
-    for stem in NOTEBOOKS:
-        source = project_root() / "notebooks" / f"{stem}.ipynb"
-        yield execute(source, p.folder / "notebooks" / source.name, p.model_dump(mode="json"))
+    one = lambda stem: execute(  # noqa: E731
+        project_root() / "notebooks" / f"{stem}.ipynb",
+        p.folder / "notebooks" / f"{stem}.ipynb",
+        p.model_dump(mode="json"),
+    )
+    with ThreadPoolExecutor(min(p.jobs, len(NOTEBOOKS) - 1)) as lanes:  # each waits for its kernel
+        yield from lanes.map(one, NOTEBOOKS[:-1])
+    yield one(NOTEBOOKS[-1])  # it reads what the others wrote
 
 
 def execute(source: Path, target: Path, parameters: dict) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def settings_of(p: Params, run: Run) -> dict[str, Any]:
     of_machine = {
         "device": device.type,
         "bfloat16": machine.uses_bfloat16(p, device, protocol["model"]),
-        "channels_last": device.type == "cpu" and protocol["model"] in models.CHANNELS_LAST,
+        "channels_last": device.type == "cuda" or protocol["model"] in models.CHANNELS_LAST,
     }
     return {**protocol, **of_machine}
 
@@ -100,19 +101,26 @@ def protocol_of(p: Params, run: Run) -> dict[str, Any]:
 
 
 def run_grid(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.DataFrame:
-    """The predictions of all runs of `task`, after training those that are not on disk yet.
-
-    `scans` and `cubes` row by row. `p.jobs` runs are trained at a time; the result is that of one at a time
-    if `p.threads` is set. Raises StaleRunError before any training if a run on disk, finished or not, was
-    made with other settings or data, `spread.RunsFailedError` after it if some runs failed.
-    """
-    key = records.data_key(scans, cubes)
-    todo = [run for run in grid(p, task) if not records.finished(folder_of(p, run), settings_of(p, run), key)]
-    folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    calls = [(named(run), execute, (p, run, scans, folds, cubes)) for run in todo]
-    done = lambda: sum(records.share_done(folder_of(p, run)) for run in todo)  # noqa: E731
-    spread.over_workers(calls, p.jobs, p.backend, done, f"training {task}")
+    """The predictions of all runs of `task`, after training those that are not on disk yet (`train`)."""
+    train(p, [task], scans, cubes)
     return predictions(p, task)
+
+
+def train(p: Params, tasks: Sequence[str], scans: pd.DataFrame, cubes: Cubes) -> None:
+    """Trains the runs of `tasks` not on disk yet, `p.jobs` at a time; `scans` and `cubes` row by row.
+
+    The result is that of one at a time if `p.threads` is set. Raises StaleRunError before any training if a
+    run on disk, finished or not, was made with other settings or data, RunsFailedError after all others.
+    """
+    key, calls, folders = records.data_key(scans, cubes), [], []
+    for task in tasks:
+        folds = cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+        for run in grid(p, task):
+            if not records.finished(folder_of(p, run), settings_of(p, run), key):
+                calls.append((named(run), execute, (p, run, scans, folds, cubes)))
+                folders.append(folder_of(p, run))
+    done = lambda: sum(records.share_done(folder) for folder in folders)  # noqa: E731
+    spread.over_workers(calls, p.jobs, p.backend, done, f"training {', '.join(tasks)}")
 
 
 def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cubes) -> Path:
@@ -128,7 +136,8 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
         if gpu is not None:
             p = p.model_copy(update={"device": f"cuda:{gpu}"})
         folder = _train(p, run, scans, folds, cubes)
-    machine.release_memory()
+    if multiprocessing.parent_process() is None:  # otherwise this process ends with its memory
+        machine.release_memory()
     return folder
 
 

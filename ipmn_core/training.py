@@ -147,8 +147,8 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    # no gradients are kept, so more cases fit; below 16, torch takes a slow path on one thread
-    pieces = indices.to(data.y.device).split(max(16, 2 * settings.batch_size))
+    most = max(2 * settings.batch_size, 2**22 // data.x[0].numel())  # no gradients are kept: more cases fit
+    pieces = indices.to(data.y.device).split(most)
     prob = [forward(model, data.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob).double().cpu().numpy()
 

@@ -69,11 +69,18 @@ def fault(capsys):
 
 def test_help_lists_the_commands_within_a_second_of_cpu_and_without_heavy_imports():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "check", "phantom"):
+    for command in ("run", "check", "phantom", "bench"):
         assert f"\n    {command} " in told
         assert f"ipmn {command} " in told.split("examples:")[1]
     status, seconds, *heavy = told.splitlines()[-1].split()
     assert status == "0" and float(seconds) < 1 and not heavy
+
+
+def test_the_cohort_is_imported_within_a_second_of_cpu_and_without_torch():
+    code = "import ipmn_core.cohort, sys, time; print(time.process_time(), 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, torch_too = told.split()
+    assert float(seconds) < 1 and torch_too == "False"
 
 
 def test_the_command_is_installed():

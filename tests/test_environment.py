@@ -34,7 +34,8 @@ def test_every_dependency_is_pinned_within_its_range():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
-    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]):
+    extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ipmn_core
-from ipmn_core.models import MODELS, ShuffleUnit, build, complexity
+from ipmn_core.models import DEPTHWISE, MODELS, ShuffleUnit, build, complexity
 
 TABLE2 = pd.read_csv(Path(ipmn_core.__file__).parent / "paper" / "table2.csv").drop_duplicates("model")
 
@@ -90,6 +90,12 @@ def test_an_unknown_name_lists_the_known_ones(use):
 def test_the_first_convolution_takes_one_channel_with_the_paper_s_stride(name, stride):
     first = next(layer for layer in build(name, 2).modules() if isinstance(layer, nn.Conv3d))
     assert (first.in_channels, first.stride) == (1, stride)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_networks_called_depthwise_have_convolutions_of_one_channel_each(name):
+    layers = [layer for layer in build(name, 2).modules() if isinstance(layer, nn.Conv3d)]
+    assert any(layer.groups == layer.in_channels > 1 for layer in layers) == (name in DEPTHWISE)
 
 
 @pytest.mark.parametrize("name", ["shufflenetv2", "mobilenetv2"])

@@ -65,7 +65,7 @@ def write_runs(p, scans):
     seen = lambda name, scans, array: np.zeros(len(scans))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "_epochs", untrained_epochs)
-        patch.setattr(runs.gc, "collect", lambda: 0)  # a tenth of a second after each run
+        patch.setattr(runs.machine, "release_memory", lambda: None)  # a tenth of a second after each run
         patch.setattr(probes, "features", seen)
         patch.setattr(probes, "predict", untrained_probe)
         for task in runs.TASKS:

@@ -1,4 +1,5 @@
 import json
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 from test_federated import settings
 
-from ipmn_core import cohort, metrics, params, records, runs, training
+from ipmn_core import cohort, machine, metrics, params, records, runs, spread, training
 from ipmn_core.preprocess import Cubes
 
 CONTRACT = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
@@ -179,7 +180,8 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tmp_path, data, arm, 
         runs.run_grid(broken, "binary", *data)
     monkeypatch.undo()
     first = broken.folder / "runs" / "binary" / "t1" / arm / "fold0"
-    assert {path.name for path in first.iterdir()} == {"checkpoint.pt", "model.pt"}  # no run.json, no run
+    left = {"checkpoint.pt", "model.pt", "share_done"}
+    assert {path.name for path in first.iterdir()} == left  # no run.json, no run
     with pytest.raises(FileNotFoundError, match="no finished run; run notebook 03"):
         runs.predictions(broken, "binary")
     runs.run_grid(broken, "binary", *data)
@@ -228,23 +230,65 @@ def test_two_workers_give_the_same_bits_as_one(tmp_path, data):
     pd.testing.assert_frame_equal(runs.run_grid(one, "binary", *data), runs.run_grid(two, "binary", *data))
 
 
-def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runs.device_of(profile(tmp_path, device="auto")).type == "cpu"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"sees 0 GPU"):
-        runs.device_of(profile(tmp_path, device="cuda"))
+def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], modalities=["t1", "t2"], epochs=1, jobs=2)
+    scans, cubes = data
+    array = cubes.array.copy()
+    array[scans["modality"] == "t2"] = np.nan
+    with pytest.raises(spread.RunsFailedError, match="2 of 4 runs failed") as error:
+        runs.run_grid(p, "binary", scans, Cubes(array, cubes.key))
+    for fold in (0, 1):
+        assert f"binary t2 centralized fold {fold}: DivergedError: the training loss" in str(error.value)
+    assert " t1 " not in str(error.value)
+    before = {path: path.stat().st_mtime_ns for path in p.folder.glob("runs/binary/t1/centralized/*/*")}
+    assert sum(path.name == "run.json" for path in before) == 2
+    assert set(runs.run_grid(p, "binary", scans, cubes)["modality"]) == {"t1", "t2"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_bfloat16_is_taken_only_where_it_is_right(tmp_path, monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not runs.uses_bfloat16(profile(tmp_path, precision="auto"), cpu)
-    with pytest.raises(ValueError, match="bfloat16 is not safe"):
-        runs.uses_bfloat16(profile(tmp_path, precision="bfloat16"), cpu)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert runs.uses_bfloat16(profile(tmp_path, precision="auto"), cpu)
-    assert not runs.uses_bfloat16(profile(tmp_path, precision="float32"), cpu)
+def test_how_many_work_where_is_no_setting_of_a_run(tmp_path):
+    run = runs.Run("binary", "t1", "centralized", 0)
+    elsewhere = profile(tmp_path, jobs=4, backend="ray")
+    assert runs.settings_of(elsewhere, run) == runs.settings_of(profile(tmp_path), run)
+
+
+def test_the_precision_of_a_run_is_that_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
+    p = profile(tmp_path, precision="auto")  # binary_model is shufflenetv2, which bfloat16 slows down
+    used = {
+        arm: runs.settings_of(p, runs.Run(task, "t1", arm, 0))["bfloat16"]
+        for task, arm in (("three_class", "densenet121"), ("binary", "fedavg"))
+    }
+    assert used == {"densenet121": True, "fedavg": False}
+
+
+def test_of_several_gpus_each_worker_takes_one_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the locks lie
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runs, "_train", lambda p, *data: p.device)
+    device = lambda **changes: runs.execute(profile(tmp_path, **changes), *[None] * 4)  # noqa: E731
+    assert device(device="auto", jobs=2) == "cuda:0"
+    with spread.own_gpu(2):
+        assert device(device="auto", jobs=2) == "cuda:1"
+    assert device(device="auto") == "auto"  # one worker: the first GPU
+    assert device(device="cuda:1", jobs=2) == "cuda:1"
+
+
+def test_the_share_done_of_a_run_is_what_was_noted_until_it_is_whole(tmp_path):
+    assert records.share_done(tmp_path / "not begun") == 0
+    (tmp_path / "share_done").write_text("")  # caught while it is written
+    assert records.share_done(tmp_path) == 0
+    records.note_share(tmp_path, 0.25)
+    assert records.share_done(tmp_path) == 0.25
+    (tmp_path / "run.json").write_text("{}")
+    assert records.share_done(tmp_path) == 1
+
+
+def test_a_run_notes_its_share_after_every_epoch(tmp_path, data, monkeypatch):
+    noted = []
+    monkeypatch.setattr(records, "note_share", lambda folder, share: noted.append((folder.name, share)))
+    runs.run_grid(profile(tmp_path, arms=["fedprox_0.1"], rounds=2), "binary", *data)
+    assert noted == [("fold0", 0.5), ("fold0", 1.0), ("fold1", 0.5), ("fold1", 1.0)]
 
 
 def test_a_run_says_what_every_case_was_used_for(tmp_path, data):

@@ -29,10 +29,13 @@ def test_every_seed_counts_zero_included():
     assert largest_difference(states[0], states[2]) > 0
 
 
-def test_a_tail_of_one_joins_the_batch_before_it():
-    assert [len(b) for b in training.batches(torch.arange(33), 16)] == [16, 17]
-    assert [len(b) for b in training.batches(torch.arange(34), 16)] == [16, 16, 2]
-    assert torch.cat(training.batches(torch.arange(33), 16)).tolist() == list(range(33))
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(2, [2]), (16, [16]), (17, [17]), (32, [16, 16]), (33, [16, 17]), (34, [16, 16, 2])]
+)
+def test_a_tail_of_one_joins_the_batch_before_it(n, sizes):
+    pieces = [torch.arange(n)[batch] for batch in training.batches(n, 16)]
+    assert [len(piece) for piece in pieces] == sizes
+    assert torch.cat(pieces).tolist() == list(range(n))
 
 
 def test_one_training_case_is_refused_with_its_reason():
@@ -54,27 +57,51 @@ def test_learning_rate_falls_tenfold_every_step_epochs():
     assert rate == pytest.approx(1e-5)
 
 
-def test_augmentation_is_a_flip_and_a_quarter_turn_of_monai():
-    x = torch.rand(64, 1, 4, 4, 4)
-    augmented = training.augment(x.clone(), 1.0, torch.Generator().manual_seed(3))
-    choices = [
-        Rotate90(k, spatial_axes=(0, 1))(Flip(axis)(cube))
-        for cube in x
-        for axis in range(3)
-        for k in (1, 2, 3)
-    ]
-    for i, cube in enumerate(augmented):
-        mine = choices[9 * i : 9 * i + 9]
-        assert any(torch.equal(cube, torch.as_tensor(np.asarray(choice))) for choice in mine)
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("flip", range(4))
+def test_an_orientation_is_a_flip_and_quarter_turns_of_monai(flip, quarters):
+    x = torch.rand(2, 1, 5, 5, 5).half()
+    flipped = [Flip(flip - 1)(cube) if flip else cube for cube in x]
+    rotate = Rotate90(quarters, spatial_axes=(0, 1))
+    turned = torch.stack([torch.as_tensor(np.asarray(rotate(cube))) for cube in flipped])
+    orientation = training.orientations(5)[flip, quarters]
+    assert torch.equal(training.oriented(x, orientation.expand(2, 4)), turned)
 
 
-def test_augmentation_touches_each_case_with_its_probability():
-    x = torch.rand(20_000, 1, 2, 2, 2)
-    augmented = training.augment(x.clone(), 0.1, torch.Generator().manual_seed(0))
-    changed = (augmented != x).flatten(1).any(1).double().mean().item()
-    # 4 standard errors, and 0.003 for a flip and a half turn that undo each other
-    assert changed == pytest.approx(1 - 0.9**2, abs=4 * (0.19 * 0.81 / 20_000) ** 0.5 + 0.003)
-    assert torch.equal(training.augment(x.clone(), 0.0, torch.Generator().manual_seed(0)), x)
+def test_every_cube_is_read_in_its_own_orientation():
+    x, table = torch.rand(16, 1, 4, 4, 4), training.orientations(4).view(16, 4)
+    together = training.oriented(x, table)
+    assert all(torch.equal(together[i : i + 1], training.oriented(x[[i]], table[[i]])) for i in range(16))
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.1, 1.0])
+def test_each_case_is_flipped_and_turned_with_its_probability(prob):
+    n, table = 20_000, training.orientations(4).view(16, 4)
+    drawn = training.draw_orientations(n, 4, prob, torch.Generator().manual_seed(0))
+    each = torch.tensor([1 - prob, prob / 3, prob / 3, prob / 3])  # no flip or one of 3, no turn or one of 3
+    expected = each.outer(each).flatten()
+    for orientation in table.unique(dim=0):  # a flip and a half turn may be another flip
+        share = (drawn == orientation).all(1).double().mean().item()
+        wanted = expected[(table == orientation).all(1)].sum().item()
+        assert share == pytest.approx(wanted, abs=4 * (wanted * (1 - wanted) / n) ** 0.5)  # 4 standard errors
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_an_epoch_shows_each_case_once_augmented_and_with_its_label(monkeypatch, prob):
+    data = training.Cases(torch.rand(9, 1, 4, 4, 4), torch.arange(9))
+    cubes, labels = [], []
+    monkeypatch.setattr(training, "forward", lambda model, x, settings: cubes.append(x) or x.mean().view(1))
+    loss = lambda logits, y: labels.append(y) or logits.sum().requires_grad_()  # noqa: E731
+    monkeypatch.setattr(training, "local_objective", loss)
+    model = small_net()
+    learner = training.Learner("all", model, torch.arange(9), settings())
+    training.train_epoch(model, learner, data, settings(augment_prob=prob), (0,))
+    cubes, labels = torch.cat(cubes), torch.cat(labels)
+    assert labels.tolist() != list(range(9)) and sorted(labels.tolist()) == list(range(9))
+    voxels = [x.flatten(1).sort().values for x in (cubes, data.x[labels])]
+    assert torch.equal(*voxels)  # a turned cube keeps its voxels
+    unchanged = (cubes == data.x[labels]).flatten(1).all(1)
+    assert unchanged.all() if prob == 0 else not unchanged.any()
 
 
 def test_probabilities_sum_to_one_and_are_those_of_the_model():
