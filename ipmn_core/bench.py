@@ -26,6 +26,7 @@ from ipmn_core import cohort, federated, machine, models, phantom, plain, prepro
 COLUMNS = ["case", "unit", "plain", "ours", "ratio"]
 LESS_IS_BETTER = ("s", "s/sample", "GB")
 GEMM = 2048  # edge of the matrices multiplied
+STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each with those before it
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class Case:
     n: int
     batch_size: int
     arm: str | None = None
+    step: str = STEPS[-1]
 
     @property
     def name(self) -> str:
-        return f"{self.arm or self.model} {self.size}^3"
+        """What is timed, and how far ours goes if not all the way."""
+        step = "" if self.step == STEPS[-1] else f", {self.step}"
+        return f"{self.arm or self.model} {self.size}^3{step}"
 
 
 CASES = (
@@ -52,6 +56,7 @@ CASES = (
     Case("resnet34", 96, 4, 4),
     Case("densenet121", 96, 4, 4, "fedavg"),
     Case("densenet121", 96, 4, 4, "fedprox_0.1"),
+    *(Case("densenet121", 96, 4, 4, step=step) for step in STEPS[:-1]),
 )
 
 
@@ -184,12 +189,16 @@ def _plain(case: Case, folder: Path) -> float:
 
 
 def _ours(case: Case, folder: Path) -> float:
-    machine.prepare(0)
+    step = STEPS.index(case.step)
+    if step >= 2:
+        machine.prepare(0)
     scans = chosen_scans(case, folder)
     cubes = preprocess.cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
     data = training.Cases(torch.tensor(cubes.array).unsqueeze(1), torch.tensor(scans["target"].to_numpy()))
     bfloat16 = machine.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
-    settings = settings_for(case, bfloat16, case.model in models.CHANNELS_LAST, 0.1)
+    settings = settings_for(
+        case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1, 0.1
+    )
     model = models.build(case.model, 2)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last_3d)

@@ -51,9 +51,10 @@ def _train(p: Params) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, machine, preprocess, probes, records, runs
+    from ipmn_core import cohort, machine, preprocess, probes, records, runs, spread
 
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
+    spread.require(p.backend)
     machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)
     try:
         scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)

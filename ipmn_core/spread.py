@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,7 @@ def over_workers(
 
     Each runs in a process of its own, so that one that dies takes no other along; with one job all run here.
     `done()` says how many are done, fractions included, and is shown with the time left.
-    Raises RunsFailedError after all others have ended, ImportError for a backend that is not installed.
+    Raises RunsFailedError after all others have ended, or at once for a backend that is not installed.
     """
     with _progress(done, len(calls), title):
         if min(jobs, len(calls)) < 2:
@@ -84,9 +85,19 @@ def _report(sender: Any, function: Callable, arguments: tuple) -> None:
         sender.send(f"{type(error).__name__}: {error}")
 
 
+def require(backend: str) -> None:
+    """Raises RunsFailedError with the remedy for a backend that is not installed."""
+    wanted = {"loky": "joblib", "dask": "distributed", "ray": "ray"}[backend]
+    if importlib.util.find_spec(wanted) is None:
+        raise RunsFailedError(
+            f"backend: {backend} is not installed; `pip install 'ipmn[{backend}]'`, or set `backend: loky`"
+        )
+
+
 @contextlib.contextmanager
 def _backend(name: str, jobs: int) -> Iterator[None]:
     """joblib's backend for a block, on the Ray or Dask cluster in use, or on one of `jobs` local workers."""
+    require(name)
     with contextlib.ExitStack() as stack:
         if name == "ray":
             import ray
@@ -117,7 +128,7 @@ def _progress(done: Callable[[], float], total: int, title: str) -> Iterator[Non
         return
     style = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
     ended = threading.Event()
-    with tqdm(desc=title, total=total, bar_format=style, mininterval=0) as bar:
+    with tqdm(desc=title, total=total, bar_format=style, mininterval=0, smoothing=0) as bar:
 
         def watch() -> None:
             while not ended.wait(1.0):
@@ -145,8 +156,10 @@ def own_gpu(count: int) -> Iterator[int]:
         for gpu in range(count):
             path = os.path.join(tempfile.gettempdir(), f"ipmn-{os.getuid()}-gpu{gpu}.lock")
             lock = stack.enter_context(open(path, "a"))
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield gpu
-                return
+            except BlockingIOError:
+                continue
+            yield gpu
+            return
         yield os.getpid() % count

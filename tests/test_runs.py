@@ -225,8 +225,9 @@ def test_predictions_of_other_settings_are_not_read_as_these(tmp_path, data):
         runs.predictions(profile(tmp_path, arms=["centralized"], epochs=2), "binary")
 
 
-def test_two_workers_give_the_same_bits_as_one(tmp_path, data):
-    one, two = profile(tmp_path / "a"), profile(tmp_path / "b", jobs=2)
+@pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
+def test_two_workers_give_the_same_bits_as_one(tmp_path, data, backend):
+    one, two = profile(tmp_path / "a"), profile(tmp_path / "b", jobs=2, backend=backend)
     pd.testing.assert_frame_equal(runs.run_grid(one, "binary", *data), runs.run_grid(two, "binary", *data))
 
 

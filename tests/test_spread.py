@@ -76,12 +76,17 @@ def test_progress_goes_from_none_to_all(capsys):
     assert re.search(r"100%\|.*\| 3\.0/3 runs \[00:0\d<00:00\]", last)
 
 
+def test_a_backend_that_is_not_installed_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(spread.RunsFailedError, match=r"ray is not installed; `pip install 'ipmn\[ray\]'`"):
+        spread.over_workers([("a", finish, ()), ("b", finish, ())], 2, "ray", nothing_done, "training")
+
+
 def test_without_runs_no_progress_is_shown(capsys):
     spread.over_workers([], 2, "loky", nothing_done, "training binary")
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.xfail(strict=True, reason="the pace is that since the last display, not since the beginning")
 def test_the_time_left_follows_from_the_time_it_took(capsys):
     started = time.monotonic()
     done = lambda: 0.1 if time.monotonic() - started > 1.5 else 0.0  # noqa: E731
@@ -119,7 +124,6 @@ def test_every_process_has_a_gpu_of_its_own_until_all_are_held(tmp_path, monkeyp
             assert gpu == freed or process is two  # then both are free
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the run's own error is taken for a held lock")
 @on_linux
 def test_an_error_of_the_run_that_holds_a_gpu_comes_out(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -142,6 +142,17 @@ def test_bfloat16_stays_close_to_float32():
     assert 0 < np.abs(exact - rough).max() < 0.05  # 8 bits of mantissa: a few per cent
 
 
+def test_a_step_reads_nothing_back_from_the_device():
+    # a tensor on the meta device has no values: whatever the host would wait for on a GPU raises here
+    model, steps = small_net().to("meta"), []
+    data = training.Cases(torch.empty(12, 1, 8, 8, 8, device="meta"), torch.empty(12, device="meta").long())
+    learner = training.Learner("AHN", small_net(), torch.arange(12), settings())
+    learner.optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RuntimeError, match="item"):  # the mean loss, once, at the end of the epoch
+        training.train_epoch(model, learner, data, settings(augment_prob=0.5), (0,), lambda: steps.append(1))
+    assert len(steps) == 3  # batches of 4
+
+
 def test_a_loss_that_is_no_number_stops_the_training_with_a_remedy():
     data = cases(8)
     data.x[3] = torch.nan

@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+import torch
+from test_federated import largest_difference, settings
+
+from ipmn_core import cohort, federated, models, phantom, plain, preprocess, training
+from ipmn_core.federated import Strategy
+
+SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rois(tmp_path_factory):
+    """Scans of a phantom in the first release's layout, T1 and T2, whose files are clean ROIs."""
+    root = tmp_path_factory.mktemp("plain") / "cohort"
+    scans = cohort.read(phantom.write(root, layout="first", max_per_cell=1, progress=False))
+    return scans.assign(target=(scans["label"] == 2).astype(int))
+
+
+@pytest.fixture(scope="module")
+def data(rois):
+    """The cubes that the plain loader reads, in float32: the cache's half precision is left out.
+
+    How much that leaves out is what `test_the_cache_holds_the_plain_cubes_to_half_precision` shows.
+    """
+    x, y = next(iter(batches(rois, range(len(rois)), len(rois))))
+    return training.Cases(x.as_tensor(), y)
+
+
+def batches(rois, order, batch_size):
+    rows = rois.iloc[list(order)]
+    places = range(len(rows))
+    return plain.loader(rows["image"], rows["target"], SIZE, batch_size, augment_prob=0.0, order=places)
+
+
+def drawn(indices, seed):
+    """The order in which `training.train_epoch` takes the cases."""
+    return indices[torch.randperm(len(indices), generator=training.seeded(seed))].tolist()
+
+
+def network():
+    return models.build("densenet121", 2)
+
+
+def fused(model):
+    """The plain AdamW in the kernel that ours has, whose last bit differs from that of the default one.
+
+    It matters: at this size, with batch norm over few voxels, a DenseNet's gradients answer a difference
+    of 1e-7 in the weights with one of 1e-3, and the next step's with one of 0.2.
+    """
+    optimizer = plain.optimizer_of(model)
+    optimizer.param_groups[0]["fused"] = True
+    return optimizer
+
+
+def floats(model):
+    """Parameters and running statistics. Not the counts of batches, whose average plain cuts off and we
+    round: nothing reads them.
+    """
+    return {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def test_two_centralized_epochs_end_with_the_same_weights_bit_for_bit(rois, data):
+    ours, theirs, everyone = network(), network(), torch.arange(0, 40, 5)
+    optimizer = fused(theirs)
+    for epoch in training.fit(ours, everyone, everyone[:1], data, settings(epochs=2)):
+        order = drawn(everyone, [0, 0, epoch.number, 0, 0])
+        plain.train_epoch(theirs, optimizer, batches(rois, order, 4))
+        assert largest_difference(theirs.state_dict(), ours.state_dict()) == 0
+    assert largest_difference(ours.state_dict(), network().state_dict()) > 1e-3  # a step of AdamW
+
+
+def test_a_step_of_the_plain_adamw_is_ours_to_the_last_bit_but_one(rois, data):
+    ours, theirs, four = network(), network(), torch.arange(0, 40, 10)
+    list(training.fit(ours, four, four[:1], data, settings(epochs=1)))
+    plain.train_epoch(theirs, plain.optimizer_of(theirs), batches(rois, drawn(four, [0, 0, 1, 0, 0]), 4))
+    assert largest_difference(theirs.state_dict(), ours.state_dict()) <= 2**-23  # float32's step above 1
+
+
+# The proximal term is added by a fused multiply-add here and rounded twice by autograd. With mu = 1/8 the
+# product is exact, and both are the same; with mu = 0.1 they are until the second round's second step.
+@pytest.mark.parametrize(("mu", "rounds"), [(0.0, 2), (1 / 8, 2), (0.1, 1)])
+def test_every_federated_round_ends_with_the_same_weights(rois, data, mu, rounds):
+    of_centers = rois.groupby("center", sort=False).indices
+    clients = {c: torch.tensor(of_centers[c][:n]) for c, n in (("NYU", 4), ("MCF", 2), ("NU", 2))}
+    n_k = [len(indices) for indices in clients.values()]
+    ours, theirs = network(), network()
+    copies = [copy.deepcopy(theirs) for _ in clients]
+    optimizers = [fused(model) for model in copies]
+    protocol = settings(epochs=rounds, batch_size=2)  # NYU has two steps a round: the second feels mu
+    for round_ in federated.fit(ours, clients, torch.arange(1), data, protocol, Strategy(mu)):
+        orders = [drawn(own, [0, 0, round_.number, k, 0]) for k, own in enumerate(clients.values())]
+        of_clients = [batches(rois, order, 2) for order in orders]
+        plain.federated_round(theirs, copies, optimizers, of_clients, n_k, mu)
+        for key, value in floats(ours).items():
+            # plain sums in float32, ours in float64: up to 1.5 of float32's steps at the largest entry
+            torch.testing.assert_close(theirs.state_dict()[key], value, rtol=2e-7, atol=2e-7, msg=key)
+        theirs.load_state_dict(ours.state_dict())  # or that difference would be 1e-3 after the next round
+
+
+def test_channels_last_gives_the_loss_and_probabilities_of_contiguous_cubes(data):
+    losses, probs = [], []
+    for channels_last in (False, True):
+        model, protocol = network(), settings(epochs=1, channels_last=channels_last)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last_3d)
+        probs.append(training.evaluate(model, torch.arange(4), data, protocol))
+        learner = training.Learner("all", model, torch.arange(4), protocol)
+        losses.append(training.train_epoch(model, learner, data, protocol, [0]))
+    print(losses, abs(probs[0] - probs[1]).max())
+
+
+def test_the_cache_holds_the_plain_cubes_to_half_precision(rois, data, tmp_path):
+    stored = torch.tensor(preprocess.cubes(rois, SIZE, tmp_path).array)[:, None]
+    print(torch.equal(stored, data.x.half()))
+    print((stored.float() - data.x).abs().max(), 2**-12)
+
+
+def test_a_scan_and_its_mask_become_the_same_cube(phantom_scans, tmp_path):
+    stored = torch.tensor(preprocess.cubes(phantom_scans, SIZE, tmp_path).array)
+    for scan, ours in zip(phantom_scans.itertuples(), stored, strict=True):
+        theirs = plain.cube(scan.image, scan.mask, SIZE)[0].as_tensor()
+        print(torch.equal(ours, theirs.half()), (ours.float() - theirs).abs().max())
