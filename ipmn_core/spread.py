@@ -128,20 +128,25 @@ def _progress(done: Callable[[], float], total: int, title: str) -> Iterator[Non
         return
     style = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
     ended = threading.Event()
-    with tqdm(desc=title, total=total, bar_format=style, mininterval=0, smoothing=0) as bar:
+    bar = tqdm(desc=title, total=total, bar_format=style, initial=done(), smoothing=0)
 
-        def watch() -> None:
-            while not ended.wait(1.0):
-                bar.update(done() - bar.n)
+    def show() -> None:
+        bar.n = done()
+        bar.refresh()
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            bar.update(done() - bar.n)
+    def watch() -> None:
+        while not ended.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        show()
+        bar.close()
 
 
 @contextlib.contextmanager

@@ -95,6 +95,15 @@ def test_the_time_left_follows_from_the_time_it_took(capsys):
     assert times and all(int(left) >= 9 * int(elapsed) for elapsed, left in times)  # both are rounded down
 
 
+def test_the_bar_is_renewed_every_second_and_what_was_done_before_is_not_its_pace(capsys):
+    started = time.monotonic()
+    done = lambda: 1 + 0.05 * int(time.monotonic() - started)  # noqa: E731
+    spread.over_workers([("a", time.sleep, (3.5,)), ("b", int, ())], 1, "loky", done, "training")
+    left = dict(re.findall(r"runs \[00:0(\d)<00:(\d\d)\]", capsys.readouterr().err))
+    assert {"1", "2", "3"} <= set(left)
+    assert all(int(seconds) >= 10 for seconds in left.values())  # 0.8 to 0.95 runs, 0.05 a second
+
+
 def hold(count, pipe):
     with spread.own_gpu(count) as gpu:
         pipe.send(gpu)
