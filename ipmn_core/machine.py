@@ -79,7 +79,7 @@ class _GoneAround(TorchFunctionMode):
     """Volumes shorter than their convolution's kernel are padded by hand; pooling returns what it was given.
 
     oneDNN 3.12 (torch 2.13) returns wrong weight gradients, silently, for bfloat16 convolutions whose input
-    has a side shorter than the kernel: 3x3x3 at 2x2x2 voxels, which DenseNet-121 meets at 32^3 and 64^3. A
+    has a side shorter than the kernel: 3x3x3 at 2x2x2 voxels, which four of the networks meet at 32^3. A
     CPU's autocast pools in float32, after which a DenseNet would concatenate in float32 to its end.
     """
 

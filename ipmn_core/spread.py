@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,11 +40,12 @@ def over_workers(
     Raises RunsFailedError after all others have ended, or at once for a backend that is not installed.
     """
     with _progress(done, len(calls), title):
-        if min(jobs, len(calls)) < 2:
+        if jobs < 2 or not calls:
             for _, function, arguments in calls:
                 function(*arguments)
             return
-        with _backend(backend, jobs):
+        with _backend(backend, jobs), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A worker stopped")  # joblib renews one that has grown
             workers = joblib.Parallel(n_jobs=min(jobs, len(calls)))
             reasons = workers(joblib.delayed(alone)(function, arguments) for _, function, arguments in calls)
     failed = [f"{name}: {reason}" for (name, *_), reason in zip(calls, reasons, strict=True) if reason]
@@ -58,7 +60,7 @@ def alone(function: Callable, arguments: tuple) -> str | None:
     """None once `function(*arguments)` has returned in a process of its own, else why it did not."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, function, arguments))
+    process = context.Process(target=_report, args=(sender, os.getpid(), function, arguments))
     process.start()
     sender.close()
     try:
@@ -73,9 +75,11 @@ def alone(function: Callable, arguments: tuple) -> str | None:
     return f"its process ended with status {process.exitcode}"
 
 
-def _report(sender: Any, function: Callable, arguments: tuple) -> None:
+def _report(sender: Any, parent: int, function: Callable, arguments: tuple) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the worker that waits for it
+        if os.getppid() != parent:
+            os._exit(1)
     try:
         function(*arguments)
         sender.send(None)
@@ -103,6 +107,7 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
             import ray
             from ray.util.joblib import register_ray
 
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or runs would see no GPU
             if not ray.is_initialized():
                 ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
                 stack.callback(ray.shutdown)
@@ -157,9 +162,11 @@ def own_gpu(count: int) -> Iterator[int]:
     """
     import fcntl
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     with contextlib.ExitStack() as stack:
         for gpu in range(count):
-            path = os.path.join(tempfile.gettempdir(), f"ipmn-{os.getuid()}-gpu{gpu}.lock")
+            name = visible[gpu] if len(visible) == count else gpu
+            path = os.path.join(tempfile.gettempdir(), f"ipmn-{os.getuid()}-gpu{name}.lock")
             lock = stack.enter_context(open(path, "a"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
