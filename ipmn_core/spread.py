@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import joblib
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -121,6 +122,8 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
             except ValueError:
                 with dask.config.set({"distributed.worker.daemon": False}):  # a daemon may have no children
                     stack.enter_context(Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+        else:  # idle workers would hold memory, and at its end this process, for minutes
+            stack.callback(lambda: get_reusable_executor().shutdown())
         with joblib.parallel_config(name, n_jobs=jobs):
             yield
 

@@ -185,6 +185,22 @@ def test_weights_give_the_auc_of_the_resample_that_they_count(n_classes):
         assert auc == pytest.approx(roc_auc_score(y[drawn], score, multi_class="ovr"), abs=1e-12)  # sums
 
 
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_weighted_auc_is_its_definition_by_pairs_and_nan_where_a_resample_lacks_a_class(n_classes):
+    y, prob = metrics.scores(run(n_classes=n_classes))
+    prob = prob.round(1)  # more ties, within classes and across
+    weights = np.random.default_rng(0).integers(0, 4, (6, len(y))).astype(float)
+    weights[4:, y == 1] = 0
+    aucs = []
+    for k in range(1, 2) if n_classes == 2 else range(3):
+        wins = (np.sign(np.subtract.outer(prob[:, k], prob[:, k])) + 1) / 2 * np.outer(y == k, y != k)
+        pairs = weights @ np.outer(y == k, y != k) * weights
+        aucs.append([w @ wins @ w / n if n else np.nan for w, n in zip(weights, pairs.sum(1), strict=True)])
+    expected = np.mean(aucs, axis=0)
+    assert np.isnan(expected).tolist() == [False] * 4 + [True] * 2
+    np.testing.assert_allclose(inference.weighted_auc(y, prob, weights), expected, rtol=1e-12)  # sums
+
+
 def literal_bootstrap(rows, n_resamples):
     """The same bootstrap, drawn case by case."""
     rng, (y, prob) = np.random.default_rng(99), metrics.scores(rows)
