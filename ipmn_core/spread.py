@@ -21,6 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+FORK = "fork" if sys.platform == "linux" else "spawn"
 
 
 class RunsFailedError(RuntimeError):
@@ -57,11 +58,16 @@ def over_workers(
         )
 
 
-def alone(function: Callable, arguments: tuple) -> str | None:
-    """None once `function(*arguments)` has returned in a process of its own, else why it did not."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+def alone(function: Callable, arguments: tuple, start: str = FORK) -> str | None:
+    """None once `function(*arguments)` has returned in a process of its own, else why it did not.
+
+    `start` is multiprocessing's method; a fork is quick, but only of a process whose torch has not computed.
+    """
+    context = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, os.getpid(), function, arguments))
+    process = context.Process(
+        target=_report, args=(sender, os.getpid() if start == "fork" else 0, function, arguments)
+    )
     process.start()
     sender.close()
     try:
@@ -77,7 +83,7 @@ def alone(function: Callable, arguments: tuple) -> str | None:
 
 
 def _report(sender: Any, parent: int, function: Callable, arguments: tuple) -> None:
-    if sys.platform == "linux":
+    if parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the worker that waits for it
         if os.getppid() != parent:
             os._exit(1)

@@ -119,7 +119,7 @@ def test_channels_last_gives_the_loss_and_probabilities_of_contiguous_cubes(data
         learner = training.Learner("all", model, torch.arange(4), how)
         losses.append(training.train_epoch(model, learner, data, how, [0]))
     assert abs(probs[0] - probs[1]).max() < 1e-5  # sums in another order, through 121 layers
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # batch norm over few voxels magnifies them
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # batch norm over few voxels magnifies them
 
 
 def test_the_cache_holds_the_plain_cubes_to_half_precision(rois, data, tmp_path):
