@@ -76,7 +76,7 @@ def run(only: str = "", repeats: int = 3, jobs: int = 2) -> dict:
         rows = list(_preprocessing(Path(folder), repeats, jobs)) if only in "preprocessing" else []
         gemm = {str(dtype).removeprefix("torch."): apart(_gemm, dtype)[0] for dtype in _dtypes()}
         for case in tqdm(chosen, "bench", unit="case"):
-            rows += _beside(case, Path(folder), repeats, gemm)
+            rows += _beside(case, Path(folder), repeats)
     table = pd.DataFrame(rows, columns=COLUMNS)
     return {"machine": about_machine(), "gemm_gflops": gemm, "rows": table.round(4).to_dict("records")}
 
@@ -95,7 +95,7 @@ def _dtypes() -> list[torch.dtype]:
     return [torch.float32, *([torch.bfloat16] if machine.has_bfloat16(torch.device("cpu")) else [])]
 
 
-def _beside(case: Case, folder: Path, repeats: int, gemm: dict[str, float]) -> Iterator[tuple]:
+def _beside(case: Case, folder: Path, repeats: int) -> Iterator[tuple]:
     """The rows of one case: time, memory and, for an epoch, the rate of its multiplications."""
     sides = {"plain": (_plain, case, folder), "ours": (_ours, case, folder)}
     measured = [{side: apart(*call) for side, call in sides.items()} for _ in range(repeats)]
@@ -155,7 +155,7 @@ def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
     return scans.assign(target=(scans["label"] == 2).astype(int)).reset_index(drop=True)
 
 
-def settings_for(case: Case, bfloat16: bool, channels_last: bool, augment_prob: float) -> training.Settings:
+def settings_for(case: Case, bfloat16: bool, channels_last: bool) -> training.Settings:
     """The paper's protocol for one epoch or round of `case`."""
     return training.Settings(
         epochs=1,
@@ -166,7 +166,7 @@ def settings_for(case: Case, bfloat16: bool, channels_last: bool, augment_prob: 
         weight_decay=0.01,
         lr_step=30,
         lr_gamma=0.1,
-        augment_prob=augment_prob,
+        augment_prob=0.1,
         bfloat16=bfloat16,
         channels_last=channels_last,
         seed=(0,),
@@ -199,9 +199,7 @@ def _ours(case: Case, folder: Path) -> float:
     cubes = preprocess.cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
     data = training.Cases(torch.tensor(cubes.array).unsqueeze(1), torch.tensor(scans["target"].to_numpy()))
     bfloat16 = machine.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
-    settings = settings_for(
-        case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1, 0.1
-    )
+    settings = settings_for(case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1)
     model = models.build(case.model, 2)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last_3d)

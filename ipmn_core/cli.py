@@ -131,6 +131,10 @@ def run_bench(options: argparse.Namespace) -> int:
 
     import pandas as pd
 
+    if options.json and not options.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {options.json}: no such folder; make it first")
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats}: at least 1")
     if options.growth:
         from ipmn_core import growth
 

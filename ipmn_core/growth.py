@@ -90,7 +90,7 @@ def _round(n_clients: int) -> tuple[float, float]:
     machine.prepare(0)
     started, before = _started()
     case = bench.Case("densenet121", 32, 4, 4, "fedavg")
-    settings = bench.settings_for(case, machine.has_bfloat16(torch.device("cpu")), True, 0.1)
+    settings = bench.settings_for(case, machine.has_bfloat16(torch.device("cpu")), True)
     model = models.build(case.model, 2).to(memory_format=torch.channels_last_3d)
     places = torch.arange(4 * n_clients)
     data = training.Cases(torch.rand(len(places), 1, 32, 32, 32).half(), places % 2)

@@ -49,3 +49,14 @@ def binary_predictions():
             rows.append((f"{center}{k:02d}", center, m, "binary", arm, k // 6, 0, 1, y, 1 - p, p))
     columns = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
     return pd.DataFrame(rows, columns=[*columns, "prob_0", "prob_1"])
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread during the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,15 +10,6 @@ from ipmn_core import bench, cli, machine, phantom
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A process forked after torch used several threads, as in other tests, would wait for them forever."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def small_cohorts(tmp_path_factory, phantom_root):
     """Links to cohorts of one case a center and class in place of the bench's own two, which take longer."""
     first = phantom.write(
@@ -31,7 +22,7 @@ def small_cohorts(tmp_path_factory, phantom_root):
 
 
 @pytest.fixture(scope="module")
-def benched(tmp_path_factory, one_thread, small_cohorts):
+def benched(tmp_path_factory, small_cohorts):
     """What the command prints of one small case, and the JSON that it writes."""
     file, printed = tmp_path_factory.mktemp("bench") / "bench.json", io.StringIO()
     with contextlib.redirect_stdout(printed):

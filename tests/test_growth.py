@@ -1,16 +1,4 @@
-import pytest
-import torch
-
 from ipmn_core import bench, cohort, growth
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A process forked after torch used several threads, as in other tests, would wait for them forever."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_step_is_measured_at_every_size(monkeypatch):

@@ -9,15 +9,8 @@ from torch.nn import functional as F
 from ipmn_core import machine, models, spread
 from ipmn_core.params import Params
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cubes(channels_last=False):

@@ -7,15 +7,8 @@ from test_federated import largest_difference, settings
 from ipmn_core import cohort, federated, models, phantom, plain, preprocess, training
 from ipmn_core.federated import Strategy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
