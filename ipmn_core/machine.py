@@ -76,28 +76,35 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
 
 
 class _GoneAround(TorchFunctionMode):
-    """Volumes shorter than their convolution's kernel are padded by hand; pooling returns what it was given.
+    """Average pooling keeps type and layout; short volumes under bfloat16 are padded by hand.
 
-    oneDNN 3.12 (torch 2.13) returns wrong weight gradients, silently, for bfloat16 convolutions whose input
-    has a side shorter than the kernel: 3x3x3 at 2x2x2 voxels, which four of the networks meet at 32^3. A
-    CPU's autocast pools in float32, after which a DenseNet would concatenate in float32 to its end.
+    A CPU pools channels-last volumes into contiguous ones and, under autocast, in float32; every later
+    concatenation of a DenseNet would follow. And oneDNN 3.12 (torch 2.13) returns wrong weight gradients,
+    silently, for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
+    voxels, which four of the networks meet at 32^3.
     """
 
+    def __init__(self, bfloat16: bool):
+        super().__init__()
+        self.bfloat16 = bfloat16
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv3d and min(args[0].shape[2:]) < max(args[1].shape[2:]):
+        if func is F.conv3d and self.bfloat16 and min(args[0].shape[2:]) < max(args[1].shape[2:]):
             x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
             return func(
                 F.pad(x, [n for n in reversed(padding) for _ in "ab"]), weight, bias, stride, 0, *rest
             )
         result = func(*args, **(kwargs or {}))
-        return result.to(args[0].dtype) if func is F.avg_pool3d else result
+        if func is F.avg_pool3d:
+            last = args[0].is_contiguous(memory_format=torch.channels_last_3d)
+            layout = torch.channels_last_3d if last else torch.contiguous_format
+            return result.to(args[0].dtype, memory_format=layout)
+        return result
 
 
 @contextlib.contextmanager
-def autocast(device: torch.device, enabled: bool):
-    """A block whose convolutions and products run in bfloat16, around what is wrong or slow there."""
-    if not enabled:
-        yield
-        return
-    with torch.autocast(device.type, torch.bfloat16), _GoneAround():
+def autocast(device: torch.device, bfloat16: bool):
+    """A block for a model's forward pass, under `bfloat16` autocast or not, around what is slow or wrong."""
+    lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+    with lower, _GoneAround(bfloat16):
         yield

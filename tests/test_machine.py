@@ -77,14 +77,30 @@ def test_a_network_in_bfloat16_answers_nearly_as_in_float32(name):
     assert 0 < (rough.float() - exact).norm() < 0.03 * exact.norm()
 
 
-def test_a_densenet_stays_in_bfloat16_after_its_average_pooling():
-    model, seen = models.build("densenet121", 3), []
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_average_pooling_keeps_type_and_layout(dtype, layout):
+    x = torch.rand(2, 8, 4, 4, 4).to(dtype, memory_format=layout)
+    with machine.autocast(CPU, dtype == torch.bfloat16):
+        pooled = F.avg_pool3d(x, 2, 2)
+    assert pooled.dtype == dtype and pooled.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(pooled.float(), F.avg_pool3d(x.float(), 2, 2), rtol=2**-8, atol=0)
+
+
+@LAYOUTS
+def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
+    model, seen = models.build("densenet121", 3).to(memory_format=layout), []
     for name, layer in model.named_modules():
         if re.search(r"denseblock[2-4].*norm1$", name):  # what meets the concatenations after the pooling
-            layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].dtype))
+            layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     with torch.inference_mode(), machine.autocast(CPU, True):
-        model(cubes())
-    assert seen == [torch.bfloat16] * (12 + 24 + 16)  # torch.autocast alone concatenates in float32
+        model(cubes().contiguous(memory_format=layout))
+    assert len(seen) == 12 + 24 + 16
+    assert {x.dtype for x in seen} == {torch.bfloat16}  # under torch.autocast alone: float32, contiguous
+    assert all(x.is_contiguous(memory_format=layout) for x in seen)
 
 
 @pytest.mark.parametrize(("amx", "avx512", "able"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, True)])
