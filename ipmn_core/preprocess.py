@@ -116,7 +116,7 @@ def to_cube(roi: np.ndarray, size: int) -> np.ndarray:
 
 
 def area_weights(length: int, size: int) -> np.ndarray:
-    """How an area resize averages `length` voxels into `size`, (size, length) float32, each row summing to 1."""
+    """How an area resize averages `length` voxels into `size`, (size, length) float32, rows that sum to 1."""
     cell = np.arange(size)[:, None]
     start, end = cell * length // size, -(-(cell + 1) * length // size)
     voxel = np.arange(length)
