@@ -9,19 +9,21 @@ logits (N, n_classes).
 from collections.abc import Callable
 
 import torch
-from monai.networks.nets import DenseNet121, EfficientNetBN
-from monai.networks.nets import resnet34 as monai_resnet34
 from ptflops import get_model_complexity_info
 from torch import Tensor, nn
 
 
 def resnet34(n_classes: int) -> nn.Module:
     """ResNet-34 (He et al., 2016); the first convolution keeps the resolution, hence its many MACs."""
-    return monai_resnet34(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
+    from monai.networks import nets
+
+    return nets.resnet34(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
 
 
 def efficientnetb0(n_classes: int) -> nn.Module:
     """EfficientNet-B0 (Tan and Le, 2019)."""
+    from monai.networks.nets import EfficientNetBN
+
     return EfficientNetBN(
         "efficientnet-b0", pretrained=False, spatial_dims=3, in_channels=1, num_classes=n_classes
     )
@@ -29,6 +31,8 @@ def efficientnetb0(n_classes: int) -> nn.Module:
 
 def densenet121(n_classes: int) -> nn.Module:
     """DenseNet-121 (Huang et al., 2017)."""
+    from monai.networks.nets import DenseNet121
+
     return DenseNet121(spatial_dims=3, in_channels=1, out_channels=n_classes)
 
 

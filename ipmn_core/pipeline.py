@@ -31,9 +31,9 @@ def prepare(p: Params, fresh: bool = False) -> None:
     """Checks what can be checked before any training: models, arms, device, cohort, folds, every volume.
 
     Writes the phantom and the cache of cubes if they are missing. `fresh` then discards the profile's
-    training runs; otherwise those on disk must be of these settings and data. Then trains every run that is
-    missing, so that one pool of workers and one progress display serve all notebooks. Errors are sentences.
-    All of it in a process of its own, whose memory is free again for the notebooks.
+    training runs; otherwise those on disk must be of these settings and data. Then trains every run and fits
+    every probe that is missing, so that one pool of workers and one progress display serve all notebooks.
+    Errors are sentences. All of it in a process of its own, whose memory is free again for the notebooks.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
         alone.submit(_prepare, p, fresh).result()
@@ -41,11 +41,13 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 
 def _train(p: Params) -> None:
-    from ipmn_core import cohort, preprocess, runs
+    from ipmn_core import cohort, preprocess, probes, runs
 
     scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
     cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     runs.train(p, ("binary", "three_class"), scans, cubes)  # the longer runs first: workers end together
+    for task in runs.TASKS:
+        probes.fit(p, task, scans, cubes)
 
 
 def _prepare(p: Params, fresh: bool) -> None:
@@ -84,9 +86,8 @@ def run(p: Params) -> Iterator[Path]:
         p.folder / "notebooks" / f"{stem}.ipynb",
         p.model_dump(mode="json"),
     )
-    with ThreadPoolExecutor(min(p.jobs, len(NOTEBOOKS) - 1)) as lanes:  # each waits for its kernel
-        yield from lanes.map(one, NOTEBOOKS[:-1])
-    yield one(NOTEBOOKS[-1])  # it reads what the others wrote
+    with ThreadPoolExecutor(min(p.jobs, len(NOTEBOOKS))) as lanes:  # each waits for its kernel
+        yield from lanes.map(one, NOTEBOOKS)
 
 
 def execute(source: Path, target: Path, parameters: dict) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 FORK = "fork" if sys.platform == "linux" else "spawn"
+PRELOAD = "monai.networks.nets"  # seconds to import: once in a worker, not in each of its forks
 
 
 class RunsFailedError(RuntimeError):
@@ -63,6 +65,8 @@ def alone(function: Callable, arguments: tuple, start: str = FORK) -> str | None
 
     `start` is multiprocessing's method; a fork is quick, but only of a process whose torch has not computed.
     """
+    if start == "fork":
+        importlib.import_module(PRELOAD)
     context = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(

@@ -147,7 +147,7 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, data: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    most = max(2 * settings.batch_size, 2**22 // data.x[0].numel())  # no gradients are kept: more cases fit
+    most = max(2 * settings.batch_size, 2**19 // data.x[0].numel())  # no gradients are kept: more cases fit
     pieces = indices.to(data.y.device).split(most)
     prob = [forward(model, data.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob).double().cpu().numpy()
