@@ -55,8 +55,7 @@ CASES = (
     Case("densenet121", 32, 4, 4, "fedprox_0.1"),
     Case("densenet121", 96, 16, 16),
     Case("resnet34", 96, 4, 4),
-    Case("densenet121", 96, 4, 4, "fedavg"),
-    Case("densenet121", 96, 4, 4, "fedprox_0.1"),
+    Case("densenet121", 96, 8, 8, "fedprox_0.1"),
     *(Case("densenet121", 96, 4, 4, step=step) for step in STEPS[:-1]),
 )
 

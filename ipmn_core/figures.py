@@ -57,7 +57,7 @@ def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Im
     mask = load_mask(scan["mask"], image.shape, scan["case_id"])
     labels = nib.as_closest_canonical(nib.Nifti1Image(mask.astype(np.uint8), image.affine))
     image, mask = nib.as_closest_canonical(image), np.asanyarray(labels.dataobj).astype(bool)
-    return image, mask, crop(image, mask)
+    return image, mask, nib.Nifti1Image(*crop(np.asanyarray(image.dataobj), image.affine, mask))
 
 
 def show_slice(ax: Axes, image: nib.Nifti1Image, k: int, mask: np.ndarray | None = None) -> Axes:

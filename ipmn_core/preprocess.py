@@ -36,7 +36,7 @@ def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
 
 
 def _read(path: str | Path, case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of `load_image`; an image object around them costs as much as reading a mask."""
+    """Voxels and affine of `load_image`; an image object around them would take as long as reading a mask."""
     try:
         image = nib.load(path)
         data = np.asanyarray(image.dataobj)
@@ -60,14 +60,17 @@ def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") 
     Without a mask the image is taken to be a clean ROI already (the data set's first release).
     Raises ScanError on an empty or ill-shaped mask, or on an ROI of one single value.
     """
-    case = case or str(image)
-    roi = load_image(image, case)
+    return nib.Nifti1Image(*_read_roi(image, mask, case or str(image)))
+
+
+def _read_roi(image: str | Path, mask: str | Path | None, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of `load_roi`."""
+    roi, affine = _read(image, case)
     if mask:
-        roi = crop(roi, load_mask(mask, roi.shape, case))
-    data = np.asanyarray(roi.dataobj)
-    if data.min() == data.max():
-        raise ScanError(f"{case}: the ROI holds one single value, {data.flat[0]}; check {image} and {mask}")
-    return roi
+        roi, affine = crop(roi, affine, load_mask(mask, roi.shape, case))
+    if roi.min() == roi.max():
+        raise ScanError(f"{case}: the ROI holds one single value, {roi.flat[0]}; check {image} and {mask}")
+    return roi, affine
 
 
 def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
@@ -83,12 +86,12 @@ def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray
     return organ
 
 
-def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
+def crop(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
     box = bounding_box(mask)
-    affine = image.affine.copy()
+    affine = affine.copy()
     affine[:3, 3] = apply_affine(affine, [side.start for side in box])
-    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(image.dataobj)[box], 0), affine)
+    return np.where(mask[box], image[box], 0), affine
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -170,6 +173,10 @@ def _file_hash(path: str) -> str:
 
 
 def _build(path: Path, rows: list[tuple[str, str, str]], size: int, jobs: int) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     array = np.lib.format.open_memmap(
@@ -185,7 +192,8 @@ def _build(path: Path, rows: list[tuple[str, str, str]], size: int, jobs: int) -
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+        torch.set_num_threads(threads)
 
 
 def _cube_of(image: str, mask: str, case: str, size: int) -> np.ndarray:
-    return to_cube(np.asanyarray(load_roi(image, mask, case).dataobj), size)
+    return to_cube(_read_roi(image, mask, case)[0], size)
