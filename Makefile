@@ -18,7 +18,7 @@ lint: .venv/installed          ## what .ci/run checks before the tests
 lab: .venv/installed           ## the notebooks, live
 	$(BIN)/jupyter lab notebooks
 
-bench: .venv/installed         ## speed beside the plain pipeline, a quarter of an hour
+bench: .venv/installed         ## speed beside the plain pipeline, twenty minutes
 	$(BIN)/ipmn bench
 
 clean:                         ## everything that was written, but for the reference results
