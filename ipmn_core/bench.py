@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import platform
 import resource
 import statistics
@@ -115,11 +114,9 @@ def _row(name: str, unit: str, plain: float, ours: float) -> tuple:
 
 def apart(function: Callable, *arguments) -> tuple[float, float]:
     """What `function` returns, seconds or a rate, and the peak memory in GB, in a process of its own."""
-    start = "forkserver" if spread.FORK == "fork" else spread.FORK
-    multiprocessing.set_forkserver_preload(["ipmn_core.bench"])  # the imports, once
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        reason = spread.alone(_answer, (function, arguments, answer), start)
+        reason = spread.alone(_answer, (function, arguments, answer))
         if reason:
             raise RuntimeError(f"{function.__name__}{arguments}: {reason}")
         return tuple(json.loads(answer.read_text()))

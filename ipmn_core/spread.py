@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import multiprocessing
@@ -12,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,12 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-FORK = "fork" if sys.platform == "linux" else "spawn"
-PRELOAD = "monai.networks.nets"  # seconds to import: once in a worker, not in each of its forks
+ON_LINUX = sys.platform == "linux"
+FORK = (
+    "fork" if ON_LINUX else "spawn"
+)  # quick, but only of a process that has not computed with threads
+CLEAN = "forkserver" if ON_LINUX else "spawn"  # from any process: forks of a server that does nothing else
+PRELOAD = "monai.networks.nets"  # seconds to import: once in a worker or server, not in each of its forks
 
 
 class RunsFailedError(RuntimeError):
@@ -51,7 +54,8 @@ def over_workers(
         with _backend(backend, jobs), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A worker stopped")  # joblib renews one that has grown
             workers = joblib.Parallel(n_jobs=min(jobs, len(calls)))
-            reasons = workers(joblib.delayed(alone)(function, arguments) for _, function, arguments in calls)
+            start = FORK if backend == "loky" else CLEAN  # the others' workers have threads
+            reasons = workers(joblib.delayed(_in_worker)(*call, start) for _, *call in calls)
     failed = [f"{name}: {reason}" for (name, *_), reason in zip(calls, reasons, strict=True) if reason]
     if failed:
         raise RunsFailedError(
@@ -60,18 +64,23 @@ def over_workers(
         )
 
 
-def alone(function: Callable, arguments: tuple, start: str = FORK) -> str | None:
+def _in_worker(function: Callable, arguments: tuple, start: str) -> str | None:
+    end_with_parent()
+    return alone(function, arguments, start)
+
+
+def alone(function: Callable, arguments: tuple, start: str = CLEAN) -> str | None:
     """None once `function(*arguments)` has returned in a process of its own, else why it did not.
 
-    `start` is multiprocessing's method; a fork is quick, but only of a process whose torch has not computed.
+    `start` is multiprocessing's method, `CLEAN` or `FORK`. It ends with this one.
     """
     if start == "fork":
         importlib.import_module(PRELOAD)
+    elif start == "forkserver":
+        multiprocessing.set_forkserver_preload([PRELOAD, function.__module__])
     context = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_report, args=(sender, os.getpid() if start == "fork" else 0, function, arguments)
-    )
+    process = context.Process(target=_report, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:
@@ -86,11 +95,25 @@ def alone(function: Callable, arguments: tuple, start: str = FORK) -> str | None
     return f"its process ended with status {process.exitcode}"
 
 
-def _report(sender: Any, parent: int, function: Callable, arguments: tuple) -> None:
-    if parent and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the worker that waits for it
-        if os.getppid() != parent:
-            os._exit(1)
+def end_with_parent() -> None:
+    """From now on this process ends with the one that started it, even one that is killed."""
+    if any(thread.name == end_with_parent.__name__ for thread in threading.enumerate()):
+        return
+    parent, number = multiprocessing.parent_process(), os.getppid()
+
+    def watch() -> None:
+        try:
+            parent.join()  # who asked for this process, whoever forked it
+        except (AttributeError, ValueError):  # loky's workers do not know
+            while os.getppid() == number:
+                time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name=end_with_parent.__name__, daemon=True).start()
+
+
+def _report(sender: Any, function: Callable, arguments: tuple) -> None:
+    end_with_parent()
     try:
         function(*arguments)
         sender.send(None)
@@ -120,7 +143,10 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
 
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or runs would see no GPU
             if not ray.is_initialized():
-                ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+                if "RAY_ADDRESS" in os.environ:
+                    ray.init(log_to_driver=False)
+                else:  # "local", or it would look for, and wait for, what earlier clusters left behind
+                    ray.init("local", num_cpus=jobs, include_dashboard=False, log_to_driver=False)
                 stack.callback(ray.shutdown)
             register_ray()
         elif name == "dask":

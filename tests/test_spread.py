@@ -146,13 +146,14 @@ def go_on(pipe):
 
 
 @on_linux
-def test_a_run_ends_with_the_worker_that_waits_for_it():
-    context = multiprocessing.get_context("fork")
+@pytest.mark.parametrize("start", [spread.FORK, spread.CLEAN])
+def test_a_run_ends_with_the_worker_that_waits_for_it(start):
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=spread.alone, args=(go_on, (sender,)))
+    worker = context.Process(target=spread.alone, args=(go_on, (sender,), start))
     worker.start()
     sender.close()
-    assert receiver.recv() == "begun"
+    assert receiver.poll(60) and receiver.recv() == "begun"  # seconds
     worker.kill()
     assert receiver.poll(10)  # seconds
     with pytest.raises(EOFError):  # nobody holds the other end any more
