@@ -1,10 +1,11 @@
 import re
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,16 +31,34 @@ def test_the_packages_that_users_were_promised_are_dependencies():
     assert set(promised.split()) <= names
 
 
-def test_every_dependency_is_pinned_within_its_range():
+def pins():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line)
-    pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
+    pinned = (line.split("==") for line in lines if "==" in line)
+    return {canonicalize_name(name): pin for name, pin in pinned}
+
+
+def direct():
     extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
-        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    return [Requirement(line) for line in PROJECT["dependencies"] + extras]
 
 
-def test_the_tests_run_on_the_pinned_torch_and_monai():
-    pins = (ROOT / "constraints.txt").read_text()
-    for name in ("torch", "monai"):
-        assert f"{name}=={version(name).split('+')[0]}\n" in pins
+def test_every_dependency_is_pinned_within_its_range():
+    for requirement in direct():
+        assert requirement.specifier.contains(pins()[requirement.name]), requirement
+
+
+def test_what_is_installed_for_this_package_is_what_is_pinned_down_to_the_last_dependency():
+    todo, seen, differ = direct(), {}, {}
+    while todo:
+        requirement = todo.pop()
+        name, extras = canonicalize_name(requirement.name), requirement.extras or {""}
+        if extras <= seen.setdefault(name, set()):
+            continue
+        seen[name] |= extras
+        installed = version(name).split("+")[0]  # torch's "+cpu" is no other version
+        if installed != pins().get(name):
+            differ[name] = (installed, pins().get(name))
+        needed = map(Requirement, requires(name) or [])
+        todo += [n for n in needed if not n.marker or any(n.marker.evaluate({"extra": e}) for e in extras)]
+    assert differ == {}  # name: (installed, pinned)
+    assert {"torch", "monai", "numpy", "requests", "urllib3"} <= set(seen)
