@@ -22,9 +22,13 @@ import pandas as pd
 CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
 MODALITIES = ("t1", "t2")
 LABELS = ("no risk", "low risk", "high risk")
+LABEL_NAMES = {False: LABELS, True: ("not high risk", "high risk")}  # by whether the task is binary
 
 SCAN_COLUMNS = ["case_id", "patient_id", "center", "modality", "label", "image", "mask"]
 PROBLEM_COLUMNS = ["severity", "where", "problem", "remedy"]
+
+FORMULA = r"[=+\-@\t\r\n]"  # what a cell starts with that a spreadsheet runs
+NA = ("", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none")  # cells that say "missing"
 
 # The words in a scan's name that give its center; CAD scans are Mayo Clinic Florida's.
 CENTER_WORDS = {center.lower(): center for center in CENTERS} | {"cad": "MCF", "northwestern": "NU"}
@@ -69,23 +73,23 @@ def case_name(raw) -> str:
     return re.sub(r"(_0000)?(\.nii(\.gz)?)?$", "", str(raw).strip(), flags=re.IGNORECASE).strip()
 
 
-def inspect(root, columns="header", volumes=False, progress=False) -> tuple[pd.DataFrame, pd.DataFrame]:
+def inspect(root, columns="header") -> tuple[pd.DataFrame, pd.DataFrame]:
     """The scans that can be used, and the problems (`severity, where, problem, remedy`), errors first.
 
     `columns="header"` finds a sheet's columns by their headers, `"position"` by the released sheets' order:
     columns 0 and 5 in the first release; 0, 1 and 6 in the second. Row 1 is the header; a blank or NA cell is
-    missing. `volumes=True` also reads every voxel of every file. Scans without a label are left out and
-    counted in `scans.attrs["unlabelled"]`. ValueError for any other `columns`.
+    missing. Scans without a label are left out and counted in `scans.attrs["unlabelled"]`. No volume is read:
+    see `preprocess.volume_problems`. ValueError for any other `columns`.
     """
     if columns not in ("header", "position"):
         raise ValueError(f"columns is {columns!r}; it is 'header' or 'position'")
     root, listed, found, problems = Path(root), [], [], []
     with _noting_errors(problems):
         release = _release(root)
-        listed = _listed_scans(root, SHEETS[release], FOLDERS[release], columns)
+        listed = _listed_scans(root, SHEETS[release], FOLDERS[release], columns, problems)
         found = [s for m in MODALITIES for s in _found_scans(root, m, FOLDERS[release][m], listed, problems)]
     scans = pd.DataFrame(found, columns=SCAN_COLUMNS).astype({"label": int})
-    problems += _disagreements(scans) + (_unreadable_volumes(scans, progress) if volumes else [])
+    problems += _disagreements(scans)
     for n_folds, binary in ((5, False), (4, True)):  # the paper's two experiments
         problems += fold_problems(scans, n_folds, binary).itertuples(index=False, name=None)
     blank = {m: [_blank(scan["label"]) for scan in listed if scan["modality"] == m] for m in MODALITIES}
@@ -93,8 +97,27 @@ def inspect(root, columns="header", volumes=False, progress=False) -> tuple[pd.D
     if listed:
         counts = " and ".join(f"{sum(blank[m])} of {len(blank[m])} {m} scans" for m in MODALITIES)
         problems.append(("note", str(root), f"{counts} have no label", "none needed: they are left out"))
-    problems.sort(key=lambda row: ("error", "warning", "note").index(row[0]))
-    return scans, pd.DataFrame(problems, columns=PROBLEM_COLUMNS).drop_duplicates(ignore_index=True)
+    return scans, worst_first(pd.DataFrame(problems, columns=PROBLEM_COLUMNS).drop_duplicates())
+
+
+def worst_first(problems: pd.DataFrame) -> pd.DataFrame:
+    """The same problems, errors first, then warnings, then notes."""
+    rank = problems["severity"].map(("error", "warning", "note").index)
+    return problems.loc[rank.sort_values(kind="stable").index].reset_index(drop=True)
+
+
+def for_spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with an apostrophe before each text, header or cell, that a spreadsheet would run.
+
+    Such text starts with = + - @, a tab or a line's end (OWASP, "CSV injection"). Apostrophes before these
+    count as part of it, so that `from_spreadsheet` gives back every text.
+    """
+    return _each_text(table, lambda text: re.sub(rf"^(?='*{FORMULA})", "'", text))
+
+
+def from_spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
+    """The table that `for_spreadsheet` was given."""
+    return _each_text(table, lambda text: re.sub(rf"^'(?='*{FORMULA})", "", text))
 
 
 def read(root, columns="header") -> pd.DataFrame:
@@ -107,6 +130,11 @@ def read(root, columns="header") -> pd.DataFrame:
     if len(errors) > 10:
         lines.append(f"and {len(errors) - 10} more; `ipmn check {root}` lists all")
     raise CohortError(root, "\n  ".join([f"errors in this cohort, {len(errors)} in all", *lines]))
+
+
+def in_one_cell(text: str) -> str:
+    """The text for a cell of a Markdown table on a terminal: what does not print, and the bar, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("|", r"\|")
 
 
 def subset(scans: pd.DataFrame, max_per_cell: int | None) -> pd.DataFrame:
@@ -164,7 +192,9 @@ def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
 
 
 def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> pd.DataFrame:
-    """Problems of the paper's folds: centers that cannot be split (warning), small classes (note)."""
+    """Problems of the paper's folds: centers that cannot be split or hold one class only (warnings), small
+    classes (note).
+    """
     problems = []
     y = _task_label(scans, binary)
     for where, y_here in y.groupby(scans["center"] + " " + scans["modality"], sort=False):
@@ -172,6 +202,10 @@ def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> pd.DataFra
         small = ", ".join(f"{n} {name}" for name, n in counts.items() if n < n_folds)
         if max(counts.values()) < n_folds:
             problems.append(("warning", where, *_unsplittable(counts, n_folds)))
+        elif max(counts.values()) == len(y_here):
+            text = f"holds {len(y_here)} cases of one class only ({LABEL_NAMES[binary][y_here.iloc[0]]})"
+            remedy = "none needed: its AUC is n/a, and a model of it alone learns nothing"
+            problems.append(("warning", where, text, remedy))
         elif small:
             text = f"{small}: too few for one in each of {n_folds} folds"
             problems.append(("note", where, text, "none needed: measures that need the class are n/a there"))
@@ -227,14 +261,14 @@ def _release(root):
     return "first" if found["first"] else "second"
 
 
-def _listed_scans(root, sheets, folders, columns):
+def _listed_scans(root, sheets, folders, columns, problems):
     """Every scan in the label sheets, its label as it stands; case_id is "" for a label without a name."""
     listed = []
     for sheet, wanted in sheets.items():
         modality = next(iter(wanted))
         if len(sheets) > 1 and not (root / sheet).exists() and not (root / folders[modality][0]).exists():
             continue  # a first release of which only the other modality was downloaded
-        for number, cells in _sheet_rows(root / sheet, wanted, columns):
+        for number, cells in _sheet_rows(root / sheet, wanted, columns, problems):
             label = cells.pop("label")
             names = {m: case_name(cell) for m, cell in cells.items() if not _blank(cell)}
             if not names and not _blank(label):
@@ -246,11 +280,11 @@ def _listed_scans(root, sheets, folders, columns):
     return listed
 
 
-def _sheet_rows(path, wanted, columns):
+def _sheet_rows(path, wanted, columns, problems):
     """(row number in the spreadsheet, cells by what is wanted) of every row below the header."""
     try:
-        sheet = pd.read_excel(path, header=None, dtype=object)
-        headers = ["" if _blank(cell) else str(cell).strip() for cell in sheet.iloc[0]]
+        sheet = _workbook(path)
+        headers = ["" if _blank(cell) else str(cell).strip() for cell in next(iter(sheet), ())]
     except Exception as error:  # a damaged workbook raises whatever its zip, XML or cells provoke
         raise CohortError(path, f"cannot be read ({error})", "save or download the sheet again") from error
     words = [re.sub("(?<=[a-z])(?=[A-Z])", " ", header).lower() for header in headers]  # PatientID: two words
@@ -258,6 +292,10 @@ def _sheet_rows(path, wanted, columns):
     for field, (pattern, position) in wanted.items():
         found = [i for i, header in enumerate(words) if re.search(pattern, header)]
         if columns == "position":
+            if len(found) == 1 and position not in found and position < len(headers):
+                named = headers[found[0]]
+                text = f"columns: position takes {headers[position]!r}, while a header says {named!r}"
+                problems.append(("warning", str(path), text, "set columns: header if the columns moved"))
             found = [position] if position < len(headers) else []
         if len(found) != 1:
             which = " or ".join(repr(headers[i]) for i in found) or "none"
@@ -265,13 +303,42 @@ def _sheet_rows(path, wanted, columns):
             remedy = "rename the headers in row 1, or use the released positions (columns: position)"
             raise CohortError(path, f"the {what} may be in {which} of the headers {headers}", remedy)
         places += found
-    rows = sheet.iloc[1:, places].itertuples(index=False, name=None)
+    rows = [[row[i] if i < len(row) else None for i in places] for row in sheet[1:]]
     return [(number, dict(zip(wanted, row, strict=True))) for number, row in enumerate(rows, start=2)]
 
 
+def _workbook(path):
+    """The rows of a workbook's first sheet, each its cells; a formula is its last value, or else its text.
+
+    Not `pandas.read_excel`, to which a formula never computed and an error such as #REF! are blank cells.
+    """
+    import openpyxl
+
+    def read(data_only):
+        with open(path, "rb") as file:
+            sheet = openpyxl.load_workbook(file, read_only=True, data_only=data_only).worksheets[0]
+            sheet.reset_dimensions()  # what a sheet says of its own size is often wrong
+            return list(sheet.iter_rows(values_only=True))
+
+    rows = read(data_only=False)
+    if not any(_formula(cell) for row in rows for cell in row):
+        return rows
+    both = zip(rows, read(data_only=True), strict=True)
+    return [
+        [_formula(cell) or cell if value is None else value for cell, value in zip(row, values, strict=True)]
+        for row, values in both
+    ]
+
+
+def _formula(cell):
+    """The formula in a cell, "" if it holds none; that of several cells is an object with a text."""
+    text = getattr(cell, "text", cell)
+    return text if isinstance(text, str) and text.startswith("=") else ""
+
+
 def _blank(cell):
-    """Whether a cell of a sheet is empty."""
-    return pd.isna(cell) or not str(cell).strip()
+    """Whether a cell of a sheet is empty, or says that something is missing."""
+    return cell is None or str(cell).strip().casefold() in NA
 
 
 def _found_scans(root, modality, folders, listed, problems):
@@ -304,11 +371,17 @@ def _checked_scan(rows):
     if len(rows) > 1:
         numbers = " and ".join(str(row["row"]) for row in rows)
         text = f"rows {numbers} have the same {scan['modality']} name {scan['case_id']!r}"
+        labels = list(dict.fromkeys("none" if _blank(row["label"]) else str(row["label"]) for row in rows))
+        if len(labels) > 1:
+            text += f" and different labels: {', '.join(labels)}"
         raise CohortError(scan["sheet"], text, "keep one row a scan")
     if _blank(scan["label"]):
         return None
     if re.search(r"[/\\]|\.\.", scan["case_id"]):
         raise CohortError(where, f"the name {scan['case_id']!r} has a path in it", "give the bare name")
+    if not scan["case_id"].isprintable():
+        text = f"the name {scan['case_id']!r} has a character that does not print"
+        raise CohortError(where, text, "type it anew")
     label = str(scan["label"]).strip()
     if not re.fullmatch(r"[012](\.0*)?", label):  # on text, where True is not 1
         text = f"the label {scan['label']!r} of {scan['case_id']} is not 0, 1 or 2"
@@ -327,7 +400,10 @@ def _index_files(folder):
         raise CohortError(folder, "no such folder", "put the images, or masks, of the sheet's scans there")
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if re.search(r"^[^.].*\.nii(\.gz)?$", entry.name, flags=re.IGNORECASE) and entry.is_file():
+            if (
+                re.search(r"^[^.].*\.nii(\.gz)?$", entry.name, flags=re.IGNORECASE | re.DOTALL)
+                and entry.is_file()
+            ):
                 index[case_name(entry.name).casefold()].append(entry.name)
     return index
 
@@ -357,27 +433,11 @@ def _disagreements(scans):
     return problems
 
 
-def _unreadable_volumes(scans, progress):
-    """An error for each image or mask of which not every voxel can be read."""
-    from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
-
-    paths = [path for pair in zip(scans["image"], scans["mask"], strict=True) for path in pair if path]
-    reading = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(map(delayed(_read_error), paths))
-    reasons = tqdm(reading, "reading volumes", len(paths), disable=not progress)
-    remedy = "download it again, or clear its label to leave the scan out"
-    return [("error", p, f"cannot be read: {r}", remedy) for p, r in zip(paths, reasons, strict=True) if r]
-
-
-def _read_error(path):
-    """Why the voxels of a volume cannot be read, "" if they can."""
-    import nibabel
-
-    try:
-        nibabel.load(path).dataobj.get_unscaled()
-    except Exception as error:  # a damaged file raises whatever its gzip stream or header provokes
-        return f"{type(error).__name__}: {error}"
-    return ""
+def _each_text(table, change):
+    """The table with every text cell and header changed."""
+    only_text = lambda cell: change(cell) if isinstance(cell, str) else cell  # noqa: E731
+    changed = {i: table.iloc[:, i].map(only_text) for i in range(table.shape[1])}
+    return pd.DataFrame(changed, index=table.index).set_axis(table.columns.map(only_text), axis=1)
 
 
 def _task_label(scans, binary):
@@ -387,8 +447,7 @@ def _task_label(scans, binary):
 
 def _class_counts(y, binary):
     """Cases by class name."""
-    names = ("not high risk", "high risk") if binary else LABELS
-    return {name: int((y == k).sum()) for k, name in enumerate(names)}
+    return {name: int((y == k).sum()) for k, name in enumerate(LABEL_NAMES[binary])}
 
 
 def _unsplittable(counts, n_folds):

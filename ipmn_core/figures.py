@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from ipmn_core import metrics
+from ipmn_core import disk, metrics
 from ipmn_core.cohort import CENTERS, LABELS
 from ipmn_core.preprocess import crop, load_image, load_mask
 from ipmn_core.tables import display_name
@@ -41,7 +41,8 @@ def use_style() -> None:
 def save(figure: Figure, stem: str, folder: str | Path) -> Figure:
     """The figure, after writing it as `<stem>.png` into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(folder) / f"{stem}.png")
+    write = lambda tmp: figure.savefig(tmp, format="png")  # noqa: E731
+    disk.write(Path(folder) / f"{stem}.png", write)
     return figure
 
 

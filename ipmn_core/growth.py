@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ipmn_core import bench, cohort, federated, inference, machine, models, phantom, training
+from ipmn_core import bench, cohort, federated, inference, machine, models, phantom, preprocess, training
 
 SCANS = (100, 1_000, 10_000)
 CASES = (1_000, 10_000, 100_000)
@@ -66,7 +66,9 @@ def _cohort(root: Path, step: str) -> tuple[float, float]:
     if step == "folds":
         cohort.assign_folds(scans, 5)
     else:
-        cohort.inspect(root, volumes=step == "check")
+        scans, _ = cohort.inspect(root)
+        if step == "check":
+            preprocess.volume_problems(scans)
     return time.perf_counter() - started, before
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Modality = Literal["t1", "t2"]
 Count = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
 
@@ -26,11 +27,11 @@ class Params(BaseModel):
     released code give the defaults.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "paper"
-    outputs: str = "outputs"
-    data: str = "phantom"
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = "paper"
+    outputs: Folder = "outputs"
+    data: Folder = "phantom"
     columns: Literal["header", "position"] = "header"
     phantom_max_per_cell: Count | None = None
     phantom_shortcut: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -62,12 +63,12 @@ class Params(BaseModel):
     local_epochs: Count = 1
     batch_size: Annotated[int, Field(ge=2)] = 16
     batches_per_epoch: Count | None = None
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     lr_step: Count = 30
     lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     augment_prob: Annotated[float, Field(ge=0, le=1)] = 0.1
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # scikit-learn takes no larger one
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     threads: Annotated[int, Field(ge=0)] = 0
@@ -77,7 +78,7 @@ class Params(BaseModel):
 
     @model_validator(mode="after")
     def _names(self) -> Params:
-        if self.profile in ("phantom", "cache", "reference"):
+        if self.profile.lower() in ("phantom", "cache", "reference"):  # some disks know no case
             raise ValueError(f"profile: {self.profile} is a folder of its own in outputs, take another name")
         for key in ("modalities", "three_class_models", "arms"):
             values = getattr(self, key)
@@ -122,18 +123,23 @@ def load(path: str | Path) -> Params:
     if not path.is_file():
         raise ParamsError(f"{path}: no such file; profiles lie in params/, for instance params/demo.yaml")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except Exception as error:  # PyYAML lets through whatever a date, number or tag provokes
+        raise ParamsError(f"{path}: not valid YAML: {error}; mend it, or start from a copy") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
+    keys = [key.value for key, _ in lines.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:  # YAML would take the last without a word
+        raise ParamsError(f"{path}: {', '.join(twice)} stands there twice; keep one line for each setting")
     return validate(values, str(path))
 
 
 def validate(values: Mapping[str, Any], source: str) -> Params:
     """The settings in `values`, each checked. Raises ParamsError listing every fault with its key."""
     try:
-        return Params(**values)
+        return Params.model_validate(dict(values))
     except ValidationError as error:
         faults = "\n".join(f"  {_in_words(fault)}" for fault in error.errors())
         raise ParamsError(f"{source}: {error.error_count()} setting(s) to mend\n{faults}") from error
@@ -149,7 +155,7 @@ def from_notebook(variables: Mapping[str, Any]) -> Params:
 
 def _in_words(fault: dict[str, Any]) -> str:
     key, value = ".".join(map(str, fault["loc"])), fault.get("input")
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown setting; known are {', '.join(Params.model_fields)}"
     message = fault["msg"].removeprefix("Value error, ")
     if not key:
@@ -157,4 +163,4 @@ def _in_words(fault: dict[str, Any]) -> str:
     hint = ""
     if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
         hint = " (YAML reads 1e-3 as text: write 1.0e-3, without quotes)"
-    return f"{key}: {message}, not {value!r}{hint}"
+    return f"{key}: {message}, not {value!r:.100}{hint}"

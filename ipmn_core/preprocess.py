@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,21 @@ from joblib import Parallel, delayed
 from nibabel.affines import apply_affine
 from tqdm import tqdm
 
+from ipmn_core import disk, headers
+from ipmn_core.cohort import PROBLEM_COLUMNS
+from ipmn_core.headers import Header
+
 RECIPE = "mask, tight box, masked voxels, min-max, area resize by axis, float16"  # part of the cache's key
+SPACING = "spacing unknown"
+PLACES = "image and mask in different places"
 
 
 class ScanError(ValueError):
-    """A scan cannot be used; the message names the case, the file and the remedy."""
+    """A scan cannot be used; its arguments are case, file, problem and remedy, its text all in a sentence."""
+
+    def __str__(self) -> str:
+        case, where, problem, remedy = self.args
+        return f"{case}: {where} {problem}; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -31,27 +42,35 @@ class Cubes:
 
 
 def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
-    """The 3D volume at `path`, read into memory. Raises ScanError unless it is 3D, real and finite."""
-    return nib.Nifti1Image(*_read(path, case))
+    """The 3D volume at `path`, read into memory. Raises ScanError unless it is 3D, real and finite.
+
+    Its header is new: affine and shape, none of the text that the file's may hold.
+    """
+    said = []
+    return nib.Nifti1Image(_read(path, case, said), said[0].affine)
 
 
-def _read(path: str | Path, case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of `load_image`; an image object around them would take as long as reading a mask."""
+def _read(path: str | Path, case: str, said: list[Header], where: str = "") -> np.ndarray:
+    """The voxels of `load_image`; `said` gets the header, even if they are refused."""
+    where = where or str(path)
     try:
-        image = nib.load(path)
-        data = np.asanyarray(image.dataobj)
+        data, header = headers.read(path)
     except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
-        raise ScanError(f"{case}: {path} cannot be read ({error}); fetch or export it again") from error
-    if data.ndim != 3 or data.dtype.names:
-        raise ScanError(
-            f"{case}: {path} has shape {data.shape} and type {data.dtype}; expected one 3D volume"
-        )
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        remedy = "download it again, or clear its label to leave the scan out"
+        raise ScanError(case, where, f"cannot be read ({reason})", remedy) from error
+    said.append(header)
+    kind = f"has shape {data.shape} and type {data.dtype}"
+    if data.ndim != 3 or data.dtype.names or data.dtype.kind not in "iuf":
+        raise ScanError(case, where, f"{kind}; expected one 3D volume of real numbers", "export it again")
     if min(data.shape) < 2:
-        raise ScanError(f"{case}: {path} has shape {data.shape}; a volume needs at least two slices an axis")
+        raise ScanError(case, where, f"{kind}; a volume needs at least two slices an axis", "export it again")
+    if data.dtype.itemsize >= 8:  # nibabel makes no image of 64-bit integers
+        data = data.astype(float, copy=False)
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).sum())
-        raise ScanError(f"{case}: {path} has {bad} voxel(s) that are NaN or infinite; export it again")
-    return data, image.affine
+        raise ScanError(case, where, f"has {bad} voxel(s) that are NaN or infinite", "export it again")
+    return data
 
 
 def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") -> nib.Nifti1Image:
@@ -60,30 +79,102 @@ def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") 
     Without a mask the image is taken to be a clean ROI already (the data set's first release).
     Raises ScanError on an empty or ill-shaped mask, or on an ROI of one single value.
     """
-    return nib.Nifti1Image(*_read_roi(image, mask, case or str(image)))
+    return nib.Nifti1Image(*_read_roi(image, mask, case or str(image), []))
 
 
-def _read_roi(image: str | Path, mask: str | Path | None, case: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and affine of `load_roi`."""
-    roi, affine = _read(image, case)
+def _read_roi(
+    image: str | Path, mask: str | Path | None, case: str, said: list[Header]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine of `load_roi`; `said` gets the headers of image and mask, even if it then raises."""
+    roi = _read(image, case, said)
+    affine = said[0].affine
     if mask:
-        roi, affine = crop(roi, affine, load_mask(mask, roi.shape, case))
-    if roi.min() == roi.max():
-        raise ScanError(f"{case}: the ROI holds one single value, {roi.flat[0]}; check {image} and {mask}")
+        roi, affine = crop(roi, affine, _read_mask(mask, roi.shape, case, said))
+    with np.errstate(over="ignore"):
+        span = np.subtract(*np.float32([roi.max(), roi.min()]))  # as `to_cube` will divide by it
+    if not np.isfinite(span):
+        raise ScanError(case, image, f"has values up to {np.abs(roi).max():.3g}", "scale them below 1e38")
+    if span < np.finfo(np.float32).tiny:
+        problem = f"gives an ROI of one single value, {roi.flat[0]}"
+        raise ScanError(case, image, problem, f"check it and its mask {mask}" if mask else "export it again")
     return roi, affine
 
 
 def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
     """The mask at `path` as a boolean array of `shape`. Raises ScanError if it is not one or is empty."""
-    mask, _ = _read(path, case)
+    return _read_mask(path, shape, case, [])
+
+
+def _read_mask(path: str | Path, shape: tuple[int, ...], case: str, said: list[Header]) -> np.ndarray:
+    where = f"mask {path}"
+    mask = _read(path, case, said, where)
     if mask.shape != shape:
-        raise ScanError(f"{case}: mask {path} has shape {mask.shape}, its image {shape}; they must agree")
+        problem = f"has shape {mask.shape}, its image {shape}"
+        raise ScanError(case, where, problem, "they must agree: draw it on this image")
     organ = mask > 0.5
     if np.abs(np.subtract(mask, organ, dtype=np.float32)).max() > 0.01:
-        raise ScanError(f"{case}: mask {path} holds values other than 0 and 1; keep one organ, the pancreas")
+        raise ScanError(case, where, "holds values other than 0 and 1", "keep one organ, the pancreas")
     if not organ.any():
-        raise ScanError(f"{case}: mask {path} is empty; draw the pancreas or leave the case out")
+        raise ScanError(case, where, "is empty", "draw the pancreas, or leave the case out")
     return organ
+
+
+def volume_problems(scans: pd.DataFrame, progress: bool = False, jobs: int = -1) -> pd.DataFrame:
+    """What is wrong with the volumes of `scans`, read by the code that training reads them with.
+
+    Columns `cohort.PROBLEM_COLUMNS`. Errors: what training refuses. Warnings: spacing unknown, image and mask
+    in different places, header extensions. Notes: text in header fields, counted by folder, never repeated.
+    """
+    rows = list(scans[["image", "mask", "case_id"]].itertuples(index=False, name=None))
+    judging = Parallel(n_jobs=jobs, backend="threading", return_as="generator")(
+        delayed(_judged)(*row) for row in rows
+    )
+    judged = list(tqdm(judging, "reading volumes", len(rows), unit="scan", disable=not progress))
+    problems = [("error", *error.args[1:]) for _, error in judged if error]
+    problems += [("warning", *remark) for said, _ in judged for remark in _remarks(said)]
+    problems += _texts([header for said, _ in judged for header in said])
+    return pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str)
+
+
+def _judged(image: str, mask: str, case: str) -> tuple[list[Header], ScanError | None]:
+    """The headers of a scan, as far as it was read, and the error that training would end with, if any."""
+    said = []
+    try:
+        _read_roi(image, mask, case, said)
+    except ScanError as error:
+        return said, error.with_traceback(None)  # its frames would keep the voxels
+    return said, None
+
+
+def _remarks(said: list[Header]) -> list[tuple[str, str, str]]:
+    """Where, problem and remedy of what the headers of a scan's image, and mask, leave open."""
+    remarks = []
+    if said and said[0].doubt:
+        remedy = "export it again with its spacing; the cubes do without"
+        remarks.append((said[0].path, f"{SPACING}: its header has {said[0].doubt}", remedy))
+    if len(said) == 2 and headers.apart(*said):
+        remedy = "see that the mask lies on the pancreas: it is taken voxel by voxel"
+        remarks.append((said[0].path, f"{PLACES}: its affine and that of {said[1].path} differ", remedy))
+    return remarks
+
+
+def _texts(said: list[Header]) -> list[tuple[str, str, str, str]]:
+    """A note, and a warning for extensions, for each folder with files whose headers hold text."""
+    problems, folders = [], defaultdict(list)
+    for header in said:
+        folders[str(Path(header.path).parent)].append(header.text)
+    remedy = "nothing here copies or prints it; clear it before you pass files on"
+    for folder, texts in folders.items():
+        fields = [field for field in headers.TEXT_FIELDS if any(field in text for text in texts)]
+        n_fields = sum(not set(fields).isdisjoint(text) for text in texts)
+        n_extended = sum(headers.EXTENSIONS in text for text in texts)
+        if n_extended:
+            problem = f"{n_extended} of {len(texts)} files have header extensions: they may hold patient data"
+            problems.append(("warning", folder, problem, remedy))
+        if n_fields:
+            problem = f"{n_fields} of {len(texts)} files have text in their header ({', '.join(fields)})"
+            problems.append(("note", folder, f"{problem}: it may hold patient data", remedy))
+    return problems
 
 
 def crop(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +238,8 @@ def cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1) -> 
     """The cubes of all `scans`, from the cache in `folder` or built into it by `jobs` threads.
 
     The cache is keyed by recipe, size and the files' contents, so a changed file is never served stale.
-    Raises ScanError naming the case for the first scan that cannot be used; nothing is cached then.
+    Raises ScanError naming the case for the first scan that cannot be used; nothing is cached then. What else
+    the headers leave open (see `volume_problems`) is counted in a warning when the cubes are built.
     """
     folder = Path(folder)
     rows = list(scans[["image", "mask", "case_id"]].itertuples(index=False, name=None))
@@ -178,22 +270,30 @@ def _build(path: Path, rows: list[tuple[str, str, str]], size: int, jobs: int) -
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    array = np.lib.format.open_memmap(
-        partial, mode="w+", dtype=np.float16, shape=(len(rows), size, size, size)
-    )
+    remarks = []
     try:
         ready = Parallel(n_jobs=jobs, backend="threading", return_as="generator")(
             delayed(_cube_of)(*row, size) for row in rows
         )
-        for i, cube in enumerate(tqdm(ready, "preprocessing", total=len(rows), unit="scan", mininterval=1)):
-            array[i] = cube
-        array.flush()
-        os.replace(partial, path)
+        ready = tqdm(ready, "preprocessing", total=len(rows), unit="scan", mininterval=1)
+        disk.write(path, lambda tmp: _write(tmp, ready, (len(rows), size, size, size), remarks))
     finally:
-        partial.unlink(missing_ok=True)
         torch.set_num_threads(threads)
+    for kind, n in Counter(problem.partition(":")[0] for _, problem, _ in remarks).items():
+        first = next(where for where, problem, _ in remarks if problem.startswith(kind))
+        text = f"{kind}: {n} of {len(rows)} scans, the first {first}; `ipmn check` names them all"
+        warnings.warn(text, stacklevel=3)
 
 
-def _cube_of(image: str, mask: str, case: str, size: int) -> np.ndarray:
-    return to_cube(_read_roi(image, mask, case)[0], size)
+def _write(path: Path, ready, shape: tuple[int, ...], remarks: list) -> None:
+    """Cube after cube into an .npy file; not through a memory map, which a full disk ends with a SIGBUS."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for cube, said in ready:
+            file.write(cube.tobytes())
+            remarks += _remarks(said)
+
+
+def _cube_of(image: str, mask: str, case: str, size: int) -> tuple[np.ndarray, list[Header]]:
+    said = []
+    return to_cube(_read_roi(image, mask, case, said)[0], size), said

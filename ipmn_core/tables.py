@@ -1,13 +1,12 @@
 """From numbers to tables 1-3 of the paper: CSV, Markdown and LaTeX, each also beside the paper's numbers."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from ipmn_core import cohort
+from ipmn_core import cohort, disk
 
 KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
 NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
@@ -170,12 +169,13 @@ def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Ser
 def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
     """Paths of `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed), now in `folder`.
 
-    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Each
-    file is replaced whole, so a reader never meets half of one.
+    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Text
+    that a spreadsheet would run as a formula is escaped in the CSV. Each file is replaced whole, so a reader
+    never meets half of one.
     """
     printed = as_printed(table)
     texts = {
-        "csv": table.to_csv(index=False, na_rep=UNDEFINED),
+        "csv": cohort.for_spreadsheet(table).to_csv(index=False, na_rep=UNDEFINED),
         # numbers are strings already: without disable_numparse 1.30 becomes 1.3
         "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": _latex(printed),
@@ -193,9 +193,5 @@ def _latex(printed: pd.DataFrame) -> str:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """The path, after its whole content was replaced at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    return disk.write(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))

@@ -1,9 +1,11 @@
 """The reader, its errors and the folds, on tiny cohorts written to disk."""
 
+import re
 import subprocess
 import sys
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -238,6 +240,14 @@ def test_a_column_that_is_missing_or_ambiguous_is_an_error_and_positions_are_the
     assert cohort.read(tmp_path, columns="position")["label"].tolist() == [2]
 
 
+def test_positions_that_pass_by_the_header_are_a_warning(tmp_path):
+    first_release(tmp_path, headers=["Risk", "Age", "Sex", "Center", "Scanner", "Patient ID"])
+    save_sheet(tmp_path / "IPMN_labels_t2_total.xlsx", FIRST_HEADERS, [])
+    name, label = problems_of(tmp_path, "warning", columns="position")
+    assert "IPMN_labels_t1_total.xlsx" in name and "takes 'Risk', while a header says 'Patient ID'" in name
+    assert "takes 'Patient ID', while a header says 'Risk'" in label and "columns: header" in label
+
+
 @pytest.mark.parametrize(
     "headers", [["a", "T2", *"cdef", "Risk"], ["T1", "T1 date", *"cdef", "Risk"], [*"abcdefg"]]
 )
@@ -368,23 +378,42 @@ def test_a_name_with_a_path_in_it_is_an_error(tmp_path, name):
     only_error(tmp_path, "IPMN_labels_t1_total.xlsx row 2", repr(name), "path")
 
 
-def test_an_unreadable_volume_is_an_error_only_when_volumes_are_read(tmp_path):
-    second_release(tmp_path, [("nyu_1", None, 1), ("nyu_2", None, 1), ("nyu_3", None, 1)])
-    images, masks = (tmp_path / "IPMN_images_masks/t1" / kind for kind in ("images", "masks"))
-    whole = nibabel.Nifti1Image(np.random.default_rng(0).random((20, 20, 20)), np.eye(4)).to_bytes()
-    (images / "nyu_1.nii.gz").unlink()
-    (images / "nyu_1.nii").write_bytes(whole[: len(whole) // 2])  # a sound header, but half the voxels
-    (masks / "nyu_2.nii.gz").write_bytes(b"")
+def test_a_name_with_a_character_that_does_not_print_is_an_error_that_shows_it(tmp_path):
+    first_release(tmp_path)
+    save_sheet(tmp_path / "IPMN_labels_t1_total.xlsx", ["Patient", "Risk"], [("nyu_\u200b1", 1)])
+    only_error(tmp_path, "IPMN_labels_t1_total.xlsx row 2", r"'nyu_\u200b1'", "does not print")
+
+
+def test_no_volume_is_read(tmp_path):
+    first_release(tmp_path, t1=[("nyu_1", 1)])
+    (tmp_path / "t1_clean_ROI" / "nyu_1.nii.gz").write_bytes(b"")
     assert problems_of(tmp_path) == []
-    errors = problems_of(tmp_path, volumes=True)
-    assert [e.split(" | ")[0] for e in errors] == [str(images / "nyu_1.nii"), str(masks / "nyu_2.nii.gz")]
-    assert all("cannot be read" in error for error in errors)
 
 
-def test_the_progress_bar_counts_every_file(tmp_path, capsys):
-    second_release(tmp_path, [("nyu_1", "nyu_1", 1)])
-    cohort.inspect(tmp_path, volumes=True, progress=True)
-    assert "4/4" in capsys.readouterr().err
+def test_a_name_twice_with_two_labels_says_both(tmp_path):
+    first_release(tmp_path, t1=[("nyu_1", 1), ("NYU_1", 2), ("nyu_1", None)])
+    only_error(tmp_path, "rows 2 and 3 and 4", "different labels: 1, 2, none", "keep one row")
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "#REF!", "#DIV/0!"])
+def test_a_label_that_is_a_formula_never_computed_or_an_error_is_no_blank(tmp_path, cell):
+    first_release(tmp_path, t1=[("nyu_1", 0), ("nyu_2", cell)])
+    only_error(tmp_path, "IPMN_labels_t1_total.xlsx row 3", repr(cell), "nyu_2")
+
+
+@pytest.mark.parametrize("attributes", ["", ' t="array" ref="F3"'])
+def test_a_formula_counts_as_the_value_it_had_last(tmp_path, attributes):
+    sheet = tmp_path / "IPMN_labels_t1_total.xlsx"
+    first_release(tmp_path, t1=[("nyu_1", 0), ("nyu_2", "=1+1")])
+    with zipfile.ZipFile(sheet) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    cells = parts["xl/worksheets/sheet1.xml"].decode()
+    computed = re.sub(r"<f>1\+1</f><v */>", f"<f{attributes}>1+1</f><v>2</v>", cells)
+    assert computed != cells
+    with zipfile.ZipFile(sheet, "w") as book:
+        for name, part in (parts | {"xl/worksheets/sheet1.xml": computed.encode()}).items():
+            book.writestr(name, part)
+    assert cohort.read(tmp_path)["label"].tolist() == [0, 2]
 
 
 def test_t1_and_t2_of_different_centers_in_one_row_are_an_error(tmp_path):
@@ -425,8 +454,17 @@ def test_different_labels_of_a_patients_t1_and_t2_are_a_warning(tmp_path):
 
 def test_too_few_cases_for_the_folds_are_a_warning_with_the_center(tmp_path):
     first_release(tmp_path, t1=[(f"iu_{i}", 1) for i in range(4)])
-    (warning,) = problems_of(tmp_path, "warning")  # 4 cases do for the 4 folds of the binary task
-    assert warning.startswith("IU t1") and "5 folds" in warning and "4 low risk" in warning
+    folds, classes = problems_of(tmp_path, "warning")  # 4 cases do for the 4 folds of the binary task
+    assert folds.startswith("IU t1") and "5 folds" in folds and "4 low risk" in folds
+    assert classes.startswith("IU t1") and "one class only (not high risk)" in classes
+
+
+def test_a_center_of_one_class_is_a_warning():
+    scans = scans_of([("EMC", "t1", 0, 0, 6), ("NYU", "t1", 5, 6, 7)])
+    for n_folds, binary in ((5, False), (4, True)):
+        (row,) = cohort.fold_problems(scans, n_folds, binary).itertuples(index=False)
+        assert row.severity == "warning" and row.where == "EMC t1" and "n/a" in row.remedy
+        assert row.problem == "holds 6 cases of one class only (high risk)"
 
 
 def test_problems_come_errors_first_then_warnings_then_notes(tmp_path):
@@ -572,6 +610,24 @@ def test_a_center_that_cannot_be_split_for_the_binary_task_is_named():
 def test_an_unknown_fold_rule_is_refused():
     with pytest.raises(ValueError, match="scanner"):
         cohort.assign_folds(paper_scans(), 5, rule="scanner")
+
+
+# Spreadsheets and terminals
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "'=", "''+"])
+def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe_and_loses_it_again(start):
+    table = pd.DataFrame({f"{start}head": [f"{start}cmd", "nyu_1"], "n": [-1, 2.5], "plain": [None, "'x"]})
+    table = table.set_axis([5, 7])
+    escaped = cohort.for_spreadsheet(table)
+    assert escaped.columns.tolist() == [f"'{start}head", "n", "plain"] and escaped["n"].equals(table["n"])
+    assert escaped.iloc[:, 0].tolist() == [f"'{start}cmd", "nyu_1"]
+    assert escaped["plain"].iloc[1] == "'x"
+    pd.testing.assert_frame_equal(cohort.from_spreadsheet(escaped), table)
+
+
+def test_a_problem_is_one_cell_and_moves_no_cursor():
+    assert cohort.in_one_cell("a|b\x1b[2J\nü\udcff") == r"a\|b\x1b[2J\nü\udcff"
 
 
 # A profile's cohort

@@ -53,12 +53,20 @@ def test_an_unknown_setting_is_named_with_the_known_ones():
         ("modalities", []),
         ("three_class_models", ["densenet121", "densenet121"]),
         ("profile", "../demo"),
+        ("profile", "demo\n"),
+        ("profile", "x" * 101),
+        ("outputs", "out\0puts"),
+        ("data", ""),
         ("profile", 7),
         ("seed", -1),
+        ("seed", 2**32),
         ("device", "gpu"),
         ("fold_rule", "random"),
         ("lr_gamma", 1.5),
         ("checkpoint_seconds", "false"),
+        ("checkpoint_seconds", float("inf")),
+        ("augment_prob", float("nan")),
+        ("epochs_by_model", {1: 2}),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_its_key(key, value):
@@ -73,11 +81,23 @@ def test_exponents_that_yaml_reads_as_text_get_a_hint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- 1\n", "expected lines"), ("a: [1\n", "not valid YAML"), ("", "expected lines")]
+    ("text", "message"),
+    [
+        ("- 1\n", "expected lines"),
+        ("a: [1\n", "not valid YAML"),
+        ("", "expected lines"),
+        ("data: 2001-99-99", "not valid YAML"),
+        ("data: !!timestamp x", "not valid YAML"),
+        (f"seed: {'9' * 5000}", "not valid YAML"),
+        (f"arms: {'[' * 1000}", "not valid YAML"),
+        ("epochs: 2\nsize: 32\nepochs: 3", "epochs stands there twice; keep one"),
+        ("1: 2", "1: unknown setting; known are"),
+        ("? [a]\n: 2", "not valid YAML"),
+    ],
 )
 def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(ParamsError, match=rf"a\.yaml.*{message}"):
+    with pytest.raises(ParamsError, match=rf"(?s)a\.yaml.*{message}"):
         params.load(tmp_path / "a.yaml")
 
 
@@ -99,7 +119,7 @@ def test_a_notebook_gives_its_variables_and_hears_what_is_missing():
         params.from_notebook(variables)
 
 
-@pytest.mark.parametrize("name", ["phantom", "cache", "reference"])
+@pytest.mark.parametrize("name", ["phantom", "cache", "reference", "Cache"])
 def test_a_profile_may_not_take_a_folder_that_is_there(name):
     with pytest.raises(ParamsError, match=f"profile: {name} is a folder"):
         params.validate({"profile": name}, "a.yaml")

@@ -1,3 +1,6 @@
+import pickle
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -5,7 +8,7 @@ import pytest
 import torch
 from monai.transforms import CropForeground, Resize, ScaleIntensity
 
-from ipmn_core import preprocess
+from ipmn_core import cohort, preprocess
 from ipmn_core.preprocess import ScanError
 
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0.1, 6.0, 30], [0, 0, 0, 1]], float)
@@ -91,6 +94,16 @@ def broken(kind):
         mask[0, 0, 0] = 2
     elif kind == "fractions":
         mask = mask * 0.5
+    elif kind == "zero and two":
+        mask = mask * 2
+    elif kind == "complex":
+        image = image * 1j
+    elif kind == "colour":
+        image = np.zeros(image.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    elif kind == "beyond float32":
+        image = image * np.float64(1e300)
+    elif kind == "constant in float32":
+        image = 1e6 + image * np.float64(1e-9)
     return image, mask
 
 
@@ -106,6 +119,10 @@ def broken(kind):
         ("empty", "is empty"),
         ("two organs", "other than 0 and 1"),
         ("fractions", "other than 0 and 1"),
+        ("zero and two", "other than 0 and 1"),
+        ("complex", "complex64; expected one 3D volume of real numbers"),
+        ("colour", "expected one 3D volume of real numbers"),
+        ("beyond float32", r"values up to .*e\+30"),
     ],
 )
 def test_an_unusable_scan_is_named_before_anything_is_cached(tmp_path, kind, message):
@@ -125,11 +142,20 @@ def test_a_truncated_file_is_named(tmp_path):
         preprocess.cubes(scans, 32, tmp_path / "cache")
 
 
+def test_a_roi_that_is_constant_in_the_precision_of_cubes_is_named(tmp_path):
+    image, _ = broken("constant in float32")
+    assert image.dtype == np.float64 and image.min() < image.max()
+    with pytest.raises(ScanError, match=r"AHN01: .*i\.nii\.gz gives an ROI of one single value, 1000000"):
+        preprocess.load_roi(save(tmp_path, "i", image), case="AHN01")
+
+
 def test_nearly_whole_mask_values_are_rounded(tmp_path):
     image, mask = volume()
     exact = preprocess.load_roi(save(tmp_path, "i", image), save(tmp_path, "m", mask))
     near = preprocess.load_roi(save(tmp_path, "i", image), save(tmp_path, "n", mask * np.float32(0.999)))
-    assert np.array_equal(np.asanyarray(exact.dataobj), np.asanyarray(near.dataobj))
+    above = preprocess.load_roi(save(tmp_path, "i", image), save(tmp_path, "a", mask * np.float32(1.001)))
+    for rounded in (near, above):
+        assert np.array_equal(np.asanyarray(exact.dataobj), np.asanyarray(rounded.dataobj))
 
 
 def test_cubes_follow_the_scans_and_do_not_depend_on_the_workers(tmp_path):
@@ -163,3 +189,121 @@ def test_facts_give_spacing_in_mm_and_the_median_of_the_roi(tmp_path):
     assert facts.loc[1, "in_plane_mm"] == pytest.approx(1.4)
     assert facts.loc[1, "slice_mm"] == pytest.approx(6.0)
     assert facts.loc[1, "roi_median"] == pytest.approx(np.median(image[mask == 1]))
+
+
+# What is wrong with the volumes
+
+
+def problems_of(scans):
+    """Severity, where and problem of each; every one has a remedy."""
+    problems = preprocess.volume_problems(scans)
+    assert list(problems.columns) == cohort.PROBLEM_COLUMNS and problems["remedy"].str.len().gt(0).all()
+    return [tuple(row[:3]) for row in problems.itertuples(index=False)]
+
+
+def with_text(path, **fields):
+    """The file at `path`, the fields of its header filled."""
+    image = nib.load(path)
+    image = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    for field, text in fields.items():
+        if field == "extension":
+            image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text))
+        else:
+            image.header[field] = text
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["nan", "constant", "4d", "one slice", "other shape", "empty", "two organs", "complex", "beyond float32"],
+)
+def test_every_error_that_training_ends_with_is_listed_with_its_file(tmp_path, kind):
+    scans = scans_of(tmp_path, 3)
+    image, mask = broken(kind)
+    scans.loc[1, ["image", "mask"]] = save(tmp_path, "bad_i", image), save(tmp_path, "bad_m", mask)
+    with pytest.raises(ScanError) as error:
+        preprocess.cubes(scans, 32, tmp_path / "cache")
+    ((severity, where, problem),) = problems_of(scans)
+    assert severity == "error" and "bad_" in where and f"AHN01: {where} {problem}; " in str(error.value)
+
+
+def test_sound_volumes_have_no_problem_whatever_the_number_of_threads(tmp_path, capsys):
+    scans = scans_of(tmp_path)
+    assert preprocess.volume_problems(scans, progress=True, jobs=2).empty
+    assert "3/3" in capsys.readouterr().err
+    assert preprocess.volume_problems(scans.head(0)).empty
+
+
+def test_a_lost_spacing_is_a_warning_and_told_once_when_cubes_are_built(tmp_path):
+    scans = scans_of(tmp_path)
+    for k in (0, 2):
+        image, mask = volume(k)
+        scans.loc[k, "image"] = save(tmp_path, f"i{k}", image, np.diag([-1.0, -1, 1, 1]))
+        scans.loc[k, "mask"] = save(tmp_path, f"m{k}", mask, np.diag([-1.0, -1, 1, 1]))
+    rows = problems_of(scans)
+    assert [row[:2] for row in rows] == [("warning", scans.loc[k, "image"]) for k in (0, 2)]
+    assert all(row[2].startswith("spacing unknown: its header has voxels of 1 x 1 x 1 mm") for row in rows)
+    with pytest.warns(UserWarning) as told:
+        preprocess.cubes(scans, 32, tmp_path / "cache", jobs=2)
+    (text,) = [str(w.message) for w in told]
+    first = scans.loc[0, "image"]
+    assert text == f"spacing unknown: 2 of 3 scans, the first {first}; `ipmn check` names them all"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocess.cubes(scans, 32, tmp_path / "cache")  # from the cache: told before
+        preprocess.cubes(scans_of(tmp_path / "cache"), 32, tmp_path / "cache")  # nothing to tell
+
+
+def test_an_image_and_a_mask_in_different_places_are_a_warning_and_used_voxel_by_voxel(tmp_path):
+    scans = scans_of(tmp_path, 2)
+    scans.loc[1, "mask"] = save(tmp_path, "moved", volume(1)[1], AFFINE + np.diag([0, 0, 0.5, 0]))
+    ((severity, where, problem),) = problems_of(scans)
+    assert (severity, where) == ("warning", scans.loc[1, "image"])
+    assert problem.startswith("image and mask in different places: ") and "moved.nii.gz differ" in problem
+    with pytest.warns(UserWarning, match="different places: 1 of 2 scans"):
+        moved = preprocess.cubes(scans, 32, tmp_path / "cache").array
+    assert np.array_equal(moved, preprocess.cubes(scans_of(tmp_path, 2), 32, tmp_path / "cache").array)
+
+
+def test_text_in_headers_is_counted_by_folder_even_of_a_scan_that_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    scans = pd.concat([scans_of(tmp_path), scans_of(tmp_path / "other")], ignore_index=True)
+    with_text(scans.loc[0, "image"], descrip=b"DOE^JANE 1950")
+    with_text(scans.loc[0, "mask"], intent_name=b"DOE^JANE", aux_file=b"DOE^JANE")
+    save(tmp_path, "i1", volume()[0] * np.nan)
+    with_text(scans.loc[1, "image"], db_name=b"DOE^JANE", extension=b"DOE^JANE")
+    rows = preprocess.volume_problems(scans)  # reads no mask of an image that is refused
+    assert [f"{row.severity} {row.where}: {row.problem}" for row in rows.itertuples()][1:] == [
+        f"warning {tmp_path}: 1 of 5 files have header extensions: they may hold patient data",
+        f"note {tmp_path}: 3 of 5 files have text in their header (descrip, aux_file, intent_name, db_name): "
+        "it may hold patient data",
+    ]
+    assert not rows.to_string().count("DOE")
+
+
+def test_nothing_that_is_loaded_carries_text_of_the_file(tmp_path):
+    row = scans_of(tmp_path, 1).loc[0]
+    fields = {"descrip": b"DOE^JANE", "aux_file": b"DOE^JANE", "extension": b"DOE^JANE"}
+    with_text(row["image"], **fields, intent_name=b"DOE^JANE", db_name=b"DOE^JANE")
+    with_text(row["mask"], **fields)
+    assert b"DOE^JANE" in nib.load(row["image"]).to_bytes()  # it is there
+    image = preprocess.load_image(row["image"], "AHN00")
+    roi = preprocess.load_roi(row["image"], row["mask"], "AHN00")
+    for loaded in (image, roi, nib.as_closest_canonical(roi)):
+        assert b"DOE" not in loaded.to_bytes() and b"DOE" not in pickle.dumps(loaded)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">u8", "<f8"])
+def test_a_volume_of_eight_bytes_a_voxel_is_read_as_any_other(tmp_path, dtype):
+    voxels = np.arange(24 * 20 * 8).reshape(24, 20, 8)
+    nib.save(nib.Nifti1Image(voxels, AFFINE, dtype=np.dtype(dtype)), tmp_path / "i.nii.gz")
+    for loaded in (
+        preprocess.load_image(tmp_path / "i.nii.gz", ""),
+        preprocess.load_roi(tmp_path / "i.nii.gz"),
+    ):
+        assert np.array_equal(loaded.dataobj, voxels)
+
+
+def test_an_error_keeps_its_parts_between_processes():
+    error = pickle.loads(pickle.dumps(ScanError("AHN01", "a.nii", "is empty", "draw it")))
+    assert str(error) == "AHN01: a.nii is empty; draw it"

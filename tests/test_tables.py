@@ -170,6 +170,14 @@ def test_the_csv_reads_back_as_the_table(summary, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(path), table)
 
 
+def test_no_cell_or_header_of_a_csv_is_a_formula(tmp_path):
+    table = tables.paper(3).replace({"method": {"fedavg": "=cmd|' /C calc'!A0"}, "center": {"IU": "@IU"}})
+    csv = tables.write(table, "table3", tmp_path)[0]
+    cells = pd.read_csv(csv, header=None, dtype=str, keep_default_na=False).stack()
+    assert "'=cmd|' /C calc'!A0" in set(cells) and "'@IU" in set(cells)
+    assert not cells.str.match(r"[=+\-@\t\r\n]").any()
+
+
 def test_markdown_keeps_the_printed_digits(tmp_path):
     text = tables.write(tables.paper(2), "table2", tmp_path)[1].read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if "ShuffleNet-V2" in line)
@@ -202,7 +210,7 @@ def test_a_failed_write_leaves_the_former_table(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tables.os, "replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         tables.write(tables.paper(2).assign(acc_mean=0), "table2", tmp_path)
     assert [path.read_bytes() for path in paths] == before
