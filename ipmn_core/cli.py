@@ -1,16 +1,21 @@
-"""The command `ipmn`: run a profile, check a data set, write the phantom cohort, time it all."""
+"""The command `ipmn`: fetch and check the data, run a profile, predict a case, export models, time it."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
 from pathlib import Path
 
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 EPILOG = """examples:
   ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures
+  ipmn fetch data/ipmn             the real data set, from OSF
   ipmn check data/ipmn             is this copy of the data set usable?
+  ipmn predict scan.nii.gz --mask pancreas.nii.gz --models outputs/demo/runs/binary/t2/fedavg
+  ipmn export outputs/demo/runs/binary/t2/fedavg shared/fedavg_t2
   ipmn phantom /tmp/cohort         a synthetic cohort with known truth, in the data set's own layout
   ipmn bench --only 32             speed beside the plain pipeline, cubes of 32^3 only
 """
@@ -23,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options)
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; finished training runs are kept, the same command goes on from there",
+            "\ninterrupted; what is finished is kept, the same command goes on from there",
             file=sys.stderr,
         )
         return 130
@@ -35,8 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:  # what this package raises for people to read
         if os.environ.get("IPMN_DEBUG"):
             raise
-        print(f"ipmn: {error}", file=sys.stderr)
+        print(f"ipmn: {_in_words(error)}", file=sys.stderr)
         return 1
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        remedy = " (make room, or choose another folder)" if error.errno in NO_PLACE else ""
+        return f"{error.filename}: {error.strerror}{remedy}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +95,34 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     phantom.set_defaults(command=write_phantom)
 
+    fetch = commands.add_parser("fetch", help="download the real data set from OSF, verify, unpack, check it")
+    fetch.add_argument("root", type=Path, metavar="ROOT", help="the folder to put it in")
+    fetch.add_argument("--yes", action="store_true", help="do not ask before downloading")
+    fetch.set_defaults(command=fetch_cohort, columns="header")
+
+    predict = commands.add_parser("predict", help="probabilities of a new case; not for clinical use")
+    predict.add_argument("image", type=Path, metavar="IMAGE", help="a scan with --mask, or a clean ROI")
+    predict.add_argument("--mask", type=Path, metavar="FILE", help="the pancreas, on the image's grid")
+    predict.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="runs (fold<k>), an arm's folder, an export, or the weights of a 3D DenseNet-121",
+    )
+    predict.add_argument("--center", help="whose model to ask; for the arm local_only")
+    predict.add_argument("--size", type=int, default=96, help="of the cube, for bare weights (default: 96)")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    predict.add_argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
+    predict.set_defaults(command=predict_case)
+
+    export = commands.add_parser("export", help="an arm's trained models with a model card, to hand on")
+    export.add_argument("arm", type=Path, metavar="ARM", help="<outputs>/runs/<task>/<modality>/<arm>")
+    export.add_argument("target", type=Path, metavar="TARGET", help="the folder to write; it must not exist")
+    export.set_defaults(command=export_arm)
+
     bench = commands.add_parser(
         "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
     )
@@ -101,9 +141,10 @@ def run_profile(options: argparse.Namespace) -> int:
 
     p = params.load(options.params)
     start = time.perf_counter()
-    pipeline.prepare(p, options.fresh)
-    for path in pipeline.run(p):
-        print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
+    with pipeline.locked(p):
+        pipeline.prepare(p, options.fresh)
+        for path in pipeline.run(p):
+            print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
     for what in ("tables", "figures", "notebooks"):
         print(f"{what:>10}  {p.folder / what}/")
@@ -112,17 +153,72 @@ def run_profile(options: argparse.Namespace) -> int:
 
 def check_cohort(options: argparse.Namespace) -> int:
     """Prints the problems of a data set, its table 1, and a last line that says whether it can be used."""
-    from ipmn_core import cohort
+    import pandas as pd
 
-    scans, problems = cohort.inspect(options.root, options.columns, volumes=True, progress=True)
+    from ipmn_core import cohort, preprocess
+
+    scans, problems = cohort.inspect(options.root, options.columns)
+    of_volumes = preprocess.volume_problems(scans, progress=True)
+    problems = cohort.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
     if len(problems):
-        print(problems.to_markdown(index=False))
+        print(problems.map(cohort.in_one_cell).to_markdown(index=False, disable_numparse=True))
     errors = int((problems["severity"] == "error").sum())
     if not errors:
         print(f"\n{cohort.table1(scans).to_markdown(index=False)}")
     remarks = len(problems) - errors
     print(f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
+
+
+def fetch_cohort(options: argparse.Namespace) -> int:
+    """Downloads the real data set, says what could not be verified, and checks it like `ipmn check`."""
+    from ipmn_core import osf
+
+    options.root, unverified = osf.fetch(options.root, _agreed if options.yes else _asked)
+    for name in unverified:
+        print(f"not verified, OSF gives no checksum: {name}")
+    return check_cohort(options)
+
+
+def _agreed(question: str) -> bool:
+    print(question, "yes (--yes)")
+    return True
+
+
+def _asked(question: str) -> bool:
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        raise RuntimeError("no terminal to ask at; `--yes` downloads without a question") from None
+
+
+def predict_case(options: argparse.Namespace) -> int:
+    """Prints the probabilities of a case by each model, their mean and spread, and what to mind."""
+    from ipmn_core import predict
+
+    result = predict.predict(
+        options.image, options.mask, options.models, options.center, options.size, options.device
+    )
+    if options.picture:
+        from ipmn_core import preprocess
+
+        predict.picture(
+            result, preprocess.load_roi(options.image, options.mask, result.case), options.picture
+        )
+    if options.json:
+        print(predict.to_json(result))
+    else:
+        print(predict.table(result).to_markdown(index=False, floatfmt=".3f"))
+        print("", *result.warnings, predict.NOTICE, sep="\n")
+    return 0
+
+
+def export_arm(options: argparse.Namespace) -> int:
+    """Writes an arm's models and their card, and says where."""
+    from ipmn_core import card
+
+    print(f"models and their card (README.md) in {card.export(options.arm, options.target)}/")
+    return 0
 
 
 def run_bench(options: argparse.Namespace) -> int:

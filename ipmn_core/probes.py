@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ipmn_core import cohort, records, runs
+from ipmn_core import cohort, disk, records, runs
 from ipmn_core.cohort import CENTERS
 from ipmn_core.params import Params
 from ipmn_core.preprocess import Cubes
@@ -152,7 +152,7 @@ def _fit(p: Params, run: Run, rows: pd.DataFrame, x: np.ndarray, record: dict[st
     folder = runs.folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     write = lambda tmp: frame.to_parquet(tmp, index=False)  # noqa: E731
-    records.write_atomically(folder / "predictions.parquet", write)
+    disk.write(folder / "predictions.parquet", write)
     records.seal(folder, record, rows, time.perf_counter() - started)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ipmn_core import metrics
-from ipmn_core.cohort import CENTERS
+from ipmn_core import disk, metrics
+from ipmn_core.cohort import CENTERS, for_spreadsheet, from_spreadsheet
 from ipmn_core.preprocess import Cubes
 
 MACHINE = ("device", "bfloat16", "channels_last")  # settings that the machine decides
@@ -78,7 +76,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
     if not (folder / "checkpoint.pt").exists():
-        progress = {"frames": [], "history": [], "inner_products": [], "best_auc": -1.0}
+        progress = {"frames": [], "history": [], "inner_products": [], "left_out": [], "best_auc": -1.0}
         return {**progress, "seconds": 0.0}, None
     saved = _read_checkpoint(folder)
     progress = saved["progress"]
@@ -89,13 +87,13 @@ def save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learni
     """Tensors and plain values only, so that it loads without unpickling code."""
     frames = pd.concat(progress["frames"]).to_parquet()
     content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
-    write_atomically(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
+    disk.write(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
 
 
 def save_model(folder: Path, model: torch.nn.Module) -> None:
     """`model.pt`, the best weights so far: on disk at once, for they may be those of seven centers."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}  # to be read on any machine
-    write_atomically(folder / "model.pt", lambda tmp: torch.save(state, tmp))
+    disk.write(folder / "model.pt", lambda tmp: torch.save(state, tmp))
 
 
 def write(
@@ -107,12 +105,15 @@ def write(
     for name, role in (("predictions", "test"), ("validation", "validation")):
         frame = noted[noted["role"] == role].drop(columns="role")
         if role == "test" or record["settings"]["inner_validation"]:
-            write_atomically(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
-    write_atomically(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
+            disk.write(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
+    disk.write(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
     if progress["inner_products"]:
         trained_on = set(rows.loc[rows["role"] == "train", "center"])
         updates = _updates(progress["inner_products"], [c for c in CENTERS if c in trained_on])
-        write_atomically(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
+        disk.write(folder / "updates.csv", lambda tmp: updates.to_csv(tmp, index=False))
+    if progress["left_out"]:
+        left_out = pd.DataFrame(progress["left_out"], columns=["round", "client", "reason"])
+        disk.write(folder / "left_out.csv", lambda tmp: left_out.to_csv(tmp, index=False))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     seal(folder, record, rows, progress["seconds"], name)
     for name in ("checkpoint.pt", "share_done"):
@@ -130,7 +131,7 @@ def seal(
     folder: Path, record: dict[str, Any], rows: pd.DataFrame, seconds: float, device: str | None = None
 ) -> None:
     """Makes a run whole: `splits.csv` with the `role` of every case of `rows` and, last, `run.json`."""
-    splits = rows[["case_id", "center", "role"]]
+    splits = for_spreadsheet(rows[["case_id", "center", "role"]])
     settings = json.dumps(record["settings"], sort_keys=True)
     record = {
         **record,
@@ -143,18 +144,8 @@ def seal(
         "device": device or platform.machine(),
         "seconds": round(seconds, 2),
     }
-    write_atomically(folder / "splits.csv", lambda tmp: splits.to_csv(tmp, index=False))
-    write_atomically(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then moves it there: whole or absent."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    disk.write(folder / "splits.csv", lambda tmp: splits.to_csv(tmp, index=False))
+    disk.write(folder / "run.json", lambda tmp: tmp.write_text(json.dumps(record, indent=2) + "\n"))
 
 
 def read_predictions(folder: Path, settings: dict[str, Any], role: str = "test") -> pd.DataFrame:
@@ -165,7 +156,7 @@ def read_predictions(folder: Path, settings: dict[str, Any], role: str = "test")
     """
     name = {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
     frame = pd.read_parquet(whole(folder, settings) / name)
-    splits = pd.read_csv(folder / "splits.csv")
+    splits = from_spreadsheet(pd.read_csv(folder / "splits.csv"))
     frame = metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(folder / name))
     wanted = set(splits.loc[splits["role"] == role, "case_id"])
     for epoch, rows in frame.groupby("epoch"):

@@ -1,3 +1,4 @@
+import gzip
 import os
 import re
 import shutil
@@ -5,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import openpyxl
 import pytest
 import yaml
@@ -116,6 +118,20 @@ def test_check_of_a_broken_cohort_names_file_row_and_case_with_the_remedy_and_ex
     assert f"{len(lines)} error(s)" in said.splitlines()[-1]
 
 
+def test_check_prints_names_as_they_are_spelt_in_one_line_and_no_text_of_a_header(broken, capsys):
+    images = broken / "IPMN_images_masks" / "t1" / "images"
+    (images / "nyu_\x1b[2J|\n9.nii.gz").write_bytes(b"")
+    whole = next(images.glob("EMC*.nii.gz"))
+    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(whole.read_bytes()))
+    image.header["descrip"] = b"DOE^JANE"
+    whole.unlink()  # a link into the whole cohort
+    nibabel.save(image, whole)
+    assert cli.main(["check", str(broken)]) == 1
+    said = capsys.readouterr().out
+    assert r"nyu_\x1b[2J\|\n9.nii.gz" in said and "\x1b" not in said and "DOE" not in said
+    assert re.search(r"\| note .*t1/images .*1 of \d+ files have text in their header \(descrip\)", said)
+
+
 def test_check_of_no_cohort_exits_with_1_and_says_what_is_missing(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "absent")]) == 1
     assert "IPMN_labels_total.xlsx" in capsys.readouterr().out
@@ -219,7 +235,7 @@ def test_training_is_repeated_only_on_request(pretended, fresh):
 def test_an_interruption_exits_with_130_and_says_that_nothing_is_lost(pretended, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "prepare", interrupt)
     assert cli.main(["run", profile(pretended)]) == 130
-    assert "interrupted; finished training runs are kept" in capsys.readouterr().err
+    assert "interrupted; what is finished is kept" in capsys.readouterr().err
 
 
 def interrupt(*_):
