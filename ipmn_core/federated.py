@@ -40,28 +40,42 @@ def strategy(arm: str) -> Strategy:
     return STRATEGIES[arm]
 
 
-def weighted_average(states: Iterable[State], n_k: Sequence[int]) -> State:
+def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
     """Eq. (2): w = sum_k N_k w_k / sum_k N_k over the whole state dict, BatchNorm buffers included.
 
     States are consumed one at a time, in client order, and summed in float64, so the result depends
     neither on memory nor on who aggregates; integer buffers are rounded. Raises ValueError if the
     numbers of states and of cases differ, or if there are no cases.
     """
-    total = sum(n_k)
-    if total <= 0:
-        raise ValueError("aggregation needs at least one training case")
-    average: State = {}
+    total = 0
+    sums: State = {}
     dtypes: dict[str, torch.dtype] = {}
     for state, n in zip(states, n_k, strict=True):
+        total += n
         for key, value in state.items():
             dtypes[key] = value.dtype
-            if key not in average:
-                average[key] = torch.zeros_like(value, dtype=torch.float64)
-            average[key].add_(value, alpha=n / total)
+            if key not in sums:
+                sums[key] = torch.zeros_like(value, dtype=torch.float64)
+            sums[key].add_(value, alpha=n)
+    if total <= 0:
+        raise ValueError("aggregation needs at least one training case")
     return {
-        key: (value if dtypes[key].is_floating_point else value.round()).to(dtypes[key])
-        for key, value in average.items()
+        key: (value / total if dtypes[key].is_floating_point else (value / total).round()).to(dtypes[key])
+        for key, value in sums.items()
     }
+
+
+def fault_of(state: State, w_global: State) -> str:
+    """Why a client's `state` cannot be aggregated with others that started at `w_global`; "" if it can."""
+    for key, value in w_global.items():
+        if key not in state:
+            return f"its update lacks {key}"
+        if state[key].shape != value.shape:
+            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        if not state[key].isfinite().all():
+            return f"{key} holds values that are NaN or infinite"
+    unknown = state.keys() - w_global.keys()
+    return f"its update has an unknown {min(unknown)}" if unknown else ""
 
 
 def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor], mu: float) -> None:
@@ -117,28 +131,64 @@ def fit(
     In every round each client trains from the same global weights, Eq. (2) merges the results, and the
     global model is tested on `test`. Clients are visited in the order given. A `checkpoint` is what
     an earlier Epoch's `checkpoint()` returned: training goes on after it, bit for bit.
+
+    A client that fails, or whose update cannot be right (`fault_of`), is left out of its round, the others'
+    shares grow, and the Epoch says so in `left_out`; a round without any client keeps the weights. Raises
+    DivergedError at the end if that was so in every round.
     """
     learners = {name: training.Learner(name, model, indices, settings) for name, indices in clients.items()}
     first = training.restore(model, learners, checkpoint)
-    n_k = [len(indices) for indices in clients.values()]
+    aggregated = first > 1
     for round_ in range(first, settings.epochs + 1):
         w_global = training.snapshot(model)
+        n_k: list[int] = []
         losses: list[float] = []
-        updates: list[torch.Tensor] = []
+        updates: dict[str, torch.Tensor] = {}
+        left_out: dict[str, str] = {}
 
         def local_states() -> Iterator[State]:
-            for k, client in enumerate(learners.values()):
+            for k, (name, client) in enumerate(learners.items()):
                 seed = [*settings.seed, round_, k]  # noqa: B023
-                losses.append(local_update(model, w_global, client, data, settings, strategy, seed))  # noqa: B023
-                updates.append(update_of(model, w_global))  # noqa: B023
+                try:
+                    loss = local_update(model, w_global, client, data, settings, strategy, seed)  # noqa: B023
+                    fault = fault_of(model.state_dict(), w_global)  # noqa: B023
+                except Exception as error:  # whatever befalls one client must not end the others' round
+                    fault = f"{type(error).__name__}: {error}"
+                if fault:
+                    left_out[name] = fault  # noqa: B023
+                    learners[name] = _afresh(name, model, client, settings)
+                    continue
+                n_k.append(len(client.indices))  # noqa: B023
+                losses.append(loss)  # noqa: B023
+                updates[name] = update_of(model, w_global)  # noqa: B023
                 yield model.state_dict()
 
-        model.load_state_dict(weighted_average(local_states(), n_k))
-        loss = sum(n * value for n, value in zip(n_k, losses, strict=True)) / sum(n_k)
-        products = inner_products(updates)
+        try:
+            w = weighted_average(local_states(), n_k)
+        except ValueError:
+            if n_k:
+                raise
+            w = w_global
+        model.load_state_dict(w)
+        aggregated |= bool(n_k)
+        loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
+        products = inner_products([updates.get(name) for name in learners])
         updates.clear()  # before the evaluation needs the memory
         prob = training.evaluate(model, test, data, settings)
-        yield Epoch(round_, loss, prob, training.checkpoint_of(model, learners, round_), products)
+        state = training.checkpoint_of(model, learners, round_)
+        yield Epoch(round_, loss, prob, state, products, left_out)
+    if not aggregated:
+        name, fault = next(iter(left_out.items()))
+        raise training.DivergedError(f"every client was left out of every round; {name}: {fault}")
+
+
+def _afresh(name: str, model: nn.Module, client: training.Learner, settings: Settings) -> training.Learner:
+    """A client with new AdamW moments, for its own may be as wrong as its update, and its own schedule."""
+    fresh = training.Learner(name, model, client.indices, settings)
+    fresh.schedule.load_state_dict(client.schedule.state_dict())
+    for group, old in zip(fresh.optimizer.param_groups, client.optimizer.param_groups, strict=True):
+        group["lr"] = old["lr"]
+    return fresh
 
 
 def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
@@ -149,11 +199,18 @@ def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
     return torch.cat([(w.detach() - w_global[name]).half().flatten() for name, w in model.named_parameters()])
 
 
-def inner_products(updates: Sequence[torch.Tensor]) -> np.ndarray:
-    """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it."""
-    pieces = zip(*(update.split(2**16) for update in updates), strict=True)  # these stay in the cache
+def inner_products(updates: Sequence[torch.Tensor | None]) -> np.ndarray:
+    """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it.
+
+    NaN with an update that is None.
+    """
+    products = np.full((len(updates), len(updates)), np.nan)
+    there = [k for k, update in enumerate(updates) if update is not None]
+    pieces = zip(*(updates[k].split(2**16) for k in there), strict=True)  # these stay in the cache
     pieces = (torch.stack(piece).float() for piece in pieces)
-    return sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
+    if there:
+        products[np.ix_(there, there)] = sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
+    return products
 
 
 def fit_local_only(

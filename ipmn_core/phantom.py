@@ -264,7 +264,9 @@ def write(root, *, seed=0, layout="second", max_per_cell=None, shortcut=0.0, job
         for _ in tqdm(work, total=len(cohort), desc="phantom", unit="patient", disable=not progress):
             pass
         os.rename(partial, root)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and root.exists():
+            raise FileExistsError(f"{root} was written by another process meanwhile: start again") from error
         raise
     return root

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock, Timeout
 
+from ipmn_core import disk, spread
 from ipmn_core.params import Params, ParamsError, project_root
 
 NOTEBOOKS = (
@@ -21,10 +25,27 @@ NOTEBOOKS = (
     "03_federated_binary",
     "04_analysis",
 )
+START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
 class NotebookError(RuntimeError):
     """A notebook did not run to its end; the message names notebook and cell."""
+
+
+@contextlib.contextmanager
+def locked(p: Params) -> Iterator[None]:
+    """A block during which no other `ipmn run` works on this profile; the lock ends with its owner.
+
+    Raises RuntimeError if another one does.
+    """
+    p.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(p.folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise RuntimeError(
+            f"another `ipmn run` is at work in {p.folder}; wait for its end, or take another profile name"
+        ) from error
 
 
 def prepare(p: Params, fresh: bool = False) -> None:
@@ -35,9 +56,15 @@ def prepare(p: Params, fresh: bool = False) -> None:
     every probe that is missing, so that one pool of workers and one progress display serve all notebooks.
     Errors are sentences. All of it in a process of its own, whose memory is free again for the notebooks.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-        alone.submit(_prepare, p, fresh).result()
-        alone.submit(_train, p).result()
+    with ProcessPoolExecutor(1, get_context(START), spread.end_with_parent) as alone:
+        try:
+            alone.submit(_prepare, p, fresh).result()
+            alone.submit(_train, p).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "the process that trains was ended from outside (out of memory?); finished runs are kept, "
+                "the same command goes on from there"
+            ) from error
 
 
 def _train(p: Params) -> None:
@@ -53,8 +80,10 @@ def _train(p: Params) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, machine, preprocess, probes, records, runs, spread
+    from ipmn_core import cohort, machine, preprocess, probes, records, runs
 
+    for folder in (p.folder, p.folder.parent / "cache", p.phantom_root.parent):
+        disk.sweep(folder)
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
     spread.require(p.backend)
     machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from ipmn_core import cohort, federated, machine, metrics, models, records, spread, training
 from ipmn_core.params import Params
@@ -129,7 +131,8 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
     Writes `predictions.parquet`, `history.csv`, `splits.csv` (which case was trained on, held out for inner
     validation, tested), `model.pt` (the epoch with the highest global AUC on the test fold, the paper's rule)
     and, last, `run.json`; with an inner validation split also its `validation.parquet`, for a federated arm
-    `updates.csv`, the inner products of the clients' updates. Each appears whole or not at all.
+    `updates.csv`, the inner products of the clients' updates, and `left_out.csv` if a client was left out of
+    a round. Each appears whole or not at all.
     """
     n_gpus = 0 if p.device != "auto" or p.jobs == 1 else torch.cuda.device_count()
     with spread.own_gpu(n_gpus) if n_gpus > 1 else contextlib.nullcontext() as gpu:
@@ -147,6 +150,7 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings_of(p, run), "data": records.data_key(scans, cubes)}
+    record["cohort"] = Path(p.data).name
     mine = (scans["modality"] == run.modality).to_numpy()
     rows = _with_roles(scans[mine], folds[mine] == run.fold, p, run)
     held_out = _held_out(rows)
@@ -154,6 +158,8 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     last_save = time.perf_counter()
     for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
         auc = _note(progress, epoch, run, p.seed, held_out)
+        for client, reason in epoch.left_out.items():
+            tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         records.note_share(folder, epoch.number / record["settings"]["epochs"])
         if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
             progress["best_auc"] = auc
@@ -236,6 +242,7 @@ def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, held_out: 
     progress["history"].append((epoch.number, epoch.loss, metrics.accuracy(y[test], epoch.prob[test]), auc))
     if epoch.inner_products is not None:
         progress["inner_products"].append(epoch.inner_products.tolist())
+    progress["left_out"] += [(epoch.number, *fault) for fault in epoch.left_out.items()]
     return auc
 
 
@@ -267,6 +274,18 @@ def updates(p: Params) -> pd.DataFrame:
     ]
     columns = ["modality", "arm", "fold", "round", "client", "other", "inner_product"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def left_out(p: Params) -> pd.DataFrame:
+    """Clients that were left out of a round, with the reason: columns modality, arm, fold, round, client,
+    reason. Raises FileNotFoundError naming a run that is not finished.
+    """
+    frames = [pd.DataFrame(columns=["modality", "arm", "fold", "round", "client", "reason"])]
+    for run in grid(p, "binary"):
+        path = records.whole(*_wanted(p, run)) / "left_out.csv"
+        if path.exists():
+            frames.append(pd.read_csv(path).assign(modality=run.modality, arm=run.arm, fold=run.fold))
+    return pd.concat(frames[1:] or frames, ignore_index=True)[frames[0].columns]
 
 
 def histories(p: Params, task: str) -> pd.DataFrame:

@@ -22,9 +22,7 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 ON_LINUX = sys.platform == "linux"
-FORK = (
-    "fork" if ON_LINUX else "spawn"
-)  # quick, but only of a process that has not computed with threads
+FORK = "fork" if ON_LINUX else "spawn"  # quick, but only of a process that has not computed with threads
 CLEAN = "forkserver" if ON_LINUX else "spawn"  # from any process: forks of a server that does nothing else
 PRELOAD = "monai.networks.nets"  # seconds to import: once in a worker or server, not in each of its forks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,8 @@ class Epoch:
     """What an epoch (a round) leaves: its number from 1, training loss, test probabilities (n_test, K).
 
     `checkpoint()` gives the state from which training goes on bit for bit. A federated round also has the
-    inner products (clients, clients) of the clients' updates w_k - w_t, over all parameters.
+    inner products (clients, clients) of the clients' updates w_k - w_t, over all parameters, NaN for those
+    `left_out`, a reason by client.
     """
 
     number: int
@@ -77,6 +78,7 @@ class Epoch:
     prob: np.ndarray
     checkpoint: Callable[[], dict[str, Any]]
     inner_products: np.ndarray | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def fit(

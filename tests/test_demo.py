@@ -5,7 +5,7 @@ import pytest
 import yaml
 from test_params import PROFILES
 
-from ipmn_core import cohort, metrics, params, preprocess, runs, truth
+from ipmn_core import cohort, metrics, params, phantom, preprocess, runs, truth
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,13 @@ def demo(tmp_path_factory):
     values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
     values |= {"three_class_models": ["densenet121"], "arms": ["centralized"]}
     p = params.validate(values, "demo.yaml")
-    scans = cohort.open_cohort(p)
+    everyone = phantom.patients(p.seed)
+    labelled = everyone[everyone["label_t2"].notna()]
+    chosen = labelled.groupby(["center", "label_t2"], sort=False).head(p.max_per_cell).sort_index()
+    with pytest.MonkeyPatch.context() as patch:  # the demo writes the others, too, and leaves them out
+        patch.setattr(phantom, "patients", lambda *_: chosen.reset_index(drop=True))
+        scans = cohort.open_cohort(p)
+    assert len(scans) == len(cohort.subset(scans, p.max_per_cell)) == len(chosen)
     cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
     selected = metrics.select(predictions)

@@ -233,6 +233,105 @@ def test_a_round_leaves_the_inner_products_of_the_clients_updates():
     )  # updates are held in half precision
 
 
+def failing(monkeypatch, fail, at_round=1):
+    """Lets `fail(name of the client, model)` spoil a client's local update in one round, or in all (None)."""
+    honest = federated.local_update
+
+    def local_update(model, w_global, client, data, settings, strategy, seed):
+        loss = honest(model, w_global, client, data, settings, strategy, seed)
+        if at_round in (None, seed[-2]):
+            fail(seed[-1], model)
+        return loss
+
+    monkeypatch.setattr(federated, "local_update", local_update)
+
+
+def spoil(k, model):
+    if k == 1:
+        model[0].weight.data[0] = float("nan")
+
+
+def crash(k, model):
+    if k == 1:
+        raise OSError("the scanner's disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        (spoil, "0.weight holds values that are NaN or infinite"),
+        (crash, "OSError: the scanner's disk is gone"),
+    ],
+)
+def test_a_client_that_fails_is_left_out_and_the_shares_of_the_others_grow(monkeypatch, fail, reason):
+    clients = split(9, 12, 12)
+    without = ("center 0", "center 2")
+    failing(monkeypatch, fail)
+    model, epochs = federation(STRATEGIES["fedprox_0.1"], clients, epochs=1)
+    assert epochs[0].left_out == {"center 1": reason}
+    w_global, data = small_net().state_dict(), cases(33)
+    states, losses = [], []
+    for k, (name, indices) in enumerate(clients.items()):
+        if name in without:
+            client = small_net()
+            learner = training.Learner(name, client, indices, settings())
+            how = (learner, data, settings(), STRATEGIES["fedprox_0.1"], [0, 0, 1, k])
+            losses.append(federated.local_update(client, w_global, *how))
+            states.append(client.state_dict())
+    assert largest_difference(federated.weighted_average(states, [9, 12]), model) == 0
+    assert epochs[0].loss == pytest.approx((9 * losses[0] + 12 * losses[1]) / 21)
+    absent = torch.from_numpy(epochs[0].inner_products).isnan()
+    assert absent.tolist() == [[False, True, False], [True] * 3, [False, True, False]]
+
+
+def test_a_client_that_was_left_out_is_back_in_the_next_round_with_new_moments(monkeypatch):
+    failing(monkeypatch, spoil)
+    _, epochs = federation(STRATEGIES["fedavg"], split(9, 12, 12), lr_step=2)
+    assert [list(epoch.left_out) for epoch in epochs] == [["center 1"], [], []]
+    learners = epochs[-1].checkpoint()["learners"]
+    steps = [{float(s["step"]) for s in o["state"].values()} for o, _ in learners.values()]
+    assert steps == [{6.0}, {6.0}, {9.0}]  # the second has lost those of its first round
+    assert len({o["param_groups"][0]["lr"] for o, _ in learners.values()}) == 1  # but follows the schedule
+
+
+def test_a_round_without_any_client_keeps_the_weights_and_says_so(monkeypatch):
+    failing(monkeypatch, lambda k, model: crash(1, model))
+    model, data = small_net(), cases(33)
+    rounds = federated.fit(model, split(9, 12), torch.arange(33), data, settings(), Strategy())
+    first = next(rounds)
+    assert set(first.left_out) == {"center 0", "center 1"} and first.loss != first.loss
+    assert largest_difference(model.state_dict(), small_net().state_dict()) == 0
+    assert [epoch.left_out for epoch in rounds] == [{}, {}]
+    assert largest_difference(model.state_dict(), small_net().state_dict()) > 0
+
+
+def test_a_federation_that_never_had_a_client_is_an_error_that_names_one(monkeypatch):
+    failing(monkeypatch, lambda k, model: crash(1, model), at_round=None)
+    with pytest.raises(training.DivergedError, match=r"left out of every round; center 0: OSError: the scan"):
+        federation(STRATEGIES["fedavg"], split(9, 12), n=21)
+
+
+def broken(**changes):
+    return small_net().state_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        (small_net(1).state_dict(), ""),
+        (broken(**{"5.bias": torch.zeros(3)}), r"5.bias has shape (3,), not (2,)"),
+        (
+            broken(**{"5.bias": torch.tensor([0.0, torch.inf])}),
+            "5.bias holds values that are NaN or infinite",
+        ),
+        ({k: v for k, v in small_net().state_dict().items() if k != "5.bias"}, "its update lacks 5.bias"),
+        (broken(**{"6.bias": torch.zeros(2)}), "its update has an unknown 6.bias"),
+    ],
+)
+def test_an_update_that_cannot_be_right_is_told_from_one_that_can(state, fault):
+    assert federated.fault_of(state, small_net().state_dict()) == fault
+
+
 def test_local_only_starts_as_fedavgs_first_local_updates_and_shares_nothing():
     clients, data = split(9, 12, 12), cases(33)
     models = nn.ModuleDict({name.replace(" ", "_"): small_net() for name in clients})
