@@ -75,7 +75,9 @@ def test_damage_that_only_the_checksum_sees_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\x1f\x8b", gzip.compress(b""), gzip.compress(b"x" * 5000), gzip.compress(content())[:90]]
+    "raw",
+    [b"", b"\x1f\x8b", gzip.compress(b""), gzip.compress(b"x" * 5000), gzip.compress(content())[:90]],
+    ids=["empty", "two bytes", "nothing packed", "something else", "half"],
 )
 def test_half_a_file_or_something_else_is_no_volume(tmp_path, raw):
     (tmp_path / "a.nii.gz").write_bytes(raw)
