@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_predict import Malicious, change_settings, train_small, write_scan
 
-from ipmn_core import card, inference, metrics, predict
+from ipmn_core import card, cli, inference, metrics, predict
 from ipmn_core.predict import PredictError
 
 
@@ -262,3 +262,11 @@ def test_an_export_and_bare_weights_have_no_card(arm, tmp_path):
     weights = shutil.copy(arm / "fold0" / "model.pt", tmp_path / "weights.pt")
     with pytest.raises(PredictError, match=r"weights\.pt is of no run"):
         card.model_card(weights)
+
+
+def test_the_command_exports_and_says_where(arm, tmp_path, capsys):
+    assert cli.main(["export", str(arm), str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/out/" in capsys.readouterr().out
+    assert (tmp_path / "out" / "README.md").read_text() == card.model_card(arm)
+    assert cli.main(["export", str(arm), str(tmp_path / "out")]) == 1
+    assert "is there already; choose another name" in capsys.readouterr().err

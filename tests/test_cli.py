@@ -71,7 +71,7 @@ def fault(capsys):
 
 def test_help_lists_the_commands_within_a_second_of_cpu_and_without_heavy_imports():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "check", "phantom", "bench"):
+    for command in ("run", "fetch", "check", "predict", "export", "phantom", "bench"):
         assert f"\n    {command} " in told
         assert f"ipmn {command} " in told.split("examples:")[1]
     status, seconds, *heavy = told.splitlines()[-1].split()

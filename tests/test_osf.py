@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ipmn_core import archive, cohort, osf
+from ipmn_core import archive, cli, cohort, osf
 
 LISTING, NODE = "/v2/nodes/74vfs/files/osfstorage/", "/v2/nodes/74vfs/"
 BODY = random.Random(0).randbytes(300_000)  # four pieces and a bit
@@ -717,3 +718,34 @@ def test_sheets_and_archives_side_by_side_make_one_cohort_too(server, phantom_ro
     folder, _ = fetch(server, tmp_path / "data")
     assert folder == tmp_path / "data"
     assert len(cohort.read(folder)) == len(cohort.read(phantom_root))
+
+
+@pytest.fixture
+def command(server, monkeypatch):
+    """`ipmn fetch` from the server instead of OSF."""
+    here = functools.partial(osf.fetch, api=f"{server.origin}/v2", origins=(server.origin,), progress=False)
+    monkeypatch.setattr(osf, "fetch", here)
+    return lambda *arguments: cli.main(["fetch", *map(str, arguments)])
+
+
+def test_the_command_fetches_and_checks(server, command, phantom_root, tmp_path, capsys):
+    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root)
+    server.put("/IPMN.zip", Path(packed).read_bytes())
+    assert command(tmp_path / "data", "--yes") == 0
+    printed = capsys.readouterr().out
+    assert "licence: " in printed and f"{tmp_path}/data: 42 labelled scans, 0 error(s)" in printed
+
+
+@pytest.mark.parametrize("answer", ["n", ""])
+def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, monkeypatch, capsys, answer):
+    server.put("/a.txt", b"1")
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    assert command(tmp_path / "data") == 1
+    assert "ipmn: nothing was downloaded, as you answered" in capsys.readouterr().err
+
+
+def test_the_command_needs_a_terminal_or_yes(server, command, tmp_path, monkeypatch, capsys):
+    server.put("/a.txt", b"1")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert command(tmp_path / "data") == 1
+    assert "no terminal to ask at; `--yes` downloads" in capsys.readouterr().err

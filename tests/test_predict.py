@@ -12,7 +12,7 @@ import torch
 from monai.networks.nets import DenseNet121
 from test_runs import profile
 
-from ipmn_core import metrics, models, predict, preprocess, runs
+from ipmn_core import cli, metrics, models, predict, preprocess, runs
 from ipmn_core.predict import PredictError
 
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
@@ -357,3 +357,21 @@ def test_the_picture_shows_the_roi_upright_and_every_fold(trained, scan, tmp_pat
         sorted(result.folds[name]) for name in ("not high risk", "high risk")
     ]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_a_table_or_json_and_draws(trained, scan, tmp_path, capsys, house_style):
+    arm, png = str(trained[0] / "binary" / "t2" / "centralized"), tmp_path / "case.png"
+    asked = ["predict", scan[0], "--mask", scan[1], "--models", arm, "--device", "cpu"]
+    result = predict.predict(*scan, arm)
+    assert cli.main(asked) == 0
+    printed = capsys.readouterr().out
+    assert predict.table(result).to_markdown(index=False, floatfmt=".3f") in printed
+    assert printed.rstrip().endswith(predict.NOTICE)
+    assert cli.main([*asked, "--json", "--picture", str(png)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(predict.to_json(result))
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_refuses_in_a_sentence(trained, scan, capsys):
+    assert cli.main(["predict", scan[0], "--mask", scan[1], "--models", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("ipmn: nowhere: no such folder or file; give a run")
