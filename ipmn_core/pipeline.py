@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -110,13 +111,18 @@ def run(p: Params) -> Iterator[Path]:
     """
     for name in ("notebooks", "tables", "figures"):
         shutil.rmtree(p.folder / name, ignore_errors=True)
-    one = lambda stem: execute(  # noqa: E731
-        project_root() / "notebooks" / f"{stem}.ipynb",
-        p.folder / "notebooks" / f"{stem}.ipynb",
-        p.model_dump(mode="json"),
-    )
-    with ThreadPoolExecutor(min(p.jobs, len(NOTEBOOKS))) as lanes:  # each waits for its kernel
-        yield from lanes.map(one, NOTEBOOKS)
+    if p.jobs == 1:
+        yield from map(_chapter, NOTEBOOKS, repeat(p))
+        return
+    # in processes, not threads: beside another one in its process a kernel's last reply can be lost
+    jobs = min(p.jobs, len(NOTEBOOKS))
+    with ProcessPoolExecutor(jobs, get_context(START), spread.end_with_parent) as lanes:
+        yield from lanes.map(_chapter, NOTEBOOKS, repeat(p))
+
+
+def _chapter(stem: str, p: Params) -> Path:
+    source, target = (folder / "notebooks" / f"{stem}.ipynb" for folder in (project_root(), p.folder))
+    return execute(source, target, p.model_dump(mode="json"))
 
 
 def execute(source: Path, target: Path, parameters: dict) -> Path:
