@@ -164,3 +164,25 @@ def test_the_first_notebook_that_fails_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "execute", execute)
     with pytest.raises(NotebookError, match="01_data_exploration"):
         list(pipeline.run(params.validate({"profile": "t", "outputs": str(tmp_path)}, "test")))
+
+
+def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(tmp_path, monkeypatch):
+    p = params.validate({"profile": "t", "outputs": "out", "jobs": 2}, "test")
+    settings = "\n".join(f"{key} = {value!r}" for key, value in p.model_dump(mode="json").items())
+    for name in ("params", "notebooks", "out/t/tables"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out" / "t" / "tables" / "table2.csv").write_text("of an earlier run")
+    for stem in pipeline.NOTEBOOKS:
+        source = "raise ValueError('no scans')" if stem.startswith("02") else "print(profile)"
+        chapter = notebook(tmp_path, source)
+        cells = nbformat.read(chapter, 4)
+        cells.cells[1].source = settings
+        nbformat.write(cells, tmp_path / "notebooks" / f"{stem}.ipynb")
+    monkeypatch.chdir(tmp_path)
+    done = []
+    with pytest.raises(NotebookError, match=r"^02_three_class_.*\.ipynb, In \[3\]: ValueError: no scans"):
+        done.extend(path.stem for path in pipeline.run(p))
+    assert not (tmp_path / "out" / "t" / "tables").exists()
+    names = {path.name for path in (tmp_path / "out" / "t" / "notebooks").iterdir()}
+    assert "02_three_class_benchmark.failed.ipynb" in names and "02_three_class_benchmark.ipynb" not in names
+    assert "01_data_exploration.ipynb" in names
