@@ -17,6 +17,15 @@ from hypothesis import strategies as st
 
 from ipmn_core import cli, cohort, figures, params, phantom, preprocess
 
+
+@pytest.fixture(scope="module", autouse=True)
+def floats_of_every_size():
+    """Training, in an earlier test of this process, may have set tiny numbers to zero."""
+    import torch
+
+    torch.set_flush_denormal(False)
+
+
 settings.register_profile(
     "fixed",  # the same examples on every machine
     derandomize=True,
