@@ -140,46 +140,57 @@ def fit(
     first = training.restore(model, learners, checkpoint)
     aggregated = first > 1
     for round_ in range(first, settings.epochs + 1):
-        w_global = training.snapshot(model)
-        n_k: list[int] = []
-        losses: list[float] = []
-        updates: dict[str, torch.Tensor] = {}
-        left_out: dict[str, str] = {}
-
-        def local_states() -> Iterator[State]:
-            for k, (name, client) in enumerate(learners.items()):
-                seed = [*settings.seed, round_, k]  # noqa: B023
-                try:
-                    loss = local_update(model, w_global, client, data, settings, strategy, seed)  # noqa: B023
-                    fault = fault_of(model.state_dict(), w_global)  # noqa: B023
-                except Exception as error:  # whatever befalls one client must not end the others' round
-                    fault = f"{type(error).__name__}: {error}"
-                if fault:
-                    left_out[name] = fault  # noqa: B023
-                    learners[name] = _afresh(name, model, client, settings)
-                    continue
-                n_k.append(len(client.indices))  # noqa: B023
-                losses.append(loss)  # noqa: B023
-                updates[name] = update_of(model, w_global)  # noqa: B023
-                yield model.state_dict()
-
-        try:
-            w = weighted_average(local_states(), n_k)
-        except ValueError:
-            if n_k:
-                raise
-            w = w_global
-        model.load_state_dict(w)
-        aggregated |= bool(n_k)
-        loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
-        products = inner_products([updates.get(name) for name in learners])
-        updates.clear()  # before the evaluation needs the memory
+        seed = [*settings.seed, round_]
+        loss, products, left_out = _round(model, learners, data, settings, strategy, seed)
+        aggregated |= len(left_out) < len(learners)
         prob = training.evaluate(model, test, data, settings)
         state = training.checkpoint_of(model, learners, round_)
         yield Epoch(round_, loss, prob, state, products, left_out)
     if not aggregated:
         name, fault = next(iter(left_out.items()))
         raise training.DivergedError(f"every client was left out of every round; {name}: {fault}")
+
+
+def _round(
+    model: nn.Module,
+    clients: dict[str, training.Learner],
+    data: Cases,
+    settings: Settings,
+    strategy: Strategy,
+    seed: Sequence[int],
+) -> tuple[float, np.ndarray, dict[str, str]]:
+    """Training loss, inner products of the updates, who was left out; `model` then holds the aggregate."""
+    w_global = training.snapshot(model)
+    n_k: list[int] = []
+    losses: list[float] = []
+    updates: dict[str, torch.Tensor] = {}
+    left_out: dict[str, str] = {}
+
+    def local_states() -> Iterator[State]:
+        for k, (name, client) in enumerate(clients.items()):
+            try:
+                loss = local_update(model, w_global, client, data, settings, strategy, [*seed, k])
+                fault = fault_of(model.state_dict(), w_global)
+            except Exception as error:  # whatever befalls one client must not end the others' round
+                fault = f"{type(error).__name__}: {error}"
+            if fault:
+                left_out[name] = fault
+                clients[name] = _afresh(name, model, client, settings)
+                continue
+            n_k.append(len(client.indices))
+            losses.append(loss)
+            updates[name] = update_of(model, w_global)
+            yield model.state_dict()
+
+    try:
+        w = weighted_average(local_states(), n_k)
+    except ValueError:
+        if n_k:
+            raise
+        w = w_global
+    model.load_state_dict(w)
+    loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
+    return loss, inner_products([updates.get(name) for name in clients]), left_out
 
 
 def _afresh(name: str, model: nn.Module, client: training.Learner, settings: Settings) -> training.Learner:
