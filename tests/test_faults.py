@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes start
 SETTINGS = {"profile": "kill", "phantom_max_per_cell": 3, "modalities": ["t2"], "size": 32, "device": "cpu"}
 SETTINGS |= {"three_class_models": ["shufflenetv2"], "binary_model": "shufflenetv2", "binary_folds": 2}
 SETTINGS |= {"three_class_folds": 2, "arms": ["centralized", "fedprox_0.1"]}
-SETTINGS |= {"epochs": 5, "rounds": 5, "batch_size": 4, "batches_per_epoch": 2, "threads": 1}
+SETTINGS |= {"epochs": 6, "rounds": 8, "batch_size": 4, "batches_per_epoch": 2, "threads": 1}
 SETTINGS |= {"precision": "float32", "checkpoint_seconds": 0.0}
 
 # What is seen on disk at a moment of each kind, in the order in which a run comes by them.
@@ -40,7 +40,7 @@ MOMENTS = {
     "a notebook": "kill/notebooks/*.running.ipynb",
     "writing tables": "kill/tables/*",
 }
-KILLS = dict(zip(MOMENTS, (2, 2, 5, 3, 3, 2, 1, 2, 1), strict=True))
+KILLS = dict(zip(MOMENTS, (3, 2, 5, 3, 3, 2, 1, 2, 1), strict=True))
 
 
 def start(profile, jobs=1, largest_file=None):
@@ -116,7 +116,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(undisturb
     rng, killed, profile = random.Random(0), Counter(), tmp_path / "kill.yaml"
     for moment, times in KILLS.items():
         for k in range(times):
-            delay = 0.0 if "writing" in moment else rng.uniform(0, 0.5)
+            delay = 0.0 if "writing" in moment else rng.uniform(0, 0.1)
             jobs = 2 if k == 1 and "writing" not in moment else 1  # two workers take seconds more to start
             started = time.monotonic()
             killed[moment] += kill_at(profile, MOMENTS[moment], delay, jobs)
