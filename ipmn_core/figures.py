@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -44,6 +45,14 @@ def save(figure: Figure, stem: str, folder: str | Path) -> Figure:
     write = lambda tmp: figure.savefig(tmp, format="png")  # noqa: E731
     disk.write(Path(folder) / f"{stem}.png", write)
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG; it is closed."""
+    with BytesIO() as buffer:
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        return buffer.getvalue()
 
 
 def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:

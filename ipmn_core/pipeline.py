@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from filelock import FileLock, Timeout
@@ -114,7 +116,7 @@ def run(p: Params) -> Iterator[Path]:
     if p.jobs == 1:
         yield from map(_chapter, NOTEBOOKS, repeat(p))
         return
-    # in processes, not threads: beside another one in its process a kernel's last reply can be lost
+    # in processes, not threads: papermill changes the working directory of the one it is in
     jobs = min(p.jobs, len(NOTEBOOKS))
     with ProcessPoolExecutor(jobs, get_context(START), spread.end_with_parent) as lanes:
         yield from lanes.map(_chapter, NOTEBOOKS, repeat(p))
@@ -141,23 +143,38 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
     for old in (target, running, failed):
         old.unlink(missing_ok=True)
     try:
-        papermill.execute_notebook(
-            source,
-            running,
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=project_root(),
-            progress_bar=False,
-            stderr_file=sys.stderr,
-            coalesce_streams=True,
-            extra_arguments=["--log-level=CRITICAL"],
-        )
+        with _sockets() as config:
+            papermill.execute_notebook(
+                source,
+                running,
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=project_root(),
+                progress_bar=False,
+                stderr_file=sys.stderr,
+                coalesce_streams=True,
+                extra_arguments=["--log-level=CRITICAL"],
+                config=config,
+            )
         check_executed(running)
     except (PapermillExecutionError, DeadKernelError, NotebookError) as error:
         os.replace(running, failed)
         raise NotebookError(f"{source.name}{_reason(error)}\n(as far as it came: {failed})") from error
     os.replace(running, target)
     return target
+
+
+@contextlib.contextmanager
+def _sockets() -> Iterator[Any]:
+    """papermill's settings for a kernel that is spoken to through files of its own during the block.
+
+    Two kernels that start at a time may be given the same TCP port. Windows has no such files.
+    """
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="ipmn") as folder:
+        files = {"transport": "ipc", "ip": f"{folder}/kernel"}
+        yield Config({} if os.name == "nt" else {"KernelManager": files})
 
 
 def _reason(error: Exception) -> str:

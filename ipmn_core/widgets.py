@@ -1,4 +1,8 @@
-"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is `figures`'."""
+"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is `figures`'.
+
+A picture is an Image widget, not what an Output widget captures: a client that runs the notebook headless
+answers an Output widget while it waits for the kernel, and may then never see the kernel's reply.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
     )
     case = w.Dropdown(description="case")
     position = w.IntSlider(description="slice", min=0, max=1, continuous_update=False)
-    picture = w.Output()
+    picture = w.Image(format="png")
     loaded = {}
 
     def list_cases(_=None) -> None:
@@ -37,7 +41,7 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
 
     def load(_=None) -> None:
         if case.value is None:
-            picture.clear_output()
+            picture.value = b""
             return
         loaded["scan"] = scans.loc[case.value]
         _, mask, roi = loaded["volumes"] = figures.scan_volumes(loaded["scan"])
@@ -52,17 +56,14 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
             return
         image, mask, roi = loaded["volumes"]
         scan, k = loaded["scan"], position.value
-        with picture:
-            figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-            figures.show_slice(left, image, loaded["first"] + k, mask)
-            figures.show_slice(right, roi, k)
-            spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
-            place = f"slice {loaded['first'] + k + 1} of {image.shape[2]}"
-            left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
-            right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
-            picture.clear_output(wait=True)
-            plt.show()
-            plt.close(figure)  # Jupyter's own backend closes it, others do not
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+        figures.show_slice(left, image, loaded["first"] + k, mask)
+        figures.show_slice(right, roi, k)
+        spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
+        place = f"slice {loaded['first'] + k + 1} of {image.shape[2]}"
+        left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
+        right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
+        picture.value = figures.png(figure)
 
     for control in (center, modality, label):
         control.observe(list_cases, "value")
@@ -85,16 +86,19 @@ def center_explorer(selected: pd.DataFrame) -> w.Widget:
     )
     arm = w.Dropdown(options=list(dict.fromkeys(selected["arm"])), description="method")
     metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
+    picture = w.Image(format="png")
 
-    def draw(modality: str, center: str, arm: str, metric: str) -> None:
-        rows = selected[selected["modality"] == modality]
-        here = rows if center == metrics.GLOBAL else rows[rows["center"] == center]
+    def draw(_=None) -> None:
+        rows = selected[selected["modality"] == modality.value]
+        here = rows if center.value == metrics.GLOBAL else rows[rows["center"] == center.value]
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-        figures.roc(here, left, center)
-        figures.score_histogram(here[here["arm"] == arm], middle, f"{center}: {figures.display_name(arm)}")
-        figures.forest(summary[summary["modality"] == modality], right, metric)
-        plt.show()
-        plt.close(figure)
+        figures.roc(here, left, center.value)
+        title = f"{center.value}: {figures.display_name(arm.value)}"
+        figures.score_histogram(here[here["arm"] == arm.value], middle, title)
+        figures.forest(summary[summary["modality"] == modality.value], right, metric.value)
+        picture.value = figures.png(figure)
 
-    view = w.interactive_output(draw, {"modality": modality, "center": center, "arm": arm, "metric": metric})
-    return w.VBox([w.HBox([modality, center, arm]), metric, view])
+    for control in (modality, center, arm, metric):
+        control.observe(draw, "value")
+    draw()
+    return w.VBox([w.HBox([modality, center, arm]), metric, picture])

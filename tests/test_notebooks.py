@@ -1,5 +1,6 @@
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -130,6 +131,17 @@ def test_all_notebooks_run_and_say_where_their_results_lie(smoke):
     )
     for path in (folder / "smoke" / "notebooks").iterdir():
         pipeline.check_executed(path)
+
+
+def test_no_live_view_waits_for_an_answer_of_the_client(smoke):
+    """A headless client answers an Output widget, and may then miss the kernel's reply: it would hang."""
+    folder, _ = smoke
+    models = []
+    for path in (folder / "smoke" / "notebooks").iterdir():
+        widgets = json.loads(path.read_text())["metadata"].get("widgets", {})
+        for state in widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {}).values():
+            models.append(state["model_name"])
+    assert "ImageModel" in models and "OutputModel" not in models
 
 
 def test_the_tables_are_complete(smoke):

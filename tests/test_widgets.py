@@ -12,8 +12,13 @@ pytestmark = pytest.mark.filterwarnings("error")
 @pytest.fixture
 def shown(monkeypatch):
     """The contents of the figures that were shown."""
-    contents = []
-    monkeypatch.setattr(plt, "show", lambda: contents.append([content(ax) for ax in plt.gcf().axes]))
+    contents, png = [], figures.png
+
+    def noted(figure):
+        contents.append([content(ax) for ax in figure.axes])
+        return png(figure)
+
+    monkeypatch.setattr(figures, "png", noted)
     yield contents
     plt.close("all")
 
