@@ -205,7 +205,7 @@ def _ours(case: Case, folder: Path) -> float:
     training.train_epoch(model, warm_up, data, settings, (1,))
     if case.arm:
         started = time.perf_counter()  # drift of the clients and one test case included, which plain spares
-        next(federated.fit(model, places, everyone[:1], data, settings, federated.strategy(case.arm)))
+        next(federated.fit(model, places, [everyone[:1]], data, settings, federated.strategy(case.arm)))
         return time.perf_counter() - started
     learner = training.Learner("all", model, everyone, settings)
     started = time.perf_counter()

@@ -6,14 +6,14 @@ Eq. (1), the objective that each client minimises, is `training.local_objective`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ipmn_core import training
+from ipmn_core import privacy, training
 from ipmn_core.training import Cases, Epoch, Settings
 
 State = dict[str, torch.Tensor]
@@ -21,9 +21,16 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Strategy:
-    """How clients learn between aggregations: `mu` = 0 is FedAvg, `mu` > 0 is FedProx."""
+    """How clients learn between aggregations: `mu` = 0 is FedAvg, `mu` > 0 is FedProx.
+
+    Departs from the paper where set: `clients_per_round` are drawn for a round, not all; each bounds its
+    update to `clip_norm` and adds noise of `noise_multiplier` times that (`privacy`).
+    """
 
     mu: float = 0.0
+    clients_per_round: int | None = None
+    clip_norm: float | None = None
+    noise_multiplier: float | None = None
 
 
 STRATEGIES = {
@@ -33,11 +40,33 @@ STRATEGIES = {
 }
 
 
-def strategy(arm: str) -> Strategy:
-    """The strategy of a federated arm. Raises ValueError naming the known arms."""
+@dataclass(frozen=True)
+class Update:
+    """What a client returns in a round: its weights `state` (w_k), the number of its training cases (N_k) and
+    its mean training loss; or else the `fault` that befell it.
+    """
+
+    client: str
+    n_k: int = 0
+    loss: float = float("nan")
+    state: State | None = None
+    fault: str = ""
+
+
+def strategy(arm: str, **settings: Any) -> Strategy:
+    """The strategy of a federated arm, other fields as given. Raises ValueError naming the known arms."""
     if arm not in STRATEGIES:
         raise ValueError(f"{arm}: unknown federated arm; known are {', '.join(STRATEGIES)}")
-    return STRATEGIES[arm]
+    return replace(STRATEGIES[arm], **settings)
+
+
+def drawn(clients: Sequence[str], strategy: Strategy, seed: Sequence[int]) -> list[str]:
+    """The clients that train in a round, in their order: all, or `clients_per_round` drawn from `seed`."""
+    n = strategy.clients_per_round
+    if n is None or n >= len(clients):
+        return list(clients)
+    chosen = np.random.default_rng(list(seed)).choice(len(clients), n, replace=False)
+    return [clients[k] for k in sorted(chosen)]
 
 
 def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
@@ -120,7 +149,7 @@ def local_update(
 def fit(
     model: nn.Module,
     clients: dict[str, torch.Tensor],
-    test: torch.Tensor,
+    test: Sequence[torch.Tensor],
     data: Cases,
     settings: Settings,
     strategy: Strategy,
@@ -129,71 +158,99 @@ def fit(
     """Rounds of local updates and aggregation, one Epoch each; `clients` maps a name to its case indices.
 
     In every round each client trains from the same global weights, Eq. (2) merges the results, and the
-    global model is tested on `test`. Clients are visited in the order given. A `checkpoint` is what
-    an earlier Epoch's `checkpoint()` returned: training goes on after it, bit for bit.
+    global model is tested on `test`, center by center, as each would by itself. Clients are visited in the
+    order given. A `checkpoint` is what an earlier Epoch's `checkpoint()` returned: training goes on after
+    it, bit for bit.
 
     A client that fails, or whose update cannot be right (`fault_of`), is left out of its round, the others'
     shares grow, and the Epoch says so in `left_out`; a round without any client keeps the weights. Raises
     DivergedError at the end if that was so in every round.
     """
     learners = {name: training.Learner(name, model, indices, settings) for name, indices in clients.items()}
+    names = list(learners)
     first = training.restore(model, learners, checkpoint)
     aggregated = first > 1
     for round_ in range(first, settings.epochs + 1):
         seed = [*settings.seed, round_]
-        loss, products, left_out = _round(model, learners, data, settings, strategy, seed)
-        aggregated |= len(left_out) < len(learners)
-        prob = training.evaluate(model, test, data, settings)
+        taking_part = drawn(names, strategy, seed)
+        w_global = training.snapshot(model)
+        updates = _local_updates(model, w_global, learners, taking_part, data, settings, strategy, seed)
+        loss, products, left_out = aggregate(model, w_global, updates, names)
+        for name in left_out:
+            learners[name] = afresh(name, model, learners[name], settings)
+        aggregated |= len(left_out) < len(taking_part)
+        prob = np.concatenate([training.evaluate(model, cases, data, settings) for cases in test])
         state = training.checkpoint_of(model, learners, round_)
         yield Epoch(round_, loss, prob, state, products, left_out)
     if not aggregated:
-        name, fault = next(iter(left_out.items()))
-        raise training.DivergedError(f"every client was left out of every round; {name}: {fault}")
+        raise training.DivergedError(without_any_client(left_out))
 
 
-def _round(
+def without_any_client(left_out: dict[str, str]) -> str:
+    """Why a federation failed that never aggregated, in words."""
+    name, fault = next(iter(left_out.items()))
+    return f"every client was left out of every round; {name}: {fault}"
+
+
+def _local_updates(
     model: nn.Module,
-    clients: dict[str, training.Learner],
+    w_global: State,
+    learners: dict[str, training.Learner],
+    taking_part: Sequence[str],
     data: Cases,
     settings: Settings,
     strategy: Strategy,
     seed: Sequence[int],
+) -> Iterator[Update]:
+    """One client's update after another, each in `model` until the next is asked for."""
+    for k, (name, learner) in enumerate(learners.items()):
+        if name not in taking_part:
+            continue
+        try:
+            loss = local_update(model, w_global, learner, data, settings, strategy, [*seed, k])
+            state = privacy.protected(model.state_dict(), w_global, strategy, [*seed, k])
+            yield Update(name, len(learner.indices), loss, state)
+        except Exception as error:  # whatever befalls one client must not end the others' round
+            yield Update(name, fault=f"{type(error).__name__}: {error}")
+
+
+def aggregate(
+    model: nn.Module, w_global: State, updates: Iterable[Update], clients: Sequence[str]
 ) -> tuple[float, np.ndarray, dict[str, str]]:
-    """Training loss, inner products of the updates, who was left out; `model` then holds the aggregate."""
-    w_global = training.snapshot(model)
+    """Training loss, inner products (K, K) of the updates, who was left out and why; Eq. (2) is in `model`.
+
+    `updates` are consumed one at a time, in the order of `clients`. Those that cannot be right (`fault_of`)
+    are left out and the others' shares grow; without any, `model` holds `w_global`.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
     n_k: list[int] = []
     losses: list[float] = []
-    updates: dict[str, torch.Tensor] = {}
+    drifts: dict[str, torch.Tensor] = {}
     left_out: dict[str, str] = {}
 
-    def local_states() -> Iterator[State]:
-        for k, (name, client) in enumerate(clients.items()):
-            try:
-                loss = local_update(model, w_global, client, data, settings, strategy, [*seed, k])
-                fault = fault_of(model.state_dict(), w_global)
-            except Exception as error:  # whatever befalls one client must not end the others' round
-                fault = f"{type(error).__name__}: {error}"
+    def states() -> Iterator[State]:
+        for update in updates:
+            fault = update.fault or fault_of(update.state, w_global)
             if fault:
-                left_out[name] = fault
-                clients[name] = _afresh(name, model, client, settings)
+                left_out[update.client] = fault
                 continue
-            n_k.append(len(client.indices))
-            losses.append(loss)
-            updates[name] = update_of(model, w_global)
-            yield model.state_dict()
+            n_k.append(update.n_k)
+            losses.append(update.loss)
+            drifts[update.client] = update_of(update.state, w_global, parameters)
+            yield update.state
 
     try:
-        w = weighted_average(local_states(), n_k)
+        w = weighted_average(states(), n_k)
     except ValueError:
         if n_k:
             raise
         w = w_global
     model.load_state_dict(w)
     loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
-    return loss, inner_products([updates.get(name) for name in clients]), left_out
+    return loss, inner_products([drifts.get(name) for name in clients]), left_out
 
 
-def _afresh(name: str, model: nn.Module, client: training.Learner, settings: Settings) -> training.Learner:
+def afresh(name: str, model: nn.Module, client: training.Learner, settings: Settings) -> training.Learner:
     """A client with new AdamW moments, for its own may be as wrong as its update, and its own schedule."""
     fresh = training.Learner(name, model, client.indices, settings)
     fresh.schedule.load_state_dict(client.schedule.state_dict())
@@ -202,12 +259,12 @@ def _afresh(name: str, model: nn.Module, client: training.Learner, settings: Set
     return fresh
 
 
-def update_of(model: nn.Module, w_global: State) -> torch.Tensor:
-    """A client's update w_k - w_t (P,), over the P parameters without the buffers, as in Eq. (3).
+def update_of(state: State, w_global: State, parameters: Sequence[str]) -> torch.Tensor:
+    """A client's update w_k - w_t (P,), over the named parameters without the buffers, as in Eq. (3).
 
     In half precision, for all clients' are held until the round ends: 3 decimals of a drift or cosine remain.
     """
-    return torch.cat([(w.detach() - w_global[name]).half().flatten() for name, w in model.named_parameters()])
+    return torch.cat([(state[name].detach() - w_global[name]).half().flatten() for name in parameters])
 
 
 def inner_products(updates: Sequence[torch.Tensor | None]) -> np.ndarray:

@@ -98,5 +98,5 @@ def _round(n_clients: int) -> tuple[float, float]:
     data = training.Cases(torch.rand(len(places), 1, 32, 32, 32).half(), places % 2)
     clients = {str(k): own for k, own in enumerate(places.split(4))}
     started = time.perf_counter()
-    next(federated.fit(model, clients, places[:4], data, settings, federated.strategy(case.arm)))
+    next(federated.fit(model, clients, [places[:4]], data, settings, federated.strategy(case.arm)))
     return time.perf_counter() - started, before

@@ -6,7 +6,6 @@ Every function is a pure function of the predictions: one row a test case and ep
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 ARM = ["task", "modality", "arm"]  # what the folds of one arm share
 RUN = [*ARM, "fold"]  # what identifies one run
@@ -112,7 +111,9 @@ def _rank_auc(positive: np.ndarray, score: np.ndarray) -> float:
     n_neg = len(positive) - n_pos
     if n_pos == 0 or n_neg == 0:
         return np.nan
-    return float((rankdata(score)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    return float(
+        (pd.Series(score).rank().to_numpy()[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
+    )
 
 
 def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:

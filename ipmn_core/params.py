@@ -61,6 +61,9 @@ class Params(BaseModel):
     epochs_by_model: dict[str, Count] = {}
     rounds: Count = 100
     local_epochs: Count = 1
+    clients_per_round: Count | None = None
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 16
     batches_per_epoch: Count | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -84,6 +87,8 @@ class Params(BaseModel):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} lists a value twice: {list(values)}")
+        if self.noise_multiplier is not None and self.clip_norm is None:
+            raise ValueError("noise_multiplier: noise is in units of clip_norm, set that, too")
         return self
 
     @property

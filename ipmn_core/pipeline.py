@@ -83,8 +83,9 @@ def _train(p: Params) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, machine, preprocess, probes, records, runs
+    from ipmn_core import cohort, machine, preprocess, privacy, probes, records, runs
 
+    privacy.note(p)
     for folder in (p.folder, p.folder.parent / "cache", p.phantom_root.parent):
         disk.sweep(folder)
     grids = {task: runs.grid(p, task) for task in runs.TASKS}

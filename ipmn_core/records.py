@@ -76,16 +76,18 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Progress and learning state to go on from; an empty progress and None where there is no checkpoint."""
     if not (folder / "checkpoint.pt").exists():
-        progress = {"frames": [], "history": [], "inner_products": [], "left_out": [], "best_auc": -1.0}
+        progress = {key: [] for key in ("frames", "history", "inner_products", "left_out", "centers")}
+        progress["best_auc"] = -1.0
         return {**progress, "seconds": 0.0}, None
     saved = _read_checkpoint(folder)
     progress = saved["progress"]
-    return {**progress, "frames": [pd.read_parquet(io.BytesIO(progress["frames"]))]}, saved["learning"]
+    frames = [pd.read_parquet(io.BytesIO(progress["frames"]))] if progress["frames"] else []
+    return {"centers": [], **progress, "frames": frames}, saved["learning"]
 
 
 def save_checkpoint(folder: Path, record: dict[str, Any], progress: dict, learning: dict[str, Any]) -> None:
     """Tensors and plain values only, so that it loads without unpickling code."""
-    frames = pd.concat(progress["frames"]).to_parquet()
+    frames = pd.concat(progress["frames"]).to_parquet() if progress["frames"] else b""
     content = {**record, "progress": {**progress, "frames": frames}, "learning": learning}
     disk.write(folder / "checkpoint.pt", lambda tmp: torch.save(content, tmp))
 
@@ -101,11 +103,14 @@ def write(
 ) -> None:
     """The files of a finished run, from its `progress` and the `role` of every case, and no checkpoint."""
     history = pd.DataFrame(progress["history"], columns=["epoch", "loss", "test_acc", "test_auc"])
-    noted = pd.concat(progress["frames"], ignore_index=True)
+    noted = pd.concat(progress["frames"], ignore_index=True) if progress["frames"] else None
     for name, role in (("predictions", "test"), ("validation", "validation")):
-        frame = noted[noted["role"] == role].drop(columns="role")
-        if role == "test" or record["settings"]["inner_validation"]:
+        if noted is not None and (role == "test" or record["settings"]["inner_validation"]):
+            frame = noted[noted["role"] == role].drop(columns="role")
             disk.write(folder / f"{name}.parquet", lambda tmp, f=frame: f.to_parquet(tmp, index=False))
+    if progress["centers"]:
+        centers = pd.DataFrame(progress["centers"], columns=["round", "center", "n", "acc", "auc"])
+        disk.write(folder / "centers.csv", lambda tmp: centers.to_csv(tmp, index=False))
     disk.write(folder / "history.csv", lambda tmp: history.to_csv(tmp, index=False))
     if progress["inner_products"]:
         trained_on = set(rows.loc[rows["role"] == "train", "center"])
@@ -155,7 +160,12 @@ def read_predictions(folder: Path, settings: dict[str, Any], role: str = "test")
     PredictionsError naming file and row.
     """
     name = {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
-    frame = pd.read_parquet(whole(folder, settings) / name)
+    if not (whole(folder, settings) / name).exists() and (folder / "centers.csv").exists():
+        raise metrics.PredictionsError(
+            f"{folder}: a hospital shared no scores, so predictions and a pooled AUC are not available; "
+            "`ipmn federation run` with `--share scores` at every site, or read centers.csv"
+        )
+    frame = pd.read_parquet(folder / name)
     splits = from_spreadsheet(pd.read_csv(folder / "splits.csv"))
     frame = metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(folder / name))
     wanted = set(splits.loc[splits["role"] == role, "case_id"])

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ipmn_core.preprocess import Cubes
 
 TASKS = ("three_class", "binary")
 LOCAL_ONLY = "local_only"  # every center trains alone
+PER_ROUND = ("clients_per_round", "clip_norm", "noise_multiplier")  # settings of a federated round
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def protocol_of(p: Params, run: Run) -> dict[str, Any]:
     if run.arm == LOCAL_ONLY:
         length = {"epochs": p.rounds * p.local_epochs, "local_epochs": 1, "mu": None}
     elif run.task == "binary" and run.arm != "centralized":
-        length = {"epochs": p.rounds, "local_epochs": p.local_epochs, "mu": federated.strategy(run.arm).mu}
+        of_profile = {field: getattr(p, field) for field in PER_ROUND}
+        strategy = asdict(federated.strategy(run.arm, **of_profile))
+        length = {"epochs": p.rounds, "local_epochs": p.local_epochs, **strategy}
     else:
         own = p.epochs_by_model if run.task == "three_class" else {}
         length = {"epochs": own.get(model, p.epochs), "local_epochs": 1, "mu": None}
@@ -147,21 +150,39 @@ def execute(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: C
 def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cubes) -> Path:
     started = time.perf_counter()
     machine.prepare(p.threads)
-    folder = folder_of(p, run)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings_of(p, run), "data": records.data_key(scans, cubes)}
     record["cohort"] = Path(p.data).name
     mine = (scans["modality"] == run.modality).to_numpy()
-    rows = _with_roles(scans[mine], folds[mine] == run.fold, p, run)
-    held_out = _held_out(rows)
+    rows = with_roles(scans[mine], folds[mine] == run.fold, p, run)
+    epochs = lambda learning: _epochs(p, run, record["settings"], rows, cubes.array[mine], learning)  # noqa: E731
+    return keep(p, run, record, rows, epochs, started)
+
+
+def keep(
+    p: Params,
+    run: Run,
+    record: dict[str, Any],
+    rows: pd.DataFrame,
+    epochs: Callable[[Any], Iterator[tuple[training.Epoch, torch.nn.Module]]],
+    started: float,
+) -> Path:
+    """The folder of `run`, after its epochs were noted one by one, checkpoints kept, and all was written.
+
+    `epochs` is called with the learning state of the last checkpoint, or None, and goes on from there. `rows`
+    are the cases with their `role`; those held out in the order in which an Epoch's probabilities follow.
+    """
+    folder = folder_of(p, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out = held_out_of(rows)
     progress, learning = records.load_checkpoint(folder)
     last_save = time.perf_counter()
-    for epoch, model in _epochs(p, run, record["settings"], rows, cubes.array[mine], learning):
+    for epoch, model in epochs(learning):
         auc = _note(progress, epoch, run, p.seed, held_out)
         for client, reason in epoch.left_out.items():
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         records.note_share(folder, epoch.number / record["settings"]["epochs"])
-        if not auc <= progress["best_auc"]:  # an undefined AUC keeps the last epoch, as `metrics.select` does
+        untested = epoch.prob is None and not epoch.centers
+        if not untested and not auc <= progress["best_auc"]:  # undefined: the last, as `metrics.select` takes
             progress["best_auc"] = auc
             records.save_model(folder, model)
         if time.perf_counter() - last_save >= p.checkpoint_seconds:
@@ -173,7 +194,7 @@ def _train(p: Params, run: Run, scans: pd.DataFrame, folds: pd.Series, cubes: Cu
     return folder
 
 
-def _with_roles(scans: pd.DataFrame, is_test: pd.Series, p: Params, run: Run) -> pd.DataFrame:
+def with_roles(scans: pd.DataFrame, is_test: pd.Series, p: Params, run: Run) -> pd.DataFrame:
     """The scans, indexed by their place in the cubes, each with its `role`: test, validation or train."""
     rows = scans.reset_index(drop=True).assign(role=np.where(is_test, "test", "train"))
     drawn = cohort.inner_validation(rows[rows["role"] == "train"], p.inner_validation, (p.seed, run.fold))
@@ -181,7 +202,7 @@ def _with_roles(scans: pd.DataFrame, is_test: pd.Series, p: Params, run: Run) ->
     return rows
 
 
-def _held_out(rows: pd.DataFrame) -> pd.DataFrame:
+def held_out_of(rows: pd.DataFrame) -> pd.DataFrame:
     """The cases not trained on, center by center: the order in which every arm predicts them."""
     held_out = rows[rows["role"] != "train"]
     return held_out.sort_values("center", key=lambda c: c.map(cohort.CENTERS.index), kind="stable")
@@ -190,35 +211,56 @@ def _held_out(rows: pd.DataFrame) -> pd.DataFrame:
 def _epochs(
     p: Params, run: Run, settings: dict[str, Any], rows: pd.DataFrame, array: np.ndarray, learning: Any
 ) -> Iterator[tuple[training.Epoch, torch.nn.Module]]:
-    device = machine.device_of(p)
-    names = [field.name for field in fields(training.Settings) if field.name != "seed"]
-    protocol = training.Settings(**{name: settings[name] for name in names}, seed=(p.seed, run.fold))
-    y = targets(rows["label"].to_numpy(), run.task)
-    data = training.Cases(torch.tensor(array).unsqueeze(1).to(device), torch.tensor(y, device=device))
-    train, test = _indices(rows[rows["role"] == "train"]), _indices(_held_out(rows))
-    build = lambda: models.build(settings["model"], 2 if run.task == "binary" else 3, p.seed)  # noqa: E731
+    device, protocol = machine.device_of(p), steps_of(settings)
+    data = cases_of(rows, array, run.task, device)
+    train, test = indices(rows[rows["role"] == "train"]), indices(held_out_of(rows))
+    build = lambda: build_of(settings)  # noqa: E731
     if run.arm == "centralized" or run.task == "three_class":
-        model = _placed(build(), device, protocol)
+        model = placed(build(), device, protocol)
         train = torch.cat(list(train.values())).sort().values
         epochs = training.fit(model, train, torch.cat(list(test.values())), data, protocol, learning)
     elif run.arm == LOCAL_ONLY:
-        model = _placed(torch.nn.ModuleDict({center: build() for center in train}), device, protocol)
+        model = placed(torch.nn.ModuleDict({center: build() for center in train}), device, protocol)
         epochs = federated.fit_local_only(model, train, test, data, protocol, learning)
     else:
-        model, test = _placed(build(), device, protocol), torch.cat(list(test.values()))
-        strategy = federated.strategy(run.arm)
-        epochs = federated.fit(model, train, test, data, protocol, strategy, learning)
+        model = placed(build(), device, protocol)
+        strategy = strategy_of(settings)
+        epochs = federated.fit(model, train, list(test.values()), data, protocol, strategy, learning)
     for epoch in epochs:
         yield epoch, model
 
 
-def _indices(rows: pd.DataFrame) -> dict[str, torch.Tensor]:
+def strategy_of(settings: dict[str, Any]) -> federated.Strategy:
+    """The strategy among the settings of a federated run (`protocol_of`)."""
+    return federated.Strategy(**{field.name: settings[field.name] for field in fields(federated.Strategy)})
+
+
+def steps_of(settings: dict[str, Any]) -> training.Settings:
+    """What of a run's settings (`settings_of`) reaches a step of training."""
+    names = [field.name for field in fields(training.Settings) if field.name != "seed"]
+    return training.Settings(
+        **{name: settings[name] for name in names}, seed=(settings["seed"], settings["fold"])
+    )
+
+
+def build_of(settings: dict[str, Any]) -> torch.nn.Module:
+    """The untrained network of a run's settings."""
+    return models.build(settings["model"], 2 if settings["task"] == "binary" else 3, settings["seed"])
+
+
+def cases_of(rows: pd.DataFrame, array: np.ndarray, task: str, device: torch.device) -> training.Cases:
+    """Cubes (N, S, S, S) of `rows` and their targets, on `device`."""
+    y = targets(rows["label"].to_numpy(), task)
+    return training.Cases(torch.tensor(array).unsqueeze(1).to(device), torch.tensor(y, device=device))
+
+
+def indices(rows: pd.DataFrame) -> dict[str, torch.Tensor]:
     """Places in the cubes of each center's rows, the centers in their usual order."""
     places = rows.groupby("center").groups
     return {c: torch.tensor(places[c].to_numpy()) for c in cohort.CENTERS if c in places}
 
 
-def _placed(model: torch.nn.Module, device: torch.device, settings: training.Settings) -> torch.nn.Module:
+def placed(model: torch.nn.Module, device: torch.device, settings: training.Settings) -> torch.nn.Module:
     model = model.to(device)
     return model.to(memory_format=torch.channels_last_3d) if settings.channels_last else model
 
@@ -230,20 +272,35 @@ def targets(labels: np.ndarray, task: str) -> np.ndarray:
 
 def _note(progress: dict, epoch: training.Epoch, run: Run, seed: int, held_out: pd.DataFrame) -> float:
     """The global AUC of an epoch on the test fold, after adding what the epoch left to `progress`."""
-    y = targets(held_out["label"].to_numpy(), run.task)
-    frame = held_out[["role", "case_id", "center", "modality"]].assign(
-        task=run.task, arm=run.arm, fold=run.fold, seed=seed, epoch=epoch.number, y_true=y
-    )
-    for k in range(epoch.prob.shape[1]):
-        frame[f"prob_{k}"] = epoch.prob[:, k]
-    test = (held_out["role"] == "test").to_numpy()
-    auc = metrics.auc(y[test], epoch.prob[test])
-    progress["frames"].append(frame)
-    progress["history"].append((epoch.number, epoch.loss, metrics.accuracy(y[test], epoch.prob[test]), auc))
+    acc = auc = float("nan")
+    if epoch.prob is not None:
+        frame = frame_of(epoch.number, epoch.prob, run, seed, held_out)
+        progress["frames"].append(frame)
+        test = (held_out["role"] == "test").to_numpy()
+        y = frame["y_true"].to_numpy()
+        acc, auc = metrics.accuracy(y[test], epoch.prob[test]), metrics.auc(y[test], epoch.prob[test])
+    elif epoch.centers:
+        _, n, accs, _ = zip(*epoch.centers, strict=True)
+        acc = float(np.average(accs, weights=n))
+    progress["centers"] += [(epoch.number, *center) for center in epoch.centers]
+    progress["history"].append((epoch.number, epoch.loss, acc, auc))
     if epoch.inner_products is not None:
         progress["inner_products"].append(epoch.inner_products.tolist())
     progress["left_out"] += [(epoch.number, *fault) for fault in epoch.left_out.items()]
     return auc
+
+
+def frame_of(number: int, prob: np.ndarray, run: Run, seed: int, held_out: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `predictions.parquet` of one epoch, with the `role` of each case of `held_out`."""
+    frame = held_out[["role", "case_id", "center", "modality"]].assign(
+        task=run.task,
+        arm=run.arm,
+        fold=run.fold,
+        seed=seed,
+        epoch=number,
+        y_true=targets(held_out["label"].to_numpy(), run.task),
+    )
+    return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def over_workers(
     `done()` says how many are done, fractions included, and is shown with the time left.
     Raises RunsFailedError after all others have ended, or at once for a backend that is not installed.
     """
-    with _progress(done, len(calls), title):
+    with progress(done, len(calls), title):
         if jobs < 2 or not calls:
             for _, function, arguments in calls:
                 function(*arguments)
@@ -163,7 +163,7 @@ def _backend(name: str, jobs: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
+def progress(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
     """A bar over `total` runs during a block, renewed every second from `done()`, with the time left."""
     if not total:
         yield

@@ -70,15 +70,17 @@ class Epoch:
 
     `checkpoint()` gives the state from which training goes on bit for bit. A federated round also has the
     inner products (clients, clients) of the clients' updates w_k - w_t, over all parameters, NaN for those
-    `left_out`, a reason by client.
+    `left_out`, a reason by client. `prob` is None for a round that could not be tested: a hospital was away,
+    or shares no more than its own `centers`, tuples of center, cases, accuracy and AUC.
     """
 
     number: int
     loss: float
-    prob: np.ndarray
+    prob: np.ndarray | None
     checkpoint: Callable[[], dict[str, Any]]
     inner_products: np.ndarray | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    centers: list[tuple[str, int, float, float]] = field(default_factory=list)
 
 
 def fit(

@@ -43,7 +43,7 @@ def settings(**changes):
 
 def federation(strategy, clients, n=33, **changes):
     model, data = small_net(), cases(n)
-    epochs = list(federated.fit(model, clients, torch.arange(n), data, settings(**changes), strategy))
+    epochs = list(federated.fit(model, clients, [torch.arange(n)], data, settings(**changes), strategy))
     return model.state_dict(), epochs
 
 
@@ -96,7 +96,7 @@ def test_one_client_is_centralized_training_bit_for_bit():
     federated_model = small_net()
     rounds = list(
         federated.fit(
-            federated_model, {"all": torch.arange(20)}, torch.arange(20, 33), data, settings(), Strategy()
+            federated_model, {"all": torch.arange(20)}, [torch.arange(20, 33)], data, settings(), Strategy()
         )
     )
     assert largest_difference(model.state_dict(), federated_model.state_dict()) == 0
@@ -182,11 +182,13 @@ def test_rounds_resumed_from_a_checkpoint_end_bit_identical():
     clients, data = split(9, 12, 12), cases(33)
     whole, _ = federation(STRATEGIES["fedprox_0.1"], clients)
     model = small_net()
-    epochs = federated.fit(model, clients, torch.arange(33), data, settings(), STRATEGIES["fedprox_0.1"])
+    epochs = federated.fit(model, clients, [torch.arange(33)], data, settings(), STRATEGIES["fedprox_0.1"])
     saved = copy.deepcopy(next(epochs).checkpoint())
     resumed = small_net(seed=9)
     rest = list(
-        federated.fit(resumed, clients, torch.arange(33), data, settings(), STRATEGIES["fedprox_0.1"], saved)
+        federated.fit(
+            resumed, clients, [torch.arange(33)], data, settings(), STRATEGIES["fedprox_0.1"], saved
+        )
     )
     assert [epoch.number for epoch in rest] == [2, 3]
     assert largest_difference(whole, resumed.state_dict()) == 0
@@ -297,7 +299,7 @@ def test_a_client_that_was_left_out_is_back_in_the_next_round_with_new_moments(m
 def test_a_round_without_any_client_keeps_the_weights_and_says_so(monkeypatch):
     failing(monkeypatch, lambda k, model: crash(1, model))
     model, data = small_net(), cases(33)
-    rounds = federated.fit(model, split(9, 12), torch.arange(33), data, settings(), Strategy())
+    rounds = federated.fit(model, split(9, 12), [torch.arange(33)], data, settings(), Strategy())
     first = next(rounds)
     assert set(first.left_out) == {"center 0", "center 1"} and first.loss != first.loss
     assert largest_difference(model.state_dict(), small_net().state_dict()) == 0

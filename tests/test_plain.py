@@ -93,7 +93,7 @@ def test_every_federated_round_ends_with_the_same_weights(rois, data, mu, rounds
     copies = [copy.deepcopy(theirs) for _ in clients]
     optimizers = [fused(model) for model in copies]
     two_steps = protocol(epochs=rounds, batch_size=2)  # a round, for NYU: the second feels mu
-    for round_ in federated.fit(ours, clients, torch.arange(1), data, two_steps, Strategy(mu)):
+    for round_ in federated.fit(ours, clients, [torch.arange(1)], data, two_steps, Strategy(mu)):
         orders = [drawn(own, [0, 0, round_.number, k, 0]) for k, own in enumerate(clients.values())]
         of_clients = [batches(rois, order, 2) for order in orders]
         plain.federated_round(theirs, copies, optimizers, of_clients, [4, 2, 2], mu)

@@ -44,7 +44,7 @@ def guess(y, n_classes, signal, seed):
 
 def untrained_epochs(p, run, settings, rows, array, learning):
     """Epochs as `runs._epochs` yields them, of networks that guess, the better from the second on."""
-    held_out, clients = runs._held_out(rows), rows.loc[rows["role"] == "train", "center"].nunique()
+    held_out, clients = runs.held_out_of(rows), rows.loc[rows["role"] == "train", "center"].nunique()
     y, n_classes = runs.targets(held_out["label"].to_numpy(), run.task), 2 if run.task == "binary" else 3
     for epoch in range(1, settings["epochs"] + 1):
         seed = [*repr(run).encode(), epoch]

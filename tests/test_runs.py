@@ -326,7 +326,7 @@ def test_the_held_out_cases_do_not_train(tmp_path, data, monkeypatch):
     p, (scans, cubes) = profile(tmp_path, inner_validation=0.3), data
     run = runs.Run("binary", "t1", "centralized", 0)
     mine = scans[scans["modality"] == "t1"]
-    rows = runs._with_roles(mine, cohort.assign_folds(mine, 2, binary=True) == 0, p, run)
+    rows = runs.with_roles(mine, cohort.assign_folds(mine, 2, binary=True) == 0, p, run)
     list(runs._epochs(p, run, runs.settings_of(p, run), rows, cubes.array[:24], None))
     assert set(rows["role"]) == {"train", "validation", "test"}
     assert seen["train"].tolist() == np.flatnonzero(rows["role"] == "train").tolist()

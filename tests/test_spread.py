@@ -153,7 +153,7 @@ def test_a_run_ends_with_the_worker_that_waits_for_it(start):
     worker = context.Process(target=spread.alone, args=(go_on, (sender,), start))
     worker.start()
     sender.close()
-    assert receiver.poll(60) and receiver.recv() == "begun"  # seconds
+    assert receiver.poll(300) and receiver.recv() == "begun"  # seconds
     worker.kill()
     assert receiver.poll(10)  # seconds
     with pytest.raises(EOFError):  # nobody holds the other end any more
