@@ -1,4 +1,7 @@
-"""The command `ipmn`: fetch and check the data, run a profile, predict a case, export models, time it."""
+"""The command `ipmn`: fetch and check the data, run a profile, predict a case, export models, time it.
+
+Those of a federation across machines are in `cli_federation`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from ipmn_core import cli_federation
+
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 EPILOG = """examples:
   ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures
@@ -17,6 +22,7 @@ EPILOG = """examples:
   ipmn predict scan.nii.gz --mask pancreas.nii.gz --models outputs/demo/runs/binary/t2/fedavg
   ipmn export outputs/demo/runs/binary/t2/fedavg shared/fedavg_t2
   ipmn phantom /tmp/cohort         a synthetic cohort with known truth, in the data set's own layout
+  ipmn federation demo             hospitals as processes here: server and sites, over TLS
   ipmn bench --only 32             speed beside the plain pipeline, cubes of 32^3 only
 """
 
@@ -123,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", type=Path, metavar="TARGET", help="the folder to write; it must not exist")
     export.set_defaults(command=export_arm)
 
+    cli_federation.add(commands)
+
     bench = commands.add_parser(
         "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
     )
@@ -146,6 +154,10 @@ def run_profile(options: argparse.Namespace) -> int:
         for path in pipeline.run(p):
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
+    if p.noise_multiplier is not None:
+        from ipmn_core import privacy
+
+        print(f"{privacy.note(p)}\n")
     for what in ("tables", "figures", "notebooks"):
         print(f"{what:>10}  {p.folder / what}/")
     return 0

@@ -101,6 +101,8 @@ def fault_of(state: State, w_global: State) -> str:
             return f"its update lacks {key}"
         if state[key].shape != value.shape:
             return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        if state[key].dtype != value.dtype:
+            return f"{key} has type {state[key].dtype}, not {value.dtype}"
         if not state[key].isfinite().all():
             return f"{key} holds values that are NaN or infinite"
     unknown = state.keys() - w_global.keys()

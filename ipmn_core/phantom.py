@@ -270,3 +270,24 @@ def write(root, *, seed=0, layout="second", max_per_cell=None, shortcut=0.0, job
             raise FileExistsError(f"{root} was written by another process meanwhile: start again") from error
         raise
     return root
+
+
+def split(root, target, centers):
+    """{center: its folder} below target: of each of `centers` the sheet's rows and the scans, no one else's.
+
+    `root` is a phantom in the second layout. What hospitals have that share no files. FileExistsError if a
+    folder is there already.
+    """
+    sheet = pd.read_excel(Path(root) / "IPMN_labels_total.xlsx")
+    folders = {}
+    for center in centers:
+        folder = folders[center] = Path(target) / center
+        mine = sheet[sheet["Center"] == center]
+        for m in MODALITIES:
+            for kind in ("images", "masks"):
+                place = f"IPMN_images_masks/{m}/{kind}"
+                (folder / place).mkdir(parents=True)
+                for name in mine[f"{m.upper()} name"].dropna():
+                    shutil.copy(Path(root) / place / f"{name}.nii.gz", folder / place)
+        mine.to_excel(folder / "IPMN_labels_total.xlsx", index=False)
+    return folders

@@ -34,15 +34,15 @@ def protected(state: State, w_global: State, strategy: Strategy, seed: Sequence[
     if np.isnan(norm):
         share = norm
     scale = (strategy.noise_multiplier or 0.0) * strategy.clip_norm
-    rng = torch.Generator().manual_seed(
-        int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0])
-    )
+    rng = np.random.default_rng(list(seed))  # torch's generator has but 2^32 seeds: all can be tried
     left = {}
     for key, value in state.items():
         if key not in drifts:
             left[key] = value
             continue
-        noise = torch.randn(value.shape, generator=rng).to(value.device) * scale if scale else 0.0
+        noise = 0.0
+        if scale:
+            noise = torch.from_numpy(rng.standard_normal(value.shape, np.float32)).to(value.device) * scale
         w = w_global[key].float() + drifts[key] * share + noise
         left[key] = (w.clamp_min(1e-5) if key.endswith("running_var") else w).to(value.dtype)
     return left
