@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -97,10 +98,11 @@ def _answer(message: Message, context: Context, work: Work) -> Message:
     content, at = RecordDict(), None
     try:
         at = site.open_site(dict(context.node_config), order)
-        values, state = work(at, order, message.content)
-        if state is not None:
-            content["weights"] = pack(state)
-        site.note_sent(at, kind, values, _weight(content))
+        with FileLock(at.folder / ".lock"):  # a question asked again may overtake the first
+            values, state = work(at, order, message.content)
+            if state is not None:
+                content["weights"] = pack(state)
+            site.note_sent(at, kind, values, _weight(content))
     except Exception as error:
         traceback.print_exc()
         text = str(error) if isinstance(error, training.DivergedError) else "its text is in the site's log"
