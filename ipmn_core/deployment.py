@@ -352,7 +352,7 @@ def stop(child: subprocess.Popen, seconds: float = 10.0) -> None:
     child.wait()
 
 
-def control(federation: Federation, *arguments: str, seconds: float = 60.0) -> dict[str, Any]:
+def control(federation: Federation, *arguments: str, seconds: float = 180.0) -> dict[str, Any]:
     """The answer of Flower's command, `flwr ... --format json`. Raises FederationError with its reason."""
     config = federation.folder / "server" / "flwr" / "config.toml"
     root = federation.folder / "server" / "ca.crt"
