@@ -1,6 +1,7 @@
 """A federation of real processes on this machine, over TLS: a site and the server are killed."""
 
 import contextlib
+import json
 import os
 import shutil
 import ssl
@@ -77,6 +78,10 @@ def rounds_of(folder):
     return len(pd.read_csv(folder / "rounds.csv")) if (folder / "rounds.csv").exists() else 0
 
 
+def nodes_of(local):
+    return json.loads((local.federation.folder / "server" / "nodes.json").read_text())
+
+
 def intruder(local, folder):
     """A process that knows where the server is and has the CA's certificate, but a key of its own."""
     place = folder / "intruder"
@@ -113,10 +118,9 @@ def test_site_and_server_are_killed_and_all_ends_as_in_one_process(profile, tmp_
         wait_until(lambda: rounds_of(folder) == 1)
         kill(local.processes["NYU"])
         local.start("NYU")
+        nodes = deployment.control(local.federation, "supernode", "ls", deployment.NAME)["nodes"]
+        assert {node["node-id"] for node in nodes} == {str(n) for n in nodes_of(local).values()}
         wait_until(lambda: rounds_of(folder) == 2)
-        online = {site["site"]: site["status"] for site in deployment.status(local.federation)}
-        assert online == dict.fromkeys(SITES, "online")
-        assert len(deployment.control(local.federation, "supernode", "ls", deployment.NAME)["nodes"]) == 3
         kill(local.processes["server"])
         _, err = run.communicate(timeout=900)
         assert run.returncode == 1 and "ipmn: " in err and "Traceback" not in err
@@ -127,6 +131,8 @@ def test_site_and_server_are_killed_and_all_ends_as_in_one_process(profile, tmp_
         out, err = run.communicate(timeout=1200)
         assert run.returncode == 0, err[-2000:]
         assert str(folder) in out
+        online = {site["site"]: site["status"] for site in deployment.status(local.federation)}
+        assert online == dict.fromkeys(SITES, "online")
         deployment.stop(outside, 30)
         assert not (tmp_path / "sites" / "intruder").exists()
 
