@@ -223,15 +223,14 @@ def execute(sites: Sites) -> Path:
     """
     started = time.perf_counter()
     p, run = sites.p.model_copy(update={"checkpoint_seconds": 0.0}), sites.run
-    hellos = {
-        name: _values(answer) for name, answer in sites.ask("query", {n: {} for n in sites.nodes}).items()
-    }
+    told = sites.ask("query", {name: {} for name in sites.nodes})
+    hellos = {name: _values(told[name]) for name in sites.nodes}  # in their order, not in that of arrival
     for name, hello in hellos.items():
         if "fault" in hello or hello["center"] != name:
             raise ValueError(f"{name}: {hello.get('fault') or 'its node says it is ' + hello['center']}")
     record = {"settings": runs.settings_of(p, run), "cohort": "federation"}
-    told = json.dumps({name: hellos[name]["data"] for name in sites.nodes})
-    record["data"] = hashlib.sha256(told.encode()).hexdigest()
+    keys = json.dumps({name: hello["data"] for name, hello in hellos.items()})
+    record["data"] = hashlib.sha256(keys.encode()).hexdigest()
     records.finished(runs.folder_of(p, run), record["settings"], record["data"])
     rows = pd.concat([_numbered(name, hellos[name], run) for name in sites.nodes], ignore_index=True)
     epochs = lambda learning: _rounds(sites, record["settings"], hellos, learning)  # noqa: E731

@@ -73,7 +73,8 @@ class Hospitals(Grid):
         return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids):
-        return [self.replies.pop(number) for number in list(message_ids) if number in self.replies]
+        there = [number for number in message_ids if number in self.replies]
+        return [self.replies.pop(number) for number in reversed(there)]  # they come in any order
 
     def send_and_receive(self, messages, *, timeout=None):
         return self.pull_messages(self.push_messages(messages))
