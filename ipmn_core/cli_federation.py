@@ -79,7 +79,7 @@ def demo(options: argparse.Namespace) -> int:
     from ipmn_core import federation_demo
 
     result = federation_demo.run(options.params, options.sites, options.keep)
-    print(f"\n{result.rounds.to_markdown(index=False)}\n")
+    print(f"\n{result.rounds.astype(object).to_markdown(index=False)}\n")
     print(f"largest absolute difference from one process: weights {result.weights}", end=", ")
     print(f"predictions {result.predictions}")
     return 0 if result.weights == result.predictions == 0 else 1
