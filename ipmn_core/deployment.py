@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
-import ipaddress
 import json
 import os
 import shutil
@@ -32,12 +30,13 @@ from ipmn_core.params import Params
 
 NAME = "hospitals"  # of the federation, to Flower's own command
 STARTUP_SECONDS = 120.0
+ANSWER_SECONDS = 180.0  # Flower's command takes ten on a slow, busy machine
 REFUSED_SECONDS = 300.0  # the server refuses a killed site for a minute, for it still counts it as online
 STATUS_SECONDS = 60.0  # between questions to Flower, whose command takes seconds of a core
 ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 APP = """[project]
 name = "ipmn-federation"
-version = "{version}"
+version = "1.0.0"
 description = "Federated training of ipmn"
 license = "MIT"
 dependencies = []
@@ -85,6 +84,7 @@ def write(
 
     Raises FileExistsError if it exists, FederationError for fewer than two sites or ones that are no centers.
     """
+    _flower("flwr")
     _check_sites(sites)
     p = params.load(profile)
     _check(p)
@@ -115,91 +115,24 @@ def _check(p: Params) -> None:
 
 
 def _write(folder: Path, p: Params, sites: Sequence[str], host: str, port: int, policy: dict) -> None:
+    from ipmn_core import certificates  # an extra's
+
     server = folder / "server"
     (server / "app").mkdir(parents=True)
     (server / "flwr").mkdir()
-    _certificates(server, host)
+    certificates.write(server, host)
     about = {"host": host, "port": port, "sites": list(sites), **policy}
     (folder / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
     own = p.model_copy(update={"outputs": str((params.project_root() / p.outputs).resolve())})
     (folder / "profile.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json"), sort_keys=False))
-    (server / "app" / "pyproject.toml").write_text(APP.format(version="1.0.0"))
+    (server / "app" / "pyproject.toml").write_text(APP)
     for name in sites:
         place = folder / "sites" / name
         place.mkdir(parents=True)
         shutil.copy(server / "ca.crt", place)
-        _node_key(place)
+        certificates.node_key(place)
         shutil.copy(place / "key.pub", server / f"{name}.pub")
         (place / "site.yaml").write_text(yaml.safe_dump({"site": name, "server": f"{host}:{port}"}))
-
-
-def _certificates(folder: Path, host: str) -> None:
-    """`ca.crt`, `ca.key`, and the server's `server.pem`, `server.key`, valid for `host` and localhost."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    now = datetime.datetime.now(datetime.UTC)
-
-    def certificate(subject: str, key, issuer: str, issuer_key, days: int, extensions) -> x509.Certificate:
-        named = lambda text: x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])  # noqa: E731
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(named(subject))
-            .issuer_name(named(issuer))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=days))
-        )
-        for extension, critical in extensions:
-            builder = builder.add_extension(extension, critical)
-        return builder.sign(issuer_key, hashes.SHA256())
-
-    ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    key_of_ca = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    signs = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    of_ca = [(x509.BasicConstraints(ca=True, path_length=0), True), (signs, True), (key_of_ca, False)]
-    ca = certificate("ipmn federation CA", ca_key, "ipmn federation CA", ca_key, 3650, of_ca)
-    try:
-        address = x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        address = x509.DNSName(host)
-    local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    names = x509.SubjectAlternativeName([address, *(name for name in local if name != address)])
-    by_ca = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_of_ca)
-    of_server = [(names, False), (by_ca, False), (x509.BasicConstraints(ca=False, path_length=None), True)]
-    server = certificate(host, server_key, "ipmn federation CA", ca_key, 825, of_server)
-    _write_pem(folder, "ca", ca, ca_key)
-    _write_pem(folder, "server", server, server_key)
-
-
-def _write_pem(folder: Path, name: str, certificate: Any, key: Any) -> None:
-    from cryptography.hazmat.primitives import serialization as s
-
-    suffix = ".crt" if name == "ca" else ".pem"
-    (folder / f"{name}{suffix}").write_bytes(certificate.public_bytes(s.Encoding.PEM))
-    private = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    _write_private(folder / f"{name}.key", private)
-
-
-def _node_key(folder: Path) -> None:
-    """`key` and `key.pub`, by which the server knows a site: ECDSA on P-384, as Flower wants them."""
-    from cryptography.hazmat.primitives import serialization as s
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP384R1())
-    _write_private(
-        folder / "key", key.private_bytes(s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.NoEncryption())
-    )
-    public = key.public_key().public_bytes(s.Encoding.OpenSSH, s.PublicFormat.OpenSSH)
-    (folder / "key.pub").write_bytes(public + b"\n")
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
 
 
 def read(folder: Path) -> Federation:
@@ -237,9 +170,10 @@ def _check_sites(sites: Sequence[str], where: str = "sites") -> None:
 
 def server_command(federation: Federation) -> list[str]:
     """What `ipmn federation server` becomes: Flower's SuperLink with TLS and node keys (`superlink`)."""
+    _flower("flower-superlink")
     server = federation.folder / "server"
     return [
-        *(str(Path(_flower("flower-superlink")).with_name("python")), "-m", "ipmn_core.superlink"),
+        *(sys.executable, "-m", "ipmn_core.superlink"),
         *("--ssl-ca-certfile", str(server / "ca.crt")),
         *("--ssl-certfile", str(server / "server.pem")),
         *("--ssl-keyfile", str(server / "server.key")),
@@ -300,15 +234,16 @@ def environment(federation: Federation | None = None) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **home, "PATH": path}
 
 
-def start(command: Sequence[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
-    """A process, for `stop` with all that it starts; its output goes to the end of `log`.
+def start(command: Sequence[str], env: dict[str, str], log: Path | None = None) -> subprocess.Popen:
+    """A process, for `stop` with all that it starts; its output goes to the end of `log`, or where ours goes.
 
     On Linux it also ends when this one is killed.
     """
+    options = {"env": env, "start_new_session": True, "preexec_fn": _end_with_parent}
+    if log is None:
+        return subprocess.Popen(command, **options)
     with open(log, "ab") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=file, env=env, start_new_session=True, preexec_fn=_end_with_parent
-        )
+        return subprocess.Popen(command, stdout=file, stderr=file, **options)
 
 
 def _end_with_parent() -> None:
@@ -326,7 +261,7 @@ def stay(command: Sequence[str], env: dict[str, str]) -> None:
     last_joined = time.monotonic()
     while True:
         started = time.monotonic()
-        child = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_end_with_parent)
+        child = start(command, env)
         try:
             child.wait()
         finally:
@@ -352,22 +287,21 @@ def stop(child: subprocess.Popen, seconds: float = 10.0) -> None:
     child.wait()
 
 
-def control(federation: Federation, *arguments: str, seconds: float = 180.0) -> dict[str, Any]:
+def control(federation: Federation, *arguments: str) -> dict[str, Any]:
     """The answer of Flower's command, `flwr ... --format json`. Raises FederationError with its reason."""
     config = federation.folder / "server" / "flwr" / "config.toml"
     root = federation.folder / "server" / "ca.crt"
-    if not config.exists():
-        text = f'[superlink.{NAME}]\naddress = "127.0.0.1:{federation.port}"\nroot-certificates = "{root}"\n'
-        disk.write(config, lambda tmp: tmp.write_text(text))
+    text = f'[superlink.{NAME}]\naddress = "127.0.0.1:{federation.port}"\nroot-certificates = "{root}"\n'
+    disk.write(config, lambda tmp: tmp.write_text(text))
     command = [_flower("flwr"), *arguments, "--format", "json"]
     try:
         done = subprocess.run(
-            command, env=environment(federation), capture_output=True, text=True, timeout=seconds
+            command, env=environment(federation), capture_output=True, text=True, timeout=ANSWER_SECONDS
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise FederationError(
-            f"the server at {federation.address} did not answer in {seconds:.0f} s"
+            f"the server at {federation.address} did not answer in {ANSWER_SECONDS:.0f} s"
         ) from error
     except ValueError as error:
         raise FederationError(f"{' '.join(command[1:3])}: {done.stdout}{done.stderr}".strip()) from error
@@ -404,9 +338,10 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
     """The folders of the profile's runs whose name holds `only`, one after another, each trained at the
     sites; whole ones are kept.
 
-    Raises FederationError with the server app's own reason for one that failed; the next call goes on.
+    Raises FederationError with the server app's own reason for one that failed, the next call goes on;
+    StaleRunError for one that was made with other settings.
     """
-    from ipmn_core import runs
+    from ipmn_core import records, runs
 
     await_server(federation)
     nodes = register(federation)
@@ -417,7 +352,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
         folder = runs.folder_of(federation.profile, each)
         if not (folder / "run.json").exists():
             _run(federation, each, folder, nodes)
-        yield folder
+        yield records.whole(folder, runs.protocol_of(federation.profile, each))
 
 
 def _run(federation: Federation, each: Any, folder: Path, nodes: dict[str, int]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from ipmn_core import cohort, deployment, params, phantom, preprocess, runs
 from ipmn_core.deployment import Federation
@@ -34,6 +35,8 @@ class Difference:
 def run(profile: Path, sites: Sequence[str] = SITES, folder: Path | None = None) -> Difference:
     """The first run of `profile` trained at `sites`, each a process with a folder of its own, then in this
     process; in `folder`, or in a temporary one. Nothing is left running.
+
+    Results lie under the profile's name and `_demo`, those of an earlier demo are replaced.
     """
     with contextlib.ExitStack() as stack:
         if folder is None:
@@ -64,7 +67,7 @@ class Local:
             command = site_command(
                 self.federation.folder / "sites" / name, self.data[name], self.folder, share
             )
-        self.processes[name] = deployment.start(command, self.folder / f"{name}.log", environment)
+        self.processes[name] = deployment.start(command, environment, self.folder / f"{name}.log")
         if name == "server":
             deployment.await_server(self.federation)
 
@@ -85,9 +88,12 @@ def site_command(place: Path, data: Path, folder: Path, share: str = "scores") -
 def started(profile: Path, sites: Sequence[str], folder: Path, **policy) -> Iterator[Local]:
     """A federation on this machine for a block: a server, and `sites` with their own cases of the phantom."""
     p = params.load(profile)
+    p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # results of a real federation stay
     folder.mkdir(parents=True, exist_ok=True)
+    of_demo = folder / "profile.yaml"
+    of_demo.write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
     port = deployment.free_port()
-    federation = deployment.write(folder / "federation", profile, sites, "127.0.0.1", port, **policy)
+    federation = deployment.write(folder / "federation", of_demo, sites, "127.0.0.1", port, **policy)
     cohort.open_cohort(p)
     local = Local(federation, phantom.split(p.cohort_root, folder / "data", sites), folder)
     try:

@@ -1,7 +1,7 @@
 """The same federation across machines, on Flower: who sends what to whom. Nothing is learnt here.
 
 The client app hands messages to `site`, the server app to `federated.aggregate`; `runs.keep` writes the same
-files as in one process. Weights travel as one packed array: one for each tensor takes four times as long.
+files as in one process. Weights travel as one packed array, for Flower handles each array by itself.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _values(answer: RecordDict) -> dict[str, Any]:
 
 def _numbered(center: str, hello: dict[str, Any], run: runs.Run) -> pd.DataFrame:
     """A site's cases as the server has them: numbers, roles and, if it shares them, labels of test cases."""
-    label = [2 * y if run.task == "binary" else y for y in hello.get("y_true", [0] * hello["n_test"])]
+    label = [2 * y for y in hello.get("y_true", [0] * hello["n_test"])]  # high risk is label 2
     names = [f"{center} {role} {i}" for role in ("train", "test") for i in range(hello[f"n_{role}"])]
     rows = pd.DataFrame({"case_id": names, "center": center, "modality": run.modality})
     rows["role"] = ["train"] * hello["n_train"] + ["test"] * hello["n_test"]

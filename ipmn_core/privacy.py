@@ -30,9 +30,7 @@ def protected(state: State, w_global: State, strategy: Strategy, seed: Sequence[
         return state
     drifts = {k: v.float() - w_global[k].float() for k, v in state.items() if v.is_floating_point()}
     norm = torch.stack([drift.double().square().sum() for drift in drifts.values()]).sum().sqrt().item()
-    share = min(1.0, strategy.clip_norm / norm) if norm > 0 else 1.0  # NaN stays NaN, and is refused later
-    if np.isnan(norm):
-        share = norm
+    share = 1.0 if norm <= strategy.clip_norm else strategy.clip_norm / norm  # of NaN all is NaN, and refused
     scale = (strategy.noise_multiplier or 0.0) * strategy.clip_norm
     rng = np.random.default_rng(list(seed))  # torch's generator has but 2^32 seeds: all can be tried
     left = {}

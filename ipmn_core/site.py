@@ -153,9 +153,7 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
     w_global = {key: value.to(machine.device_of(site.p)) for key, value in w_global.items()}
     seed = [*steps.seed, round_, k]
     loss = federated.local_update(model, w_global, learner, site.cases, steps, strategy, seed)
-    noise = (
-        [round_, *site.secret] if strategy.noise_multiplier else seed
-    )  # who knows the seed knows the noise
+    noise = _noise_seed(site, w_global, round_, since) if strategy.noise_multiplier else seed
     state = privacy.protected(model.state_dict(), w_global, strategy, noise)
     kept = {"optimizer": learner.optimizer.state_dict(), "schedule": learner.schedule.state_dict()}
     disk.write(site.folder / f"learner_{round_}.pt", lambda tmp: torch.save(kept, tmp))

@@ -15,7 +15,7 @@ from cryptography.x509 import verification
 from flwr.common.config import parse_config_args
 from test_site import profile
 
-from ipmn_core import deployment, flower, params, runs
+from ipmn_core import certificates, deployment, flower, params, runs
 from ipmn_core.deployment import FederationError
 
 SITES = ("NYU", "MCF", "NU")
@@ -227,7 +227,7 @@ def test_a_folder_is_whole_or_absent(tmp_path, monkeypatch):
     def full(folder):
         raise OSError("no room on the disk")
 
-    monkeypatch.setattr(deployment, "_node_key", full)
+    monkeypatch.setattr(certificates, "node_key", full)
     with pytest.raises(OSError, match="no room"):
         deployment.write(tmp_path / "f", write_profile(tmp_path), SITES, HOST, 39800)
     assert [p.name for p in tmp_path.iterdir()] == ["profile.yaml"]
@@ -333,7 +333,9 @@ def test_a_command_is_asked_over_tls_and_within_a_time(written, monkeypatch):
     called = answering(monkeypatch, '{"success": true, "runs": []}')
     assert deployment.control(written, "ls", "hospitals")["runs"] == []
     command, how = called[0]
-    assert command[1:] == ["ls", "hospitals", "--format", "json"] and how["timeout"] == 60
+    assert (
+        command[1:] == ["ls", "hospitals", "--format", "json"] and how["timeout"] == deployment.ANSWER_SECONDS
+    )
     config = (written.folder / "server" / "flwr" / "config.toml").read_text()
     assert f'root-certificates = "{written.folder / "server" / "ca.crt"}"' in config
     assert 'address = "127.0.0.1:39800"' in config and "insecure" not in config
@@ -344,7 +346,7 @@ def test_a_command_is_asked_over_tls_and_within_a_time(written, monkeypatch):
     [
         ({"stdout": '{"success": false, "error-message": "no such run"}'}, "ls hospitals: no such run"),
         ({"stdout": "", "stderr": "connection refused"}, "ls hospitals: connection refused"),
-        ({"hangs": True}, f"the server at {HOST}:39800 did not answer in 60 s"),
+        ({"hangs": True}, f"the server at {HOST}:39800 did not answer in 180 s"),
     ],
 )
 def test_a_command_that_failed_is_an_error_with_its_reason(written, monkeypatch, said, message):

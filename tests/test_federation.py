@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from ipmn_core import deployment, federation_demo, runs
+from ipmn_core import certificates, deployment, federation_demo, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SITES = ("NYU", "MCF", "NU")
@@ -88,9 +88,9 @@ def intruder(local, folder):
     shutil.copytree(local.federation.folder / "sites" / "NYU", place)
     for name in ("key", "key.pub"):
         (place / name).unlink()
-    deployment._node_key(place)
+    certificates.node_key(place)
     command = federation_demo.site_command(place, local.data["NYU"], folder)
-    return deployment.start(command, folder / "intruder.log", deployment.environment())
+    return deployment.start(command, deployment.environment(), folder / "intruder.log")
 
 
 def status_of(local, path, source):

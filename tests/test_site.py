@@ -246,6 +246,15 @@ def test_noise_is_drawn_from_a_number_that_stays_at_the_site(node, order, w_glob
     assert largest_difference(one, again) == 0 < largest_difference(one, two)
 
 
+def test_the_same_round_asked_for_with_other_weights_is_noised_anew(node, order, w_global):
+    """Else the difference of two answers would hold no noise."""
+    at = site.open_site(node, order(clip_norm=1.0, noise_multiplier=1.0))
+    others = {k: v + 1e-3 if v.is_floating_point() else v for k, v in w_global.items()}
+    key = max(w_global, key=lambda k: w_global[k].numel())
+    one, two = (site.train(at, w, 1, 0, 0, False).state[key] - w[key] for w in (w_global, others))
+    assert (one - two).std().item() == pytest.approx(2**0.5, rel=0.1)
+
+
 def test_clipping_alone_needs_no_secret_and_is_that_of_one_process(node, order, w_global):
     at = site.open_site(node, order(clip_norm=1e-3))
     state = site.train(at, w_global, 1, 0, 0, False).state
