@@ -84,45 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(command=check_cohort)
 
-    phantom = commands.add_parser("phantom", help="write the synthetic cohort")
-    phantom.add_argument("root", type=Path, metavar="ROOT", help="the folder to write; it must not exist yet")
-    phantom.add_argument(
-        "--layout", choices=("second", "first"), default="second", help="release whose layout to use"
-    )
-    phantom.add_argument("--seed", type=int, default=0)
-    phantom.add_argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
-    phantom.add_argument(
-        "--shortcut",
-        type=float,
-        default=0.0,
-        metavar="Q",
-        help="tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)",
-    )
-    phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    phantom.set_defaults(command=write_phantom)
+    _add_phantom(commands)
 
     fetch = commands.add_parser("fetch", help="download the real data set from OSF, verify, unpack, check it")
     fetch.add_argument("root", type=Path, metavar="ROOT", help="the folder to put it in")
     fetch.add_argument("--yes", action="store_true", help="do not ask before downloading")
     fetch.set_defaults(command=fetch_cohort, columns="header")
 
-    predict = commands.add_parser("predict", help="probabilities of a new case; not for clinical use")
-    predict.add_argument("image", type=Path, metavar="IMAGE", help="a scan with --mask, or a clean ROI")
-    predict.add_argument("--mask", type=Path, metavar="FILE", help="the pancreas, on the image's grid")
-    predict.add_argument(
-        "--models",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="runs (fold<k>), an arm's folder, an export, or the weights of a 3D DenseNet-121",
-    )
-    predict.add_argument("--center", help="whose model to ask; for the arm local_only")
-    predict.add_argument("--size", type=int, default=96, help="of the cube, for bare weights (default: 96)")
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    predict.add_argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
-    predict.set_defaults(command=predict_case)
+    _add_predict(commands)
 
     export = commands.add_parser("export", help="an arm's trained models with a model card, to hand on")
     export.add_argument("arm", type=Path, metavar="ARM", help="<outputs>/runs/<task>/<modality>/<arm>")
@@ -141,6 +110,45 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--growth", action="store_true", help="instead: cost against scans, cases, clients")
     bench.set_defaults(command=run_bench)
     return parser
+
+
+def _add_phantom(commands: argparse._SubParsersAction) -> None:
+    phantom = commands.add_parser("phantom", help="write the synthetic cohort")
+    phantom.add_argument("root", type=Path, metavar="ROOT", help="the folder to write; it must not exist yet")
+    phantom.add_argument(
+        "--layout", choices=("second", "first"), default="second", help="release whose layout to use"
+    )
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
+    phantom.add_argument(
+        "--shortcut",
+        type=float,
+        default=0.0,
+        metavar="Q",
+        help="tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)",
+    )
+    phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    phantom.set_defaults(command=write_phantom)
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    predict = commands.add_parser("predict", help="probabilities of a new case; not for clinical use")
+    predict.add_argument("image", type=Path, metavar="IMAGE", help="a scan with --mask, or a clean ROI")
+    predict.add_argument("--mask", type=Path, metavar="FILE", help="the pancreas, on the image's grid")
+    predict.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="runs (fold<k>), an arm's folder, an export, or the weights of a 3D DenseNet-121",
+    )
+    predict.add_argument("--center", help="whose model to ask; for the arm local_only")
+    predict.add_argument("--size", type=int, default=96, help="of the cube, for bare weights (default: 96)")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    predict.add_argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
+    predict.set_defaults(command=predict_case)
 
 
 def run_profile(options: argparse.Namespace) -> int:

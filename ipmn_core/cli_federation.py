@@ -27,25 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     piece.set_defaults(command=demo)
 
-    piece = pieces.add_parser("init", help="write certificates, keys and configuration of server and sites")
-    piece.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
-    piece.add_argument("params", type=Path, metavar="PARAMS", help="a profile, as params/federation.yaml")
-    piece.add_argument(
-        "--sites", nargs="+", required=True, metavar="CENTER", help="two or more of the centers"
-    )
-    piece.add_argument("--host", required=True, help="name or address at which sites reach the server")
-    piece.add_argument("--port", type=int, default=9092, help="its port (default: 9092)")
-    piece.add_argument(
-        "--away", choices=("wait", "continue"), default="wait", help="what a round does while a site is away"
-    )
-    piece.add_argument(
-        "--min-sites", type=int, default=2, metavar="N", help="with continue: at least N sites"
-    )
-    piece.add_argument(
-        "--round-seconds", type=float, default=600.0, metavar="S", help="then a site counts as away"
-    )
-    piece.add_argument("--wait-seconds", type=float, default=3600.0, metavar="S", help="then the run fails")
-    piece.set_defaults(command=init)
+    _add_init(pieces)
 
     piece = pieces.add_parser("server", help="the server, until it is interrupted")
     piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
@@ -72,6 +54,28 @@ def add(commands: argparse._SubParsersAction) -> None:
         piece.set_defaults(command=command)
         if name == "run":
             piece.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds TEXT")
+
+
+def _add_init(pieces: argparse._SubParsersAction) -> None:
+    piece = pieces.add_parser("init", help="write certificates, keys and configuration of server and sites")
+    piece.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
+    piece.add_argument("params", type=Path, metavar="PARAMS", help="a profile, as params/federation.yaml")
+    piece.add_argument(
+        "--sites", nargs="+", required=True, metavar="CENTER", help="two or more of the centers"
+    )
+    piece.add_argument("--host", required=True, help="name or address at which sites reach the server")
+    piece.add_argument("--port", type=int, default=9092, help="its port (default: 9092)")
+    piece.add_argument(
+        "--away", choices=("wait", "continue"), default="wait", help="what a round does while a site is away"
+    )
+    piece.add_argument(
+        "--min-sites", type=int, default=2, metavar="N", help="with continue: at least N sites"
+    )
+    piece.add_argument(
+        "--round-seconds", type=float, default=600.0, metavar="S", help="then a site counts as away"
+    )
+    piece.add_argument("--wait-seconds", type=float, default=3600.0, metavar="S", help="then the run fails")
+    piece.set_defaults(command=init)
 
 
 def demo(options: argparse.Namespace) -> int:

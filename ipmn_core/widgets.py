@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ipmn_core import figures, metrics
 from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
@@ -54,22 +55,26 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
     def draw(_=None) -> None:
         if case.value is None:
             return
-        image, mask, roi = loaded["volumes"]
-        scan, k = loaded["scan"], position.value
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-        figures.show_slice(left, image, loaded["first"] + k, mask)
-        figures.show_slice(right, roi, k)
-        spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
-        place = f"slice {loaded['first'] + k + 1} of {image.shape[2]}"
-        left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
-        right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
-        picture.value = figures.png(figure)
+        picture.value = figures.png(_slice_beside_roi(**loaded, k=position.value))
 
     for control in (center, modality, label):
         control.observe(list_cases, "value")
     case.observe(load, "value")
     list_cases()
     return w.VBox([w.HBox([center, modality, label]), w.HBox([case, position]), picture])
+
+
+def _slice_beside_roi(scan: pd.Series, volumes: tuple, first: int, k: int) -> Figure:
+    """Slice `k` of the ROI, which begins at slice `first`, beside that of the image (`figures.scan_volumes`)."""
+    image, mask, roi = volumes
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+    figures.show_slice(left, image, first + k, mask)
+    figures.show_slice(right, roi, k)
+    spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
+    place = f"slice {first + k + 1} of {image.shape[2]}"
+    left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
+    right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
+    return figure
 
 
 def center_explorer(selected: pd.DataFrame) -> w.Widget:
