@@ -65,7 +65,7 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
 
 
 def _slice_beside_roi(scan: pd.Series, volumes: tuple, first: int, k: int) -> Figure:
-    """Slice `k` of the ROI, which begins at slice `first`, beside that of the image (`figures.scan_volumes`)."""
+    """Slice `k` of the ROI, whose own begin at `first`, beside that of the image (`figures.scan_volumes`)."""
     image, mask, roi = volumes
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     figures.show_slice(left, image, first + k, mask)
