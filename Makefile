@@ -30,5 +30,5 @@ clean:                         ## everything that was written, but for the refer
 	touch $@
 
 .venv/extras: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,dask,ray,flower,privacy]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,dask,ray,flower,privacy,viewer]" --constraint constraints.txt
 	touch $@

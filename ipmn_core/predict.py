@@ -301,11 +301,13 @@ def picture(result: Prediction, roi: nib.Nifti1Image, path: str | Path | None = 
     """
     import matplotlib.pyplot as plt
 
-    from ipmn_core import figures
+    from ipmn_core import figures, figures_scan
 
     classes, roi = list(CLASSES[result.task]), nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    figures.show_slice(left, roi, figures.widest_slice(roi.dataobj)).set_title(f"{result.case}, ROI")
+    figures_scan.show_slice(left, roi, figures_scan.widest_slice(roi.dataobj)).set_title(
+        f"{result.case}, ROI"
+    )
     prob = result.folds[classes]
     right.barh(classes, prob.mean(), color=figures.PALETTE[5])
     for k, name in enumerate(classes):

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ipmn_core import figures, metrics
+from ipmn_core import figures, figures_scan, metrics
 from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
 from ipmn_core.preprocess import bounding_box
 
@@ -45,10 +45,10 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
             picture.value = b""
             return
         loaded["scan"] = scans.loc[case.value]
-        _, mask, roi = loaded["volumes"] = figures.scan_volumes(loaded["scan"])
+        _, mask, roi = loaded["volumes"] = figures_scan.scan_volumes(loaded["scan"])
         loaded["first"] = 0 if mask is None else bounding_box(mask)[2].start
         position.unobserve_all("value")  # one picture, not one for each change
-        position.max, position.value = roi.shape[2] - 1, figures.widest_slice(roi.dataobj)
+        position.max, position.value = roi.shape[2] - 1, figures_scan.widest_slice(roi.dataobj)
         position.observe(draw, "value")
         draw()
 
@@ -65,11 +65,11 @@ def roi_viewer(scans: pd.DataFrame) -> w.Widget:
 
 
 def _slice_beside_roi(scan: pd.Series, volumes: tuple, first: int, k: int) -> Figure:
-    """Slice `k` of the ROI, whose own begin at `first`, beside that of the image (`figures.scan_volumes`)."""
+    """Slice `k` of the ROI, whose own begin at `first`, beside that of the image (`scan_volumes`)."""
     image, mask, roi = volumes
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    figures.show_slice(left, image, first + k, mask)
-    figures.show_slice(right, roi, k)
+    figures_scan.show_slice(left, image, first + k, mask)
+    figures_scan.show_slice(right, roi, k)
     spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
     place = f"slice {first + k + 1} of {image.shape[2]}"
     left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")

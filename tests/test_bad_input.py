@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipmn_core import cli, cohort, figures, params, phantom, preprocess
+from ipmn_core import cli, cohort, figures_scan, params, phantom, preprocess
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -283,9 +283,9 @@ def test_text_of_a_header_is_in_no_message_no_warning_no_file_and_no_image(tmp_p
     with pytest.warns(UserWarning) as told:
         preprocess.cubes(scans.head(1), 32, tmp_path / "out")
     preprocess.facts(scans.head(1)).to_csv(tmp_path / "out" / "facts.csv")
-    image, _, roi = figures.scan_volumes(scans.iloc[0])
+    image, _, roi = figures_scan.scan_volumes(scans.iloc[0])
     nib.save(roi, tmp_path / "out" / "roi.nii")
-    figures.show_slice(plt.subplots()[1], image, 1).figure.savefig(tmp_path / "out" / "figure.svg")
+    figures_scan.show_slice(plt.subplots()[1], image, 1).figure.savefig(tmp_path / "out" / "figure.svg")
     plt.close("all")
     written = [path.read_bytes() for path in (tmp_path / "out").iterdir()]
     said = "".join([*capfd.readouterr(), caplog.text, *(str(w.message) for w in told)])

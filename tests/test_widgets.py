@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from ipmn_core import figures, widgets
+from ipmn_core import figures, figures_scan, widgets
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -50,8 +50,8 @@ def all_differ(contents):
 def test_the_viewer_opens_with_the_first_case_at_its_widest_slice(phantom_scans, shown):
     view = controls(widgets.roi_viewer(phantom_scans))
     assert view["case"].label == phantom_scans.iloc[0]["case_id"] and view["class"].label == "any"
-    _, _, roi = figures.scan_volumes(phantom_scans.iloc[0])
-    assert view["slice"].value == figures.widest_slice(roi.dataobj)
+    _, _, roi = figures_scan.scan_volumes(phantom_scans.iloc[0])
+    assert view["slice"].value == figures_scan.widest_slice(roi.dataobj)
     assert len(shown) == 1
 
 
@@ -75,7 +75,7 @@ def test_another_slice_is_another_picture_and_slices_are_those_of_the_roi(phanto
     view = controls(widgets.roi_viewer(phantom_scans))
     choose(view["center"], "EMC")
     scan = phantom_scans.loc[view["case"].value]
-    _, _, roi = figures.scan_volumes(scan)
+    _, _, roi = figures_scan.scan_volumes(scan)
     position = view["slice"]
     assert (position.min, position.max) == (0, roi.shape[2] - 1)
     before = len(shown)
@@ -117,7 +117,7 @@ def test_a_viewer_that_opens_on_nothing_takes_the_slider(phantom_scans, shown):
 def test_the_viewer_takes_clean_rois_of_the_first_release(phantom_scans, shown):
     only = phantom_scans.iloc[[0]].assign(mask="")
     view = controls(widgets.roi_viewer(only))
-    image, _, _ = figures.scan_volumes(only.iloc[0])
+    image, _, _ = figures_scan.scan_volumes(only.iloc[0])
     assert view["slice"].max == image.shape[2] - 1 and len(shown) == 1
 
 
