@@ -29,8 +29,11 @@ TISSUES = {
     "nodule": (350, 50, 0.95, 0.03),  # enhancing: T1 shortened by contrast agent
     "fluid": (4000, 1200, 1.00, 0.0),  # bile, gastric juice
     "cyst": (4000, 1200, 1.00, 0.0),  # pancreatic juice, before mucin
+    "duct": (4000, 1200, 1.00, 0.0),  # the same
 }
+JUICE = ("cyst", "duct")
 MUCIN_R1 = 3.5e-4  # 1/ms: pure mucin shortens the T1 of cyst fluid from 4.0 s to about 1.7 s
+DILATED_MM = 5  # main duct: worrisome from here, in the Fukuoka and Kyoto guidelines (`phantom.guideline`)
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,7 @@ def draw(patient, seed):
     bile_duct = line[2] + np.array([[6, -6, 50], [5, -7, 16], [3, -5, 0], [5, -2, -14]])
     layers += [layer("blood", tube(space, splenic_vein, 4)), layer("pancreas", parenchyma)]
     layers += [layer("wall", (box, depth + 0.8)) for box, depth in loculi]
-    layers += [layer("fluid", tube(space, bile_duct, 3.1)), layer("cyst", tube(space, line[1:], duct[1:]))]
+    layers += [layer("fluid", tube(space, bile_duct, 3.1)), layer("duct", tube(space, line[1:], duct[1:]))]
     layers += [layer("cyst", loculus) for loculus in loculi] + [layer("nodule", nodule) for nodule in nodules]
     return Anatomy(layers, texture, coverage(organ + 0.8), patient.mucin)
 
@@ -313,7 +316,7 @@ def signals(scanner, mucin):
     2004, chapter 14); with a long TR and 90 degrees it is the spin echo's.
     """
     t1, t2, density, _ = np.array(list(TISSUES.values())).T
-    t1 = np.where(np.array(list(TISSUES)) == "cyst", 1 / (1 / t1 + MUCIN_R1 * mucin), t1)
+    t1 = np.where(np.isin(list(TISSUES), JUICE), 1 / (1 / t1 + MUCIN_R1 * mucin), t1)
     angle, e1 = np.deg2rad(scanner.flip), np.exp(-scanner.tr / t1)
     signal = density * np.sin(angle) * (1 - e1) / (1 - np.cos(angle) * e1) * np.exp(-scanner.te / t2)
     return dict(zip(TISSUES, (signal / signal.max()).astype(np.float32), strict=True))
@@ -353,28 +356,60 @@ def scan_axes(rng, drawn, scanner):
     return [first[k] + steps[k] * np.arange(scanner.matrix[k]) for k in range(3)]
 
 
+def protocol(patient, modality, seed):
+    """Scanner of a patient's t1 or t2 scan, and the scan's own random generator."""
+    scanner = SCANNERS[patient.center, modality]
+    rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
+    return dedicated(scanner) if patient.protocol == "dedicated" else scanner, rng
+
+
+def grid(rng, drawn, scanner):
+    """A scan's axes (mm), the operators that image the fine grid onto them (`along_axes`), and its affine."""
+    axes = scan_axes(rng, drawn, scanner)
+    voxel = [scanner.spacing, scanner.spacing, scanner.thickness]
+    look = [profile(*pair) for pair in zip(axes, fine_axes(), np.maximum(voxel, FINE), strict=True)]
+    affine = np.diag([*voxel, 1.0])
+    affine[:3, 3] = [axis[0] for axis in axes]
+    return axes, look, affine
+
+
 def scan(drawn, patient, modality, seed):
     """Image and mask (nib.Nifti1Image, one grid, mask uint8 0/1) of an anatomy, for t1 or t2.
 
     patient is a row of `phantom.patients`; its center and protocol ("standard" or "dedicated") choose the
     scanner's settings.
     """
-    scanner = SCANNERS[patient.center, modality]
-    if patient.protocol == "dedicated":
-        scanner = dedicated(scanner)
-    rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
-    axes = scan_axes(rng, drawn, scanner)
-    voxel = [scanner.spacing, scanner.spacing, scanner.thickness]
-    look = [profile(*pair) for pair in zip(axes, fine_axes(), np.maximum(voxel, FINE), strict=True)]
+    scanner, rng = protocol(patient, modality, seed)
+    axes, look, affine = grid(rng, drawn, scanner)
     volume = along_axes(paint(drawn, scanner), look) * np.exp(scanner.bias * smooth_field(rng, axes, 70))
     noise = scanner.noise * rng.standard_normal((2, *volume.shape), dtype=np.float32)
     volume = scanner.scale * np.hypot(volume + noise[0], noise[1])  # Rician
     step = 1 if scanner.dtype == "int16" else 2**-8  # below the noise, and coarse: small files
     stored = (np.rint(volume / step) * step).astype(scanner.dtype)
     mask = (along_axes(drawn.organ, look) > 0.5).astype(np.uint8)
-    affine = np.diag([*voxel, 1.0])
-    affine[:3, 3] = [axis[0] for axis in axes]
     return nifti(stored, affine), nifti(mask, affine)
+
+
+def findings(drawn, patient):
+    """Coverage (SHAPE) by what is pathological: cyst loculi, mural nodule, and the main duct if dilated.
+
+    The duct counts, all along, if it measures `DILATED_MM` or more (`patient.duct_mm`): here a duct widens in
+    proportion, so that it is then 1.8 times its normal width or more everywhere. A narrower one is no lesion.
+    The walls of the loculi and a thin gland (atrophy) are none either.
+    """
+    lesion, found = np.zeros(SHAPE, np.float32), {"cyst", "nodule"}
+    found |= {"duct"} if patient.duct_mm >= DILATED_MM else set()
+    for tissue, box, alpha in drawn.layers:
+        if tissue in found:
+            np.maximum(lesion[box], alpha, out=lesion[box])
+    return lesion
+
+
+def lesion(drawn, patient, modality, seed):
+    """Coverage 0-1 (float32 nib.Nifti1Image) by the `findings` of an anatomy, on the grid of its `scan`."""
+    scanner, rng = protocol(patient, modality, seed)
+    _, look, affine = grid(rng, drawn, scanner)
+    return nifti(along_axes(findings(drawn, patient), look), affine)
 
 
 def nifti(array, affine):

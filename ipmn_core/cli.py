@@ -16,7 +16,8 @@ from ipmn_core import cli_federation
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 EPILOG = """examples:
-  ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures
+  ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures, a report
+  ipmn report params/demo.yaml     the report alone, from the notebooks of the last run
   ipmn fetch data/ipmn             the real data set, from OSF
   ipmn check data/ipmn             is this copy of the data set usable?
   ipmn predict scan.nii.gz --mask pancreas.nii.gz --models outputs/demo/runs/binary/t2/fedavg
@@ -67,13 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
-        "run", help="run the four notebooks of a profile and write its tables and figures"
+        "run", help="run the four notebooks of a profile; write its tables, figures and report"
     )
     run.add_argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/demo.yaml")
     run.add_argument(
         "--fresh", action="store_true", help="discard this profile's finished training runs first"
     )
     run.set_defaults(command=run_profile)
+
+    report = commands.add_parser(
+        "report", help="write a profile's report.html again, from its executed notebooks"
+    )
+    report.add_argument("params", type=Path, metavar="PARAMS", help="the profile that `ipmn run` ran")
+    report.set_defaults(command=write_report)
 
     check = commands.add_parser(
         "check", help="print what is wrong with a copy of the data set; exit 1 on errors"
@@ -161,6 +168,7 @@ def run_profile(options: argparse.Namespace) -> int:
         pipeline.prepare(p, options.fresh)
         for path in pipeline.run(p):
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
+        page = pipeline.write_report(p)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
     if p.noise_multiplier is not None:
         from ipmn_core import privacy
@@ -168,6 +176,17 @@ def run_profile(options: argparse.Namespace) -> int:
         print(f"{privacy.note(p)}\n")
     for what in ("tables", "figures", "notebooks"):
         print(f"{what:>10}  {p.folder / what}/")
+    print(f"{'report':>10}  {page}")
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Writes the report of a profile again, from its executed notebooks, and says where."""
+    from ipmn_core import params, pipeline
+
+    p = params.load(options.params)
+    with pipeline.locked(p):
+        print(f"report in {pipeline.write_report(p)}")
     return 0
 
 

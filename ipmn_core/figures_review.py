@@ -8,21 +8,17 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ipmn_core import figures
 from ipmn_core.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.cohort import CENTERS
-from ipmn_core.figures import PALETTE
+from ipmn_core.figures import METHODS, PALETTE, REFERENCES, SMALL, WIDTH
 from ipmn_core.metrics import GLOBAL
 from ipmn_core.tables import display_name
 
-WIDTH = 9  # inches: the smallest letters are 9 pixels high where a page shows the figure 900 wide
-METHODS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")
-MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")
-REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
-COLORS = {arm: PALETTE[k] for arms in (METHODS, MODELS, REFERENCES) for k, arm in enumerate(arms)}
-COLORS |= {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
+TASKS = {"binary": "High risk", "three_class": "Three classes"}
+DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
 
 
 def _panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
@@ -37,7 +33,7 @@ def _panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
     groups, panels = dict(list(table.groupby([row, column]))), []
     for (i, j), ax in np.ndenumerate(axes):
         key = down[i], across[j]
-        ax.set_title(", ".join(display_name(name).replace("_", " ") for name in key if name))
+        ax.set_title(", ".join(TASKS.get(name, display_name(name)) for name in key if name))
         if key in groups:
             panels.append((ax, groups[key]))
         else:
@@ -67,8 +63,8 @@ def _labelled(axes: np.ndarray, xlabel: str, ylabel: str = "", title: str | None
         row[0].set_ylabel(ylabel)
         shown = {label: h for ax in row for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if list(shown) != last:
-            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8, "title_fontsize": 8}
-            row[-1].legend(shown.values(), shown, title=title, **place)
+            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            row[-1].legend(shown.values(), shown, title=title, fontsize=SMALL, title_fontsize=SMALL, **place)
         last = list(shown)
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
@@ -84,16 +80,8 @@ def _shifts(arms: list[str]) -> dict[str, float]:
     return dict(zip(arms, np.linspace(-0.35, 0.35, len(arms)) if len(arms) > 1 else [0.0], strict=True))
 
 
-def _rows(ax: Axes, names: list[str]) -> None:
-    """Names down the y axis, the first on top, every other row shaded."""
-    ax.set_yticks(range(len(names)), [display_name(name) for name in names])
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    for k in range(0, len(names), 2):
-        ax.axhspan(k - 0.5, k + 0.5, color="0.95", linewidth=0, zorder=0)
-
-
 def _color(arm: str) -> str:
-    return COLORS.get(arm, "0.4")
+    return DEFAULTS.get(arm) or figures.color(arm)
 
 
 def _line(arm: str) -> dict:
@@ -113,7 +101,7 @@ def reliability_diagrams(reliability: pd.DataFrame) -> Figure:
             x, y, color = curve["predicted"], curve["observed"], _color(arm)
             ax.plot(x, y, linewidth=1.2, **_line(arm))
             ax.vlines(x, curve["low"], curve["high"], color=color, alpha=0.35, linewidth=1)
-            ax.scatter(x, y, s=90 * curve["n"] / reliability["n"].max(), color=color, zorder=3)
+            ax.scatter(x, y, s=90 * curve["n"] / reliability["n"].max(), color=color, alpha=0.7, zorder=3)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     legend = "marker area: cases\nbar: 95 % interval"
     return _labelled(axes, "mean predicted probability", "observed share of high risk", legend)
@@ -153,8 +141,8 @@ def majority(audit_table: pd.DataFrame) -> Figure:
             faces = [color if filled else "white" for filled in above]
             ax.scatter(rows[method], y + shift, s=22, color=faces, edgecolor=color, zorder=3)
             ax.scatter([], [], s=22, color=color, label=display_name(method))
-        _rows(ax, centers)
-    return _labelled(axes, "ACC", title="hollow: not above\nthe majority class")
+        figures.named_rows(ax, centers)
+    return _labelled(axes, "accuracy (ACC)", "center", "hollow: not above\nthe majority class")
 
 
 def _estimates(table: pd.DataFrame, column: str, row: str, columns: tuple, line: float):
@@ -164,7 +152,7 @@ def _estimates(table: pd.DataFrame, column: str, row: str, columns: tuple, line:
     """
     table = table.assign(**{name: table.get(name, "") for name in (row, "undefined")})
     centers, most = _centers(table["center"]), table.groupby(row)["arm"].nunique().max()
-    height = (0.13 * most + 0.12) * len(centers) + 0.6
+    height = figures.row_height(most) * len(centers) + 0.6
     axes, panels = _panels(table, column, row, height, sharex=True, sharey=True)
     for ax, rows in panels:
         ax.axvline(line, color="0.6", linewidth=1, zorder=0.5)
@@ -178,9 +166,9 @@ def _estimates(table: pd.DataFrame, column: str, row: str, columns: tuple, line:
             for k in np.flatnonzero(np.isnan(value)):
                 reason = found["undefined"].iloc[k]
                 text = textwrap.shorten(f"n/a: {reason}" if reason else "n/a", 26, placeholder=" ...")
-                look = {"color": color, "fontsize": 7, "va": "center", "zorder": 4}
+                look = {"color": color, "fontsize": SMALL, "va": "center", "zorder": 4}
                 ax.text(0.01, y[k], text, transform=ax.get_yaxis_transform(), **look)
-        _rows(ax, centers)
+        figures.named_rows(ax, centers)
     return axes, panels
 
 
@@ -202,7 +190,7 @@ def auc_intervals(table: pd.DataFrame, paper: pd.DataFrame | None = None) -> Fig
             edges = printed["method"].map(_color)
             ax.scatter(printed["auc_mean"], y, s=16, marker="D", color="white", edgecolor=edges, zorder=3)
             ax.scatter([], [], s=16, marker="D", color="white", edgecolor="0.4", label="paper")
-    return _labelled(axes, "AUC, 95 % interval")
+    return _labelled(axes, "AUC, 95 % interval", "center")
 
 
 def gain(table: pd.DataFrame) -> Figure:
@@ -217,7 +205,7 @@ def gain(table: pd.DataFrame) -> Figure:
     for ax, rows in panels:
         modality, over = rows[["modality", "over"]].iloc[0].map(display_name)
         ax.set_title(f"{modality}, gain over {over}")
-    return _labelled(axes, "difference in AUC, 95 % interval")
+    return _labelled(axes, "difference in AUC, 95 % interval", "center")
 
 
 def _dumbbells(table: pd.DataFrame, columns: dict, xlabel: str, line: float | None = None) -> Figure:
@@ -234,14 +222,14 @@ def _dumbbells(table: pd.DataFrame, columns: dict, xlabel: str, line: float | No
         names = arms[rows["task"].iloc[0]]
         numbers = rows.set_index("arm")[list(columns)].reindex(names).astype(float)
         y = np.arange(len(names))
-        _rows(ax, names)
+        figures.named_rows(ax, names)
         ax.hlines(y, numbers.min(axis=1), numbers.max(axis=1), color="0.6", linewidth=1.2, zorder=1)
         if line is not None:
             ax.axvline(line, color="0.6", linewidth=1, zorder=0.5)
         for (column, label), (marker, size, color, face) in zip(columns.items(), looks, strict=True):
             if numbers[column].notna().any():
                 ax.plot(numbers[column], y, marker, ms=size, color=color, mfc=face, label=label)
-    return _labelled(axes, xlabel)
+    return _labelled(axes, xlabel, "arm")
 
 
 def within_and_between(table: pd.DataFrame) -> Figure:
@@ -285,7 +273,7 @@ def drift(table: pd.DataFrame) -> Figure:
             ax.plot(x, folds.mean(axis=1), linewidth=1.8, markersize=4, label=client, **look)
         if few:
             ax.set(xticks=rounds, xlim=(rounds.min() - 0.5, rounds.max() + 0.5))
-    return _labelled(axes, "round", "distance from the\nglobal model")
+    return _labelled(axes, "round", "distance from the\nglobal model (no unit)", "client")
 
 
 def cosines(matrices: pd.DataFrame) -> Figure:
@@ -303,10 +291,10 @@ def cosines(matrices: pd.DataFrame) -> Figure:
         cells = cells.reindex(index=clients, columns=clients)
         image = ax.imshow(cells, cmap="RdBu_r", vmin=-1, vmax=1)
         for (i, j), cosine in np.ndenumerate(cells):
-            text = "n/a" if np.isnan(cosine) else f"{cosine:.2f}"
+            text = "n/a" if np.isnan(cosine) else f"{round(cosine, 2) + 0:.2f}"  # not -0.00
             color = "white" if abs(cosine) > 0.6 else "black"
-            ax.text(j, i, text, color=color, fontsize=7, ha="center", va="center")
-        ax.set_xticks(range(len(clients)), clients, fontsize=7)
-        ax.set_yticks(range(len(clients)), clients, fontsize=7)
+            ax.text(j, i, text, color=color, fontsize=SMALL, ha="center", va="center")
+        ax.set_xticks(range(len(clients)), clients, fontsize=SMALL)
+        ax.set_yticks(range(len(clients)), clients, fontsize=SMALL)
     axes[0, 0].figure.colorbar(image, ax=axes, label="cosine between updates", shrink=0.7)
-    return axes[0, 0].figure
+    return _labelled(axes, "client", "client")

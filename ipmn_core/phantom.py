@@ -190,6 +190,16 @@ def volumes(patient, seed, modality):
     return anatomy.scan(anatomy.draw(patient, seed), patient, modality, seed)
 
 
+def lesion(patient, seed, modality):
+    """Where the findings of one row of `patients` (or of truth.csv) are drawn: coverage 0-1, float32.
+
+    A nib.Nifti1Image on the grid of `volumes`. Lesion: the cyst's loculi, the mural nodule, and the main duct
+    where it is dilated, 5 mm or more (`anatomy.findings`); a normal duct is none, so there may be no lesion.
+    `seed` is that of the cohort. Nothing on disk is read or changed.
+    """
+    return anatomy.lesion(anatomy.draw(patient, seed), patient, modality, seed)
+
+
 def clean_roi(image, mask):
     """image x mask, cut to the mask's tight bounding box; the affine moves with the cut."""
     inside = np.asanyarray(mask.dataobj)

@@ -28,6 +28,7 @@ NOTEBOOKS = (
     "03_federated_binary",
     "04_analysis",
 )
+REPORT = "report.html"
 START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
@@ -109,9 +110,11 @@ def _prepare(p: Params, fresh: bool) -> None:
 def run(p: Params) -> Iterator[Path]:
     """The executed notebooks of a profile, one path after another, in `<outputs>/<profile>/notebooks/`.
 
-    Tables, figures and notebooks of an earlier run are removed first, so that nothing old can pass for new;
-    finished training runs stay and are not repeated. Raises NotebookError for the first notebook that fails.
+    Report, tables, figures and notebooks of an earlier run are removed first, so that nothing old can pass
+    for new; finished training runs stay and are not repeated. Raises NotebookError for the first notebook
+    that fails.
     """
+    (p.folder / REPORT).unlink(missing_ok=True)
     for name in ("notebooks", "tables", "figures"):
         shutil.rmtree(p.folder / name, ignore_errors=True)
     if p.jobs == 1:
@@ -121,6 +124,25 @@ def run(p: Params) -> Iterator[Path]:
     jobs = min(p.jobs, len(NOTEBOOKS))
     with ProcessPoolExecutor(jobs, get_context(START), spread.end_with_parent) as lanes:
         yield from lanes.map(_chapter, NOTEBOOKS, repeat(p))
+
+
+def write_report(p: Params) -> Path:
+    """`<outputs>/<profile>/report.html`, written from the executed notebooks and what lies beside them.
+
+    Raises NotebookError for a notebook that is missing or did not run to its end, and what `report.write`
+    raises.
+    """
+    from ipmn_core import report
+
+    paths = [p.folder / "notebooks" / f"{stem}.ipynb" for stem in NOTEBOOKS]
+    for path in paths:
+        if not path.is_file():
+            raise NotebookError(f"{path}: no such notebook; `ipmn run` executes it, then writes the report")
+        try:
+            check_executed(path)
+        except NotebookError as error:
+            raise NotebookError(f"{path}: {error}; `ipmn run` executes it again") from error
+    return report.write(p, paths, p.folder / REPORT)
 
 
 def _chapter(stem: str, p: Params) -> Path:

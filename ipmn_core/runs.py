@@ -312,6 +312,16 @@ def predictions(p: Params, task: str) -> pd.DataFrame:
     return metrics.check(pd.concat(frames, ignore_index=True), source=f"{p.folder / 'runs' / task}, all runs")
 
 
+def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`predictions` and `validation` of every task whose runs are all finished, one under the other."""
+    tested, inner = [], []
+    for task in TASKS:
+        with contextlib.suppress(FileNotFoundError):
+            tested.append(predictions(p, task))
+            inner.append(validation(p, task))
+    return pd.concat(tested, ignore_index=True), pd.concat(inner, ignore_index=True)
+
+
 def validation(p: Params, task: str) -> pd.DataFrame:
     """The predictions of the inner validation cases, in the form of `predictions`; empty without a split."""
     if not p.inner_validation:

@@ -199,7 +199,9 @@ def seeded(seed: Sequence[int]) -> torch.Generator:
     Every epoch of every client has its own seed, so nothing of a generator need be saved to resume.
     """
     words = np.random.SeedSequence(list(seed)).generate_state(2)
-    torch.manual_seed(int(words[0]))
+    # without a GPU torch.manual_seed notes the whole call stack, three times, for GPUs that may yet appear
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(int(words[0]))
     return torch.Generator().manual_seed(int(words[1]))
 
 

@@ -1,109 +1,375 @@
-"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is `figures`'.
+"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is done by the modules of figures.
 
 A picture is an Image widget, not what an Output widget captures: a client that runs the notebook headless
-answers an Output widget while it waits for the kernel, and may then never see the kernel's reply.
+answers an Output widget while it waits for the kernel, and may then never see the kernel's reply. Each view
+also carries its static-data form, which an HTML page shows where no kernel runs.
 """
 
 from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ipmn_core import figures, figures_scan, metrics
+from ipmn_core import (
+    by_center,
+    by_hand,
+    figures,
+    figures_attention,
+    figures_by_hand,
+    figures_centers,
+    figures_scan,
+    metrics,
+    static_views,
+)
+from ipmn_core.attention import Look
 from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
-from ipmn_core.preprocess import bounding_box
+from ipmn_core.tables import display_name
+
+ANY = -1  # no choice of class
+STILL_PICTURE = {
+    "savefig.bbox": None,
+    "savefig.dpi": 100,
+}  # of one size, so that nothing jumps, and soon drawn
 
 
-def roi_viewer(scans: pd.DataFrame) -> w.Widget:
-    """A viewer of one case: choose center, modality, class and case, then move through the slices.
+class LiveView(w.VBox):
+    """A view with a static-data form beside it in the notebook's output."""
 
-    Left the image with the pancreas outlined, right the clean ROI, both in radiological orientation.
+    def still(self) -> str:
+        """The view as HTML without a kernel."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs):
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": self.still()}
+
+
+class RoiViewer(LiveView):
+    """A viewer of one case of `scans`, chosen by center, modality and class, in three planes.
+
+    Above the image with the pancreas outlined, below the cube of edge `size` that a network gets, both with
+    one cross-hair; beside them the header's facts. Of cases among `looks` a switch shows where a network
+    looks, over the cube.
     """
-    center = w.Dropdown(options=[c for c in CENTERS if (scans["center"] == c).any()], description="center")
-    modality = w.Dropdown(
-        options=[m for m in MODALITIES if (scans["modality"] == m).any()], description="modality"
-    )
-    label = w.Dropdown(
-        options=[("any", -1), *((name, k) for k, name in enumerate(LABELS))], description="class"
-    )
-    case = w.Dropdown(description="case")
-    position = w.IntSlider(description="slice", min=0, max=1, continuous_update=False)
-    picture = w.Image(format="png")
-    loaded = {}
 
-    def list_cases(_=None) -> None:
-        rows = scans[(scans["center"] == center.value) & (scans["modality"] == modality.value)]
-        rows = rows if label.value < 0 else rows[rows["label"] == label.value]
-        case.options = [(scan.case_id, scan.Index) for scan in rows.itertuples()]
-        if case.options:
-            case.index = 0  # ipywidgets leaves a list that was empty without a choice
+    def __init__(self, scans: pd.DataFrame, size: int = 32, looks: Sequence[Look] = ()):
+        self.scans, self.size, self.opened = scans, size, None
+        self.looks = {look.case_id: look for look in looks}
+        self._choices()
+        self._controls()
+        super().__init__(
+            [
+                w.HBox([self.center, self.modality, self.label, self.case]),
+                w.HBox([*self.position, self.near]),
+                w.HBox([self.level, self.window, self.outline, self.heat, self.niivue]),
+                w.HBox([self.picture, self.facts]),
+                self.native,
+            ]
+        )
+        self._list_cases()
 
-    def load(_=None) -> None:
-        if case.value is None:
-            picture.value = b""
+    def _choices(self) -> None:
+        present = lambda names, column: [n for n in names if (self.scans[column] == n).any()]  # noqa: E731
+        self.center = _dropdown("center", present(CENTERS, "center"))
+        self.modality = _dropdown("modality", [(m.upper(), m) for m in present(MODALITIES, "modality")])
+        self.label = _dropdown("class", [("any", ANY), *((name, k) for k, name in enumerate(LABELS))])
+        self.case = _dropdown("case", [])
+        for control in (self.center, self.modality, self.label):
+            control.observe(self._list_cases, "value")
+        self.case.observe(self._open_case, "value")
+
+    def _controls(self) -> None:
+        slider = {"continuous_update": False, "min": 1, "max": 1, "layout": w.Layout(width="230px")}
+        self.position = [w.IntSlider(description=name, **slider) for name in ("sagittal", "coronal", "axial")]
+        self.level = w.FloatSlider(description="level", readout_format=".3g", **slider)
+        self.window = w.FloatSlider(description="window", readout_format=".3g", **slider)
+        self.outline = _toggle("outline", True, "the pancreas, as its mask has it")
+        self.near = _toggle("close-up", True, "the pancreas' surroundings only")
+        self.heat = _toggle("Grad-CAM", bool(self.looks), "where the model looks, over the cube")
+        self.heat.disabled = not self.looks
+        self.niivue = _toggle("NiiVue", False, "image and mask in NiiVue, with WebGL")
+        if find_spec("ipyniivue") is None:
+            self.niivue.disabled, self.niivue.tooltip = True, "needs: pip install 'ipmn[viewer]'"
+        self.picture, self.facts, self.native = w.Image(format="png"), w.HTML(), w.VBox()
+        for control in (*self.position, self.level, self.window, self.outline, self.near, self.heat):
+            control.observe(self._draw, "value")
+        self.niivue.observe(self._show_native, "value")
+
+    def show(self, case_id: str, modality: str) -> None:
+        """Shows a case by name. Raises KeyError if it is none of the scans."""
+        rows = self.scans[(self.scans["case_id"] == case_id) & (self.scans["modality"] == modality)]
+        if rows.empty:
+            raise KeyError(f"{case_id} ({modality}) is none of the viewer's scans")
+        self.label.value, self.modality.value = ANY, modality
+        self.center.value = rows.iloc[0]["center"]
+        self.case.value = rows.index[0]
+
+    def _list_cases(self, _=None) -> None:
+        rows = self.scans[
+            (self.scans["center"] == self.center.value) & (self.scans["modality"] == self.modality.value)
+        ]
+        rows = rows if self.label.value == ANY else rows[rows["label"] == self.label.value]
+        self.case.options = [(scan.case_id, scan.Index) for scan in rows.itertuples()]
+        if self.case.options:
+            self.case.index = 0  # ipywidgets leaves a list that was empty without a choice
+
+    def _open_case(self, _=None) -> None:
+        if self.case.value is None:
+            self.opened, self.picture.value, self.facts.value, self.native.children = None, b"", "", ()
             return
-        loaded["scan"] = scans.loc[case.value]
-        _, mask, roi = loaded["volumes"] = figures_scan.scan_volumes(loaded["scan"])
-        loaded["first"] = 0 if mask is None else bounding_box(mask)[2].start
-        position.unobserve_all("value")  # one picture, not one for each change
-        position.max, position.value = roi.shape[2] - 1, figures_scan.widest_slice(roi.dataobj)
-        position.observe(draw, "value")
-        draw()
+        self.opened = None  # nothing is drawn while the sliders move to the new case
+        opened = figures_scan.open_case(self.scans.loc[self.case.value], self.size)
+        for slider, at, n in zip(self.position, figures_scan.middle(opened), opened.image.shape, strict=True):
+            slider.max, slider.value = n, at + 1
+        _fit(self.level, self.window, opened)
+        self.opened = opened
+        self.facts.value = _as_list(figures_scan.header_facts(opened) | self._told())
+        self._draw()
+        self._show_native()
+
+    def _told(self) -> dict[str, str]:
+        look = self.looks.get(self.opened.scan["case_id"])
+        if look is None:
+            return {}
+        lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
+        return {"high risk": f"probability {look.prob:.2f}", "on the lesion": lesion}
+
+    def _draw(self, _=None) -> None:
+        if self.opened is None:
+            return
+        half, heat, lesion = self.window.value / 2, None, None
+        look = self.looks.get(self.opened.scan["case_id"])
+        if self.heat.value and look is not None:
+            _, heat, lesion, _ = figures_attention.canonical(look)
+        self.picture.value = _png(
+            figures_scan.three_planes(
+                self.opened,
+                [slider.value - 1 for slider in self.position],
+                (self.level.value - half, self.level.value + half),
+                self.outline.value,
+                self.near.value,
+                heat,
+                lesion,
+            )
+        )
+
+    def _show_native(self, _=None) -> None:
+        shown = self.niivue.value and self.opened is not None
+        self.native.children = (_in_niivue(self.opened.scan),) if shown else ()
+
+    def still(self) -> str:
+        if self.looks:
+            return "<p>Live in JupyterLab: the heat map over the cube, plane by plane, of every case.</p>"
+        first = self.scans[self.scans["modality"] == self.scans["modality"].iloc[-1]]
+        high = first.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
+        return static_views.viewer(high.sort_values("center", key=lambda c: c.map(CENTERS.index)), self.size)
+
+
+def roi_viewer(scans: pd.DataFrame, size: int = 32) -> RoiViewer:
+    """A live viewer of the cases of `scans` in three planes, beside the cube of edge `size`: `RoiViewer`."""
+    return RoiViewer(scans, size)
+
+
+def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> RoiViewer:
+    """The same of the cases of `looks` (`attention.of_run`), the heat map over the cube."""
+    cases = {look.case_id for look in looks}
+    modality = [m for m in MODALITIES if cases <= set(scans.loc[scans["modality"] == m, "case_id"])][-1]
+    mine = scans[scans["case_id"].isin(cases) & (scans["modality"] == modality)]
+    return RoiViewer(mine, len(looks[0].cube), looks)
+
+
+def _dropdown(name: str, options: Sequence) -> w.Dropdown:
+    layout = w.Layout(width="215px")
+    return w.Dropdown(options=options, description=name, layout=layout, style={"description_width": "60px"})
+
+
+def _toggle(name: str, value: bool, tooltip: str) -> w.ToggleButton:
+    return w.ToggleButton(value=value, description=name, tooltip=tooltip, layout=w.Layout(width="100px"))
+
+
+def _fit(level: w.FloatSlider, window: w.FloatSlider, opened: figures_scan.Case) -> None:
+    """The sliders' range and values for the stored values of a case."""
+    low, high = figures_scan.window_of(opened)
+    span = max(high - low, 1e-6)
+    for slider, least, most, value in (
+        (level, low - span / 2, high + span / 2, (low + high) / 2),
+        (window, span / 50, 2 * span, span),
+    ):
+        slider.max = max(slider.max, most)  # first: a slider refuses a least value above its greatest
+        slider.min, slider.max, slider.step, slider.value = least, most, span / 50, value
+
+
+def _as_list(facts: dict[str, str]) -> str:
+    rows = "".join(
+        f"<tr><td><b>{html.escape(name)}</b>&emsp;</td><td>{html.escape(text)}</td></tr>"
+        for name, text in facts.items()
+    )
+    return f"<table style='line-height:1.5'>{rows}</table>"
+
+
+def _png(figure: Figure) -> bytes:
+    with plt.rc_context(STILL_PICTURE):
+        return figures.png(figure)
+
+
+def _in_niivue(scan: pd.Series) -> w.Widget:
+    """Image and, over it, mask of a cohort row in NiiVue (extra `viewer`)."""
+    from ipyniivue import NiiVue
+
+    volumes = [{"path": scan["image"]}]
+    if scan["mask"]:
+        volumes.append({"path": scan["mask"], "colormap": "red", "opacity": 0.4})
+    shown = NiiVue(height=420)
+    shown.load_volumes(volumes)
+    return shown
+
+
+class CenterExplorer(LiveView):
+    """Results center by center: intervals of all, and of one the ROC, confusions, scores, worst cases.
+
+    `predictions` of one or both tasks, every epoch; `validation` those of the inner split, if any. A case
+    chosen from the worst opens in a viewer of `scans`.
+    """
+
+    def __init__(
+        self,
+        predictions: pd.DataFrame,
+        validation: pd.DataFrame | None,
+        scans: pd.DataFrame,
+        size: int = 32,
+        seed: int = 0,
+    ):
+        self.selected, self.seed, self.summaries = by_center.by_rules(predictions, validation), seed, {}
+        self.viewer = RoiViewer(scans, size)
+        self.viewer.layout.display = "none"
+        self._choices()
+        super().__init__(
+            [
+                w.HBox([self.task, self.modality, self.rule, self.metric]),
+                w.HBox([self.arms, self.forest]),
+                self.center,
+                w.HBox([self.arm]),
+                self.details,
+                self.worst,
+                self.viewer,
+            ]
+        )
+        self._list_arms()
+
+    def _choices(self) -> None:
+        known = lambda column: list(dict.fromkeys(self.selected[column]))  # noqa: E731
+        named = lambda names: [(display_name(n).replace("_", " "), n) for n in names]  # noqa: E731
+        self.task = _dropdown("task", named(known("task")))
+        self.modality = _dropdown("modality", named(sorted(known("modality"))))
+        self.rule = _dropdown("rule", [(by_center.RULES[rule], rule) for rule in known("rule")])
+        self.metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
+        self.arms = w.SelectMultiple(description="arms", rows=8, layout=w.Layout(width="260px"))
+        present = [c for c in CENTERS if (self.selected["center"] == c).any()]
+        options = [(display_name(c), c) for c in (metrics.GLOBAL, *present)]
+        self.center = w.ToggleButtons(options=options, description="center", style={"button_width": "70px"})
+        self.arm = _dropdown("method", [])
+        self.worst = w.Select(description="most wrong", rows=8, layout=w.Layout(width="640px"))
+        self.worst.style.description_width = "90px"
+        self.forest, self.details = w.Image(format="png"), w.Image(format="png")
+        self.task.observe(self._list_arms, "value")
+        for control in (self.modality, self.rule, self.metric, self.arms, self.center):
+            control.observe(self._draw, "value")
+        self.arm.observe(self._show_center, "value")
+        self.worst.observe(self._open_case, "value")
+
+    def rows(self) -> pd.DataFrame:
+        """Predictions of the chosen task, modality, rule and arms."""
+        s = self.selected
+        chosen = (s["task"] == self.task.value) & (s["modality"] == self.modality.value)
+        return s[chosen & (s["rule"] == self.rule.value) & s["arm"].isin(self.arms.value)]
+
+    def summary(self) -> pd.DataFrame:
+        """Intervals of the chosen task, modality and rule, computed when first asked for."""
+        key = self.task.value, self.modality.value, self.rule.value
+        if key not in self.summaries:
+            s = self.selected
+            rows = s[(s["task"] == key[0]) & (s["modality"] == key[1]) & (s["rule"] == key[2])]
+            self.summaries[key] = by_center.summary(rows, seed=self.seed) if len(rows) else pd.DataFrame()
+        return self.summaries[key]
+
+    def _list_arms(self, _=None) -> None:
+        arms = list(dict.fromkeys(self.selected.loc[self.selected["task"] == self.task.value, "arm"]))
+        self.listed = False  # nothing is drawn while the lists change
+        self.arms.options = self.arm.options = [(display_name(arm), arm) for arm in arms]
+        self.arms.value, self.arm.value, self.listed = tuple(arms), arms[0], True
+        self._draw()
+
+    def _draw(self, _=None) -> None:
+        if not self.listed:
+            return
+        table = self.summary()
+        if len(table):
+            table = table[(table["metric"] == self.metric.value) & table["arm"].isin(self.arms.value)]
+        self.forest.value = _png(figures_centers.overview(table, self.center.value)) if len(table) else b""
+        self._show_center()
+
+    def _show_center(self, _=None) -> None:
+        if not self.listed:
+            return
+        rows, center, arm = self.rows(), self.center.value, self.arm.value
+        self.details.value = _png(figures_centers.center_in_detail(rows, center, arm)) if len(rows) else b""
+        mine = by_center.at(rows[rows["arm"] == arm], center)
+        worst = by_center.most_wrong(mine).itertuples() if len(mine) else ()
+        names = by_center.CLASSES[2 if self.task.value == "binary" else 3]
+        self.worst.options = [("choose a case to open it in the viewer", None)] + [
+            (
+                f"{case.center} {case.case_id}: {names[case.y_true]}, held for {names[case.predicted]}; "
+                f"{case.probability:.2f} given to the truth",
+                (case.case_id, case.modality),
+            )
+            for case in worst
+        ]
+
+    def _open_case(self, _=None) -> None:
+        self.viewer.layout.display = "none" if self.worst.value is None else ""
+        if self.worst.value is not None:
+            self.viewer.show(*self.worst.value)
+
+    def still(self) -> str:
+        parts = [by_center.summary(self.selected, seed=self.seed)]
+        return static_views.explorer(self.selected, pd.concat(parts))
+
+
+def center_explorer(
+    predictions: pd.DataFrame,
+    validation: pd.DataFrame | None,
+    scans: pd.DataFrame,
+    size: int = 32,
+    seed: int = 0,
+) -> CenterExplorer:
+    """A live view of results center by center, down to single cases: `CenterExplorer`."""
+    return CenterExplorer(predictions, validation, scans, size, seed)
+
+
+def fedprox_by_hand() -> w.Widget:
+    """The two centers of `by_hand`: choose mu, local steps, rounds, heterogeneity and optimiser.
+
+    Left every step in the plane of the two weights, right the drift of each round.
+    """
+    look = {"continuous_update": False, "style": {"description_width": "initial"}}
+    mu = w.FloatSlider(description="mu", value=0.3, min=0, max=1, step=0.05, **look)
+    steps = w.IntSlider(description="local steps", value=20, min=1, max=50, **look)
+    rounds = w.IntSlider(description="rounds", value=6, min=1, max=8, **look)
+    apart = w.FloatSlider(description="heterogeneity", value=1, min=0, max=1, step=0.1, **look)
+    optimizer = w.ToggleButtons(options=list(by_hand.OPTIMIZERS), description="optimiser")
+    picture = w.Image(format="png")
 
     def draw(_=None) -> None:
-        if case.value is None:
-            return
-        picture.value = figures.png(_slice_beside_roi(**loaded, k=position.value))
+        centers = by_hand.draw_centers(apart.value)
+        paths = by_hand.paths(centers, mu.value, steps.value, rounds.value, optimizer.value)
+        picture.value = figures.png(figures_by_hand.view(centers, paths))
 
-    for control in (center, modality, label):
-        control.observe(list_cases, "value")
-    case.observe(load, "value")
-    list_cases()
-    return w.VBox([w.HBox([center, modality, label]), w.HBox([case, position]), picture])
-
-
-def _slice_beside_roi(scan: pd.Series, volumes: tuple, first: int, k: int) -> Figure:
-    """Slice `k` of the ROI, whose own begin at `first`, beside that of the image (`scan_volumes`)."""
-    image, mask, roi = volumes
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    figures_scan.show_slice(left, image, first + k, mask)
-    figures_scan.show_slice(right, roi, k)
-    spacing = " x ".join(f"{mm:.2f}" for mm in image.header.get_zooms())
-    place = f"slice {first + k + 1} of {image.shape[2]}"
-    left.set_title(f"{scan['center']} {scan['case_id']}, {LABELS[scan['label']]}, {place}")
-    right.set_title(f"ROI {' x '.join(map(str, roi.shape))} voxels of {spacing} mm")
-    return figure
-
-
-def center_explorer(selected: pd.DataFrame) -> w.Widget:
-    """Per-center results of the binary task: choose modality, center and method.
-
-    Shows the ROC of all methods, the scores of the chosen one, and the metric of every center.
-    `selected` holds one epoch a run (`metrics.select`).
-    """
-    summary = metrics.over_folds(metrics.by_fold(selected))
-    modality = w.Dropdown(options=list(dict.fromkeys(selected["modality"])), description="modality")
-    center = w.Dropdown(
-        options=[metrics.GLOBAL, *(c for c in CENTERS if (selected["center"] == c).any())],
-        description="center",
-    )
-    arm = w.Dropdown(options=list(dict.fromkeys(selected["arm"])), description="method")
-    metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
-    picture = w.Image(format="png")
-
-    def draw(_=None) -> None:
-        rows = selected[selected["modality"] == modality.value]
-        here = rows if center.value == metrics.GLOBAL else rows[rows["center"] == center.value]
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-        figures.roc(here, left, center.value)
-        title = f"{center.value}: {figures.display_name(arm.value)}"
-        figures.score_histogram(here[here["arm"] == arm.value], middle, title)
-        figures.forest(summary[summary["modality"] == modality.value], right, metric.value)
-        picture.value = figures.png(figure)
-
-    for control in (modality, center, arm, metric):
+    for control in (mu, steps, rounds, apart, optimizer):
         control.observe(draw, "value")
     draw()
-    return w.VBox([w.HBox([modality, center, arm]), metric, picture])
+    return w.VBox([w.HBox([mu, steps, rounds]), w.HBox([apart, optimizer]), picture])

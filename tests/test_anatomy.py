@@ -2,6 +2,7 @@
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from ipmn_core import anatomy, phantom
@@ -142,3 +143,82 @@ def test_smooth_fields_have_unit_spread_and_follow_the_place_not_the_grid():
         1, abs=0.1
     )  # 21^3 lattice values, smoothed over about 4^3: 150 independent
     assert np.allclose(one, two[::2, ::2, ::2], atol=1e-4)
+
+
+def ml_of(coverage):
+    return float(np.asarray(coverage.dataobj).sum() * np.prod(coverage.header.get_zooms())) / 1000
+
+
+@pytest.fixture(scope="module")
+def plain(cohort):
+    """A patient without any finding, to be given some."""
+    row = cohort[cohort.has_t1 & cohort.has_t2].iloc[0].copy()
+    row["cyst_mm"], row["duct_mm"], row["nodule_mm"], row["atrophy"] = 0, 2.5, 0, 0.1
+    return row
+
+
+def lesion_ml(row, seed=0, **findings):
+    changed = row.copy()
+    for name, value in findings.items():
+        changed[name] = value
+    return ml_of(phantom.lesion(changed, seed, "t2"))
+
+
+def test_the_lesion_lies_on_the_grid_of_the_scan_and_inside_its_mask(pairs, dedicated_pairs):
+    for row, *scans in pairs + dedicated_pairs:
+        for modality, (image, mask) in zip(("t1", "t2"), scans, strict=True):
+            lesion = phantom.lesion(row, 0, modality)
+            assert lesion.shape == image.shape and np.array_equal(lesion.affine, image.affine)
+            part, inside = np.asarray(lesion.dataobj), np.asarray(mask.dataobj)
+            assert part.dtype == np.float32 and part.min() >= 0 and 0.9 < part.max() <= 1 + 1e-6
+            assert part[inside > 0].sum() > 0.9 * part.sum(), row.patient_id  # the rest is partial volume
+
+
+def test_on_t2_the_lesion_is_brighter_than_parenchyma_and_on_t1_darker(pairs):
+    for row, *scans in pairs:
+        for modality, (image, mask) in zip(("t1", "t2"), scans, strict=True):
+            part = np.asarray(phantom.lesion(row, 0, modality).dataobj)
+            data, inside = np.asarray(image.dataobj), np.asarray(mask.dataobj) > 0
+            ratio = np.median(data[part > 0.9]) / np.median(data[inside & (part == 0)])
+            assert ratio > 2 if modality == "t2" else ratio < 0.8, row.patient_id
+
+
+def test_a_larger_finding_is_a_larger_lesion_and_a_normal_duct_is_none(plain):
+    assert lesion_ml(plain) == lesion_ml(plain, duct_mm=4.99) == 0
+    cysts = [lesion_ml(plain, cyst_mm=mm) for mm in (8, 15, 25, 40)]
+    ducts = [lesion_ml(plain, duct_mm=mm) for mm in (5, 8, 12)]
+    assert cysts[0] > 0 and (np.diff(cysts) > 0).all()
+    assert ducts[0] > 0 and (np.diff(ducts) > 0).all()
+    both = lesion_ml(plain, cyst_mm=25, duct_mm=8)
+    assert max(cysts[2], ducts[1]) < both <= cysts[2] + ducts[1]
+
+
+def test_a_cysts_volume_is_that_of_a_ball_with_grapes(plain):
+    for mm in (15, 25, 35):
+        volumes = [lesion_ml(plain, seed, cyst_mm=mm) for seed in range(6)]
+        ball = np.pi / 6 * mm**3 / 1000
+        # between the middle loculus alone (three quarters of the width) and the whole ball with satellites,
+        # of which there are 0.8 on average, each of at most 0.4 of the width; the warp is a tenth of it
+        assert 0.75**3 * 0.9 * ball < min(volumes) and max(volumes) < 1.2 * ball, mm
+
+
+def test_a_ducts_volume_is_that_of_its_cones(plain):
+    plain = plain.copy()
+    plain["duct_mm"] = 9
+    rng = np.random.default_rng([0, plain.number])
+    for length in (16, 16, 16, 3.2):  # the fields that `draw` takes from the stream before the gland
+        anatomy.smooth_field(rng, anatomy.fine_axes(), length)
+    line, _, duct = anatomy.gland(rng, plain)
+    steps, r = np.linalg.norm(np.diff(line[1:], axis=0), axis=1), duct[1:]
+    cones = np.pi / 3 * (steps * (r[1:] ** 2 + r[1:] * r[:-1] + r[:-1] ** 2)).sum() / 1000
+    assert lesion_ml(plain) == pytest.approx(cones, rel=0.15)  # the ends are rounded, the fine grid is coarse
+
+
+def test_the_lesion_is_redrawn_from_the_truth_on_disk(phantom_root):
+    truth = pd.read_csv(phantom_root / "truth.csv")
+    row = truth[truth.has_t2 & (truth.cyst_mm > 10)].iloc[0]
+    stored = nib.load(phantom_root / "IPMN_images_masks" / "t2" / "images" / f"{row.patient_id}.nii.gz")
+    lesion = phantom.lesion(row, 0, "t2")
+    assert lesion.shape == stored.shape and np.allclose(lesion.affine, stored.affine, atol=1e-4)
+    image, _ = phantom.volumes(row, 0, "t2")
+    assert np.array_equal(np.asarray(image.dataobj), np.asarray(stored.dataobj))

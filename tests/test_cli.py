@@ -71,7 +71,7 @@ def fault(capsys):
 
 def test_help_lists_the_commands_within_a_second_of_cpu_and_without_heavy_imports():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "fetch", "check", "predict", "export", "phantom", "bench"):
+    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom", "bench"):
         assert f"\n    {command} " in told
         assert f"ipmn {command} " in told.split("examples:")[1]
     status, seconds, *heavy = told.splitlines()[-1].split()
@@ -221,6 +221,7 @@ def pretended(project, monkeypatch):
 
     monkeypatch.setattr(pipeline, "prepare", lambda p, fresh: (p.folder / f"{fresh=}").touch())
     monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "write_report", lambda p: p.folder / "report.html")
     return project
 
 
@@ -230,6 +231,18 @@ def test_run_prints_each_notebook_table_3_and_where_everything_lies(pretended, c
     assert all(f"{stem} done" in said for stem in pipeline.NOTEBOOKS) and "| Center | Method |" in said
     for name in ("tables", "figures", "notebooks"):
         assert f"{pretended / 'outputs' / 'mine' / name}/" in said
+    assert said.endswith(f"report  {pretended / 'outputs' / 'mine' / 'report.html'}\n")
+
+
+def test_report_writes_the_page_alone_and_says_where(pretended, capsys):
+    assert cli.main(["report", profile(pretended)]) == 0
+    assert capsys.readouterr().out == f"report in {pretended / 'outputs' / 'mine' / 'report.html'}\n"
+
+
+def test_report_of_a_profile_that_never_ran_is_one_sentence(project, capsys):
+    assert cli.main(["report", profile(project)]) == 1
+    said = fault(capsys)
+    assert "01_data_exploration.ipynb: no such notebook; `ipmn run` executes it" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("fresh", [True, False])

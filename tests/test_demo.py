@@ -1,18 +1,36 @@
-"""The demo's own settings, cut down to what it promises: it learns, and does not beat the truth."""
+"""The demo's own settings, cut to T2 and three of its arms: it learns, stays below the truth, and gives what
+`outputs/reference/` holds.
+
+Tolerances: another processor rounds in another way (bfloat16 or float32), and 24 steps of training make of
+that a network of its own. On the processors tried so far, a global mean over folds moved by up to 0.08 in AUC
+and 0.07 in accuracy; so 0.15 (15 percent points in table 2). A setting, a fold or a case that changes may
+move less than that: those are compared exactly where they can be, by table 1 and by MACs and parameters.
+"""
+
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from test_params import PROFILES
 
-from ipmn_core import cohort, metrics, params, phantom, preprocess, runs, truth
+from ipmn_core import cohort, metrics, models, params, phantom, preprocess, runs, tables, truth
+
+REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
+RENEW = "if the change is meant: `make reference`, and a commit that says old and new numbers"
+TOLERANCE = 0.15
+
+
+def reference(n):
+    return pd.read_csv(REFERENCE / f"table{n}.csv")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
+    """The profile, and `metrics.over_folds` of its fresh runs and of the oracle."""
     values = yaml.safe_load(next(path for path in PROFILES if path.stem == "demo").read_text())
     values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
-    values |= {"three_class_models": ["densenet121"], "arms": ["centralized"]}
+    values |= {"three_class_models": ["densenet121"], "arms": ["centralized", "fedavg"]}
     p = params.validate(values, "demo.yaml")
     everyone = phantom.patients(p.seed)
     labelled = everyone[everyone["label_t2"].notna()]
@@ -25,11 +43,62 @@ def demo(tmp_path_factory):
     predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
     selected = metrics.select(predictions)
     oracle = truth.reference_arms(selected, cohort.truth(p)).query("arm == 'oracle'")
-    reached = metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
-    auc = reached[reached["center"] == metrics.GLOBAL].pivot(index="task", columns="arm", values="auc_mean")
-    return auc.assign(reached=auc["centralized"].fillna(auc["densenet121"]))
+    return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
 
 
-@pytest.mark.parametrize(("task", "least"), [("binary", 0.70), ("three_class", 0.65)])
-def test_the_demo_learns_and_stays_below_the_oracle(demo, task, least):
-    assert least <= demo.loc[task, "reached"] <= demo.loc[task, "oracle"]
+@pytest.mark.parametrize(
+    ("task", "arm", "least"), [("binary", "centralized", 0.70), ("three_class", "densenet121", 0.65)]
+)
+def test_the_demo_learns_and_stays_below_the_oracle(demo, task, arm, least):
+    auc = demo.query("center == 'global' and task == @task").set_index("arm")["auc_mean"]
+    assert least <= auc[arm] <= auc["oracle"]
+
+
+def test_table_1_is_the_references_to_the_last_case():
+    everyone = phantom.patients(0)
+    counts = [
+        everyone.groupby(["center", f"label_{m}"]).size().unstack(fill_value=0).assign(modality=m)
+        for m in cohort.MODALITIES
+    ]
+    fresh = pd.concat(counts).rename(columns={0: "no_risk", 1: "low_risk", 2: "high_risk"}).reset_index()
+    keys, columns = ["center", "modality"], ["no_risk", "low_risk", "high_risk"]
+    both = reference(1).merge(fresh, on=keys, suffixes=("", "_fresh"))
+    assert len(both) == len(reference(1)) == 14
+    assert (both[columns].to_numpy() == both[[f"{c}_fresh" for c in columns]].to_numpy()).all(), RENEW
+
+
+def test_the_reference_is_complete():
+    assert reference(2)[["model", "modality"]].equals(tables.paper(2)[["model", "modality"]])
+    keys = ["center", "method", "modality"]
+    assert reference(3)[keys].equals(tables.paper(3)[keys])
+
+
+def test_fresh_numbers_are_the_references_within_the_tolerance(demo):
+    counted = {"densenet121": models.complexity("densenet121")}
+    fresh2 = tables.table2(demo.query("arm != 'oracle'"), counted)
+    fresh3 = tables.table3(demo.query("arm != 'oracle'")).query("center == 'global'")
+    compare(fresh2, reference(2), ["model", "modality"], 100 * TOLERANCE, 1)
+    compare(fresh3, reference(3), ["center", "method", "modality"], TOLERANCE, 2)
+    same = reference(2).merge(fresh2, on=["model", "modality"], suffixes=("", "_fresh"))
+    assert (same["macs_g"] == same["macs_g_fresh"]).all()
+    assert (same["params_m"] == same["params_m_fresh"]).all()
+
+
+def compare(fresh, kept, keys, tolerance, n):
+    both = kept.merge(fresh, on=keys, suffixes=("", "_fresh"))
+    assert len(both) == n
+    for row in both.to_dict("records"):
+        for column in ("acc_mean", "auc_mean"):
+            apart = abs(row[column] - row[f"{column}_fresh"])
+            where = f"{' '.join(row[key] for key in keys)}, {column}"
+            assert apart <= tolerance, f"{where}: {row[f'{column}_fresh']}, reference {row[column]}; {RENEW}"
+
+
+def test_the_reference_report_shows_the_reference_tables():
+    """The page is of the same run as the tables beside it, and no larger than promised."""
+    page = (REFERENCE / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= 8 * 2**20
+    for n in (2, 3):
+        printed = tables.as_printed(pd.read_csv(REFERENCE / f"table{n}.csv"))
+        for cell in printed.filter(regex="ACC|AUC").to_numpy().ravel():
+            assert cell in page, f"table {n}: {cell} is not in the page; {RENEW}"

@@ -5,19 +5,15 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from sklearn.metrics import auc, roc_auc_score
+from test_figures_review import is_clean
 
-from ipmn_core import figures, figures_scan, metrics, preprocess, tables
+from ipmn_core import figures, figures_review, figures_scan, metrics, preprocess, tables
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 
 
 def texts(figure):
     return [text.get_text() for text in figure.findobj(Text)]
-
-
-def is_clean(figure):
-    figure.canvas.draw()
-    return not any("nan" in text.lower() for text in texts(figure))
 
 
 def histories(epochs=3, folds=2):
@@ -53,7 +49,7 @@ def test_a_training_of_one_epoch_is_still_to_be_seen():
         figure.axes[1].get_window_extent(),
     )
     panel = pixels[int(box.y0) + 2 : int(box.y1) - 2, int(box.x0) + 2 : int(box.x1) - 2]
-    assert np.abs(panel - to_rgb(figures.PALETTE[0])).max(axis=2).min() < 0.05  # 8-bit colours
+    assert np.abs(panel - to_rgb(figures.color("t1"))).max(axis=2).min() < 0.05  # 8-bit colours
 
 
 def test_a_forest_has_each_center_at_its_mean_and_na_where_there_is_none(binary_predictions):
@@ -61,7 +57,7 @@ def test_a_forest_has_each_center_at_its_mean_and_na_where_there_is_none(binary_
     rows = summary[summary["modality"] == "t2"]
     figure, ax = plt.subplots()
     figures.forest(rows, ax)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["NYU", "MCF", "AHN", "global"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["NYU", "MCF", "AHN", "Global"]
     assert texts(ax).count("n/a") == 2  # AHN, both methods
     assert all(text.get_position()[1] == pytest.approx(2, abs=0.5) for text in ax.texts)
     points = ax.containers[0].lines[0]
@@ -80,7 +76,7 @@ def test_a_forest_of_accuracies_has_no_na(binary_predictions):
 def test_forests_have_the_papers_values_hollow_beside_ours(binary_predictions):
     summary = metrics.over_folds(metrics.by_fold(binary_predictions))
     figure = figures.forests(summary, paper=tables.paper(3))
-    assert [ax.get_title() for ax in figure.axes] == ["T1", "T2"] and is_clean(figure)
+    assert [ax.get_title() for ax in figure.axes] == ["High risk, T1", "High risk, T2"] and is_clean(figure)
     ours, theirs = (figure.axes[0].containers[k].lines[0] for k in (0, 1))
     assert ours.get_markerfacecolor() == figures.PALETTE[0] and theirs.get_markerfacecolor() == "white"
     printed = tables.paper(3).query("modality == 't1' and method == 'centralized'").set_index("center")
@@ -112,8 +108,47 @@ def test_the_roc_of_one_class_says_na(binary_predictions):
 
 def test_roc_by_center_has_a_panel_for_all_and_for_each_center(binary_predictions):
     figure = figures.roc_by_center(binary_predictions[binary_predictions["modality"] == "t2"])
-    assert [ax.get_title().split(" ")[0] for ax in figure.axes] == ["global", "NYU", "MCF", "AHN"]
+    assert [ax.get_title().split(" ")[0] for ax in figure.axes] == ["Global", "NYU", "MCF", "AHN"]
     assert is_clean(figure)
+
+
+def test_roc_by_center_prints_the_aucs_beside_each_panel_and_the_methods_once(binary_predictions):
+    rows = binary_predictions[binary_predictions["modality"] == "t2"]
+    figure = figures.roc_by_center(rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["Centralized", "FedProx (μ=0.1)"]
+    for ax, center in zip(figure.axes[1:3], ("NYU", "MCF"), strict=True):
+        parts = [part for _, part in rows[rows["center"] == center].groupby("arm", sort=False)]
+        expected = [f"{roc_auc_score(part['y_true'], part['prob_1']):.2f}" for part in parts]
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == expected
+    assert figure.axes[3].get_legend() is None  # AHN, one class only
+
+
+def test_an_arm_has_one_colour_in_all_figures_and_no_modality_has_it(binary_predictions):
+    assert len({figures.color(arm) for arm in figures.METHODS}) == len(figures.METHODS)
+    assert len({figures.color(arm) for arm in figures.MODELS}) == len(figures.MODELS)
+    arms = {figures.color(arm) for arm in (*figures.METHODS, *figures.MODELS)}
+    assert not arms & {figures.color("t1"), figures.color("t2")}
+    order = ["fedprox_0.1", "centralized"]  # the colour is the arm's own, not that of its place
+    rows = binary_predictions.set_index("arm").loc[order].reset_index().query("modality == 't1'")
+    summary = metrics.over_folds(metrics.by_fold(rows))
+    _, (left, right) = plt.subplots(1, 2)
+    figures.forest(summary, left)
+    figures.roc(rows, right)
+    intervals = summary.assign(auc=summary["auc_mean"], auc_low=0.1, auc_high=0.9)
+    review = figures_review.auc_intervals(intervals).axes[0]
+    for arm, container in zip(order, left.containers, strict=True):
+        (curve,) = (c for c in right.lines if c.get_label().startswith(tables.display_name(arm)))
+        (drawn,) = (c for c in review.lines if c.get_label() == tables.display_name(arm))
+        colors = {container.lines[0].get_color(), curve.get_color(), drawn.get_color()}
+        assert colors == {figures.color(arm)}
+
+
+def test_a_loss_that_one_arm_begins_high_is_drawn_by_factors_and_an_auc_never():
+    high = histories().assign(loss=lambda frame: frame["loss"].where(frame["arm"] == "resnet34", 12))
+    for column, scale in ((high["loss"], "log"), (high["loss"] / 12.1, "linear")):
+        figure = figures.training_curves(high.assign(loss=column), "loss", "y", "epoch")
+        assert {ax.get_yscale() for ax in figure.axes} == {scale} and is_clean(figure)
 
 
 def test_a_score_histogram_counts_every_case_once(binary_predictions):

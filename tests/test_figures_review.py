@@ -38,7 +38,7 @@ def line(ax, label):
 
 
 def is_clean(figure):
-    """At most 9 inches wide, and no text that is drawn says nan or overlaps another."""
+    """At most 9 inches wide, and no text that is drawn says nan, overlaps another or is below 8 points."""
     drawn, draw = [], Text.draw
 
     def record(text, renderer):
@@ -50,6 +50,7 @@ def is_clean(figure):
         figure.canvas.draw()
     boxes = [text.get_window_extent().shrunk(0.95, 0.8) for text in drawn]  # letters rarely fill their box
     names = [text.get_text() for text in drawn]
+    assert not [text.get_text() for text in drawn if text.get_fontsize() < figures.SMALL]
     pairs = itertools.combinations(range(len(boxes)), 2)
     assert not [(names[a], names[b]) for a, b in pairs if boxes[a].overlaps(boxes[b])]
     return (
@@ -82,7 +83,7 @@ def intervals():
 def test_a_reliability_diagram_draws_the_curve_of_every_arm_in_the_panel_of_its_modality():
     curve = calibration.reliability(predictions())
     figure = review.reliability_diagrams(curve)
-    assert titles(figure) == ["binary, T1", "binary, T2"] and legend(figure.axes[1]) == SHOWN
+    assert titles(figure) == ["High risk, T1", "High risk, T2"] and legend(figure.axes[1]) == SHOWN
     for ax, modality in zip(figure.axes, MODALITIES, strict=True):
         for arm, label in zip(METHODS, SHOWN, strict=True):
             rows = curve[(curve["modality"] == modality) & (curve["arm"] == arm)]
@@ -103,7 +104,7 @@ def test_both_tasks_have_a_row_of_panels_each_with_its_own_legend_and_a_missing_
         (review.decision_curves, calibration.decision_curve),
     ):
         figure = draw(compute(both))
-        expected = ["binary, T1", "binary, T2", "three class, T1: no runs", "three class, T2"]
+        expected = ["High risk, T1", "High risk, T2", "Three classes, T1: no runs", "Three classes, T2"]
         assert titles(figure) == expected
         assert legend(figure.axes[1])[:3] == SHOWN and legend(figure.axes[3])[0] == "ResNet-34"
         assert is_clean(figure)
@@ -112,7 +113,7 @@ def test_both_tasks_have_a_row_of_panels_each_with_its_own_legend_and_a_missing_
 def test_decision_curves_have_the_two_defaults_below_the_arms():
     curve = calibration.decision_curve(predictions())
     figure = review.decision_curves(curve)
-    assert titles(figure) == ["binary, T1", "binary, T2"]
+    assert titles(figure) == ["High risk, T1", "High risk, T2"]
     assert legend(figure.axes[1]) == [*SHOWN, "treat all", "treat none"]
     ax, rows = figure.axes[0], curve[curve["modality"] == "t1"]
     for arm, label in (("fedavg", "FedAvg"), ("treat all", "treat all"), ("treat none", "treat none")):
@@ -175,9 +176,9 @@ def test_the_papers_aucs_are_hollow_in_the_row_of_their_center_and_method(interv
 
 
 def test_intervals_of_the_three_class_task_have_panels_of_their_own_without_the_paper(intervals):
-    models = intervals.assign(task="three_class", arm=intervals["arm"].replace(METHODS, review.MODELS[:3]))
+    models = intervals.assign(task="three_class", arm=intervals["arm"].replace(METHODS, figures.MODELS[:3]))
     figure = review.auc_intervals(pd.concat([intervals.assign(task="binary"), models]), tables.paper(3))
-    assert titles(figure) == ["binary, T1", "binary, T2", "three class, T1", "three class, T2"]
+    assert titles(figure) == ["High risk, T1", "High risk, T2", "Three classes, T1", "Three classes, T2"]
     assert legend(figure.axes[3]) == ["ResNet-34", "ShuffleNet-V2", "MobileNet-V2"]
 
 
@@ -212,7 +213,7 @@ def test_optimism_has_a_panel_for_each_task_and_modality_with_a_row_for_each_of_
         ]
     )
     figure = review.optimism(frame)
-    assert titles(figure) == ["binary, T1", "binary, T2", "three class, T1", "three class, T2"]
+    assert titles(figure) == ["High risk, T1", "High risk, T2", "Three classes, T1", "Three classes, T2"]
     names = [[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes]
     assert names[0] == SHOWN and names[2] == ["ResNet-34", "DenseNet-121"]
     assert legend(figure.axes[1]) == ["best on test fold", "best on inner split", "last epoch"]
@@ -301,6 +302,28 @@ def test_an_arm_keeps_its_colour_and_reference_arms_are_told_apart(intervals):
     curve = calibration.decision_curve(predictions(arms=("fedavg", "oracle")))
     ax = review.decision_curves(curve).axes[0]
     assert line(ax, "Oracle").get_linestyle() == "--" and line(ax, "FedAvg").get_linestyle() == "-"
+
+
+def test_a_figure_of_every_kind_names_what_its_axes_show(intervals):
+    gains = intervals.rename(columns={"auc": "difference", "auc_low": "low", "auc_high": "high"})
+    optimism = table(["modality", "arm", "best_test", "best_inner", "last"], MODALITIES, METHODS)
+    drift = table(
+        ["modality", "arm", "fold", "client", "round", "distance"], ("t1",), METHODS, (0,), CENTERS, (1, 2)
+    )
+    cosines = table(["modality", "arm", "client", "other", "cosine"], ("t1",), METHODS, CENTERS, CENTERS)
+    audit = table(["center", "modality", "majority", *METHODS], CENTERS, MODALITIES)
+    for figure in (
+        review.reliability_diagrams(calibration.reliability(predictions())),
+        review.decision_curves(calibration.decision_curve(predictions())),
+        review.majority(audit),
+        review.auc_intervals(intervals),
+        review.gain(gains.assign(over="centralized")),
+        review.optimism(optimism),
+        review.drift(drift),
+        review.cosines(cosines),
+    ):
+        first, *_ = panels = [ax for ax in figure.axes if ax.get_title()]
+        assert first.get_ylabel() and panels[-1].get_xlabel()  # inner axes share those of the outer
 
 
 @pytest.mark.parametrize("figure", [review.drift, review.cosines, review.gain])

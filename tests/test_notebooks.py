@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import latex2mathml.converter
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
@@ -107,6 +108,53 @@ def test_a_notebook_uses_only_what_the_package_has(path):
     assert set(modules) <= names, "imported, but not used"
 
 
+def sections(path):
+    """The cells of every `##` section, by its heading."""
+    found = {}
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            heading = cell.source.splitlines()[0]
+            found[heading] = []
+        if found:
+            found[heading].append(cell)
+    return found
+
+
+@every_notebook
+def test_every_section_ends_with_something_to_try(path):
+    for heading, inside in sections(path).items():
+        code = [cell for cell in inside if cell.cell_type == "code"]
+        tried = [k for k, cell in enumerate(code) if "try-it" in cell.metadata.get("tags", [])]
+        assert tried and tried[-1] == len(code) - 1, f"{heading}: no cell to try at its end"
+        for cell in (code[k] for k in tried):
+            assert re.match(r"\w+ = .+  # change me: ", cell.source), f"{heading}: {cell.source[:60]}"
+        questions = [c.source for c in inside if c.cell_type == "markdown" and "*Try it.*" in c.source]
+        assert questions and all("?" in text.split("*Try it.*")[1] for text in questions), heading
+
+
+@every_notebook
+def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
+    first, *_, last = (cell.source for cell in cells(path, "markdown"))
+    minutes = int(re.search(r"\*Reading time\* about (\d+) minutes", first).group(1))
+    words = sum(len(cell.source.split()) for cell in cells(path, "markdown"))
+    pictures = sum(bool(re.search(r"figures\w*\.|widgets\.", cell.source)) for cell in cells(path)[2:])
+    assert minutes == pytest.approx(words / 180 + pictures, rel=0.3)
+    number = int(path.stem[:2])
+    for other in (number - 1, number + 1):
+        assert f"](0{other}_" in first or other not in (1, 2, 3, 4), f"no link to chapter {other}"
+    assert "**What to take home.**" in last
+
+
+@every_notebook
+def test_equations_can_be_shown_without_javascript(path):
+    text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+    shown = re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
+    inline = re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL))
+    assert shown, "a chapter without an equation"
+    for formula in shown + inline:
+        assert "merror" not in latex2mathml.converter.convert(formula)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The smoke profile, run once through the command line as a user would."""
@@ -131,6 +179,7 @@ def test_all_notebooks_run_and_say_where_their_results_lie(smoke):
     )
     for path in (folder / "smoke" / "notebooks").iterdir():
         pipeline.check_executed(path)
+    assert f"report  {folder}/smoke/report.html" in done.stdout
 
 
 def test_no_live_view_waits_for_an_answer_of_the_client(smoke):

@@ -122,6 +122,7 @@ def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path,
     for name in ("notebooks", "tables", "figures", "runs"):
         (tmp_path / "t" / name).mkdir(parents=True)
         (tmp_path / "t" / name / "old").write_text("old")
+    (tmp_path / "t" / "report.html").write_text("old")
     p, calls = params.validate({"profile": "t", "outputs": str(tmp_path)}, "test"), []
 
     def execute(source, target, parameters):

@@ -1,10 +1,12 @@
 import itertools
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
-from ipmn_core import figures, figures_scan, widgets
+from ipmn_core import by_center, figures, figures_scan, static_views, widgets
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -24,18 +26,14 @@ def shown(monkeypatch):
 
 
 def content(ax):
-    """Everything of a panel that a choice may change: words, lines, points, bars and pixels."""
+    """What of a panel a choice may change: words, lines, points, bars, outlines, pixels, limits."""
     words = (ax.get_title(), ax.get_xlabel(), *ax.get_legend_handles_labels()[1])
-    lines = [np.round(line.get_xydata(), 6).tolist() for line in ax.lines]
-    pixels = [np.asarray(image.get_array()).tobytes() for image in ax.images]
-    return words, lines, [bar.get_height() for bar in ax.patches], pixels
-
-
-def controls(widget):
-    """The widgets below `widget` by their description."""
-    children = getattr(widget, "children", ())
-    own = {widget.description: widget} if getattr(widget, "description", "") else {}
-    return own | {name: w for child in children for name, w in controls(child).items()}
+    words += tuple(text.get_text() for text in ax.texts)
+    lines = [np.round(np.asarray(line.get_xydata(), float), 6).tolist() for line in ax.lines]
+    outlines = [len(path.vertices) for c in ax.collections for path in c.get_paths()]
+    pixels = [(np.asarray(image.get_array()).tobytes(), image.get_clim()) for image in ax.images]
+    bars = [bar.get_height() for bar in ax.patches]
+    return words, lines, outlines, bars, pixels, ax.get_xlim(), ax.get_ylim()
 
 
 def choose(control, text):
@@ -47,113 +45,219 @@ def all_differ(contents):
     return not any(one == other for one, other in itertools.combinations(contents, 2))
 
 
-def test_the_viewer_opens_with_the_first_case_at_its_widest_slice(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
-    assert view["case"].label == phantom_scans.iloc[0]["case_id"] and view["class"].label == "any"
-    _, _, roi = figures_scan.scan_volumes(phantom_scans.iloc[0])
-    assert view["slice"].value == figures_scan.widest_slice(roi.dataobj)
-    assert len(shown) == 1
+@pytest.fixture
+def viewer(phantom_scans, shown):
+    return widgets.roi_viewer(phantom_scans)
 
 
-def test_the_viewer_lists_the_cases_of_center_modality_and_class(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
+def test_the_viewer_opens_with_the_first_case_at_the_pancreas_middle(phantom_scans, viewer, shown):
+    assert viewer.case.label == phantom_scans.iloc[0]["case_id"] and viewer.label.label == "any"
+    opened = figures_scan.open_case(phantom_scans.iloc[0], 32)
+    assert [slider.value - 1 for slider in viewer.position] == figures_scan.middle(opened)
+    assert [slider.max for slider in viewer.position] == list(opened.image.shape)
+    assert len(shown) == 1 and len(shown[0]) == 6
+
+
+def test_the_viewer_lists_the_cases_of_center_modality_and_class(phantom_scans, viewer):
     for center, modality, label in (
         ("EMC", "t2", "any"),
         ("AHN", "t1", "high risk"),
         ("NU", "t2", "no risk"),
     ):
-        for control, text in (("center", center), ("modality", modality), ("class", label)):
-            choose(view[control], text)
+        for control, text in (
+            (viewer.center, center),
+            (viewer.modality, modality.upper()),
+            (viewer.label, label),
+        ):
+            choose(control, text)
         rows = phantom_scans[(phantom_scans["center"] == center) & (phantom_scans["modality"] == modality)]
         if label != "any":
             rows = rows[rows["label"] == ("no risk", "low risk", "high risk").index(label)]
-        assert view["case"].options == tuple(zip(rows["case_id"], rows.index, strict=True))
-        assert view["case"].label == rows.iloc[0]["case_id"]
+        assert viewer.case.options == tuple(zip(rows["case_id"], rows.index, strict=True))
+        assert viewer.case.label == rows.iloc[0]["case_id"]
 
 
-def test_another_slice_is_another_picture_and_slices_are_those_of_the_roi(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
-    choose(view["center"], "EMC")
-    scan = phantom_scans.loc[view["case"].value]
-    _, _, roi = figures_scan.scan_volumes(scan)
-    position = view["slice"]
-    assert (position.min, position.max) == (0, roi.shape[2] - 1)
-    before = len(shown)
-    others = [k for k in range(roi.shape[2]) if k != position.value][:4]
-    for k in others:
-        position.value = k
-    assert len(shown) == before + len(others) and all_differ(shown[before - 1 :])
+@pytest.mark.parametrize("axis", range(3))
+def test_each_slider_moves_its_plane_and_the_cross_hair_of_the_others(viewer, shown, axis):
+    before = shown[-1]
+    slider = viewer.position[axis]
+    slider.value = slider.value + 5 if slider.value + 5 <= slider.max else slider.value - 5
+    after, planes = shown[-1], list(figures_scan.AXES)
+    for k, plane in enumerate(planes):  # upper row: the image
+        same_pixels = before[k][4] == after[k][4]
+        same_lines = before[k][1] == after[k][1]
+        moved = figures_scan.AXES[plane] == axis
+        assert same_pixels != moved and same_lines == moved
 
 
-def test_another_case_is_drawn_once(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
+def test_window_and_level_change_what_is_black_and_white(viewer, shown):
+    viewer.window.value = viewer.window.value / 2
+    viewer.level.value = viewer.level.min
+    assert len(shown) == 3
+    limits = [panel[4][0][1] for panel in (contents[0] for contents in shown)]
+    (low, high), (a, b), (c, d) = limits
+    assert b - a == pytest.approx((high - low) / 2) and (c + d) / 2 == pytest.approx(viewer.level.min)
+    assert shown[0][3] == shown[2][3]  # the cube is what the network gets, whatever the window
+
+
+@pytest.mark.parametrize("switch", ["outline", "near"])
+def test_outline_and_close_up_can_be_switched_off(viewer, shown, switch):
+    getattr(viewer, switch).value = False
+    assert all_differ([shown[0][:3], shown[1][:3]]) and shown[0][3:] == shown[1][3:]
+
+
+def test_another_case_is_drawn_once_and_its_header_is_told(phantom_scans, viewer, shown):
     for case in phantom_scans.query("center == 'NYU' and modality == 't1'")["case_id"].iloc[1:]:
         shown.clear()
-        choose(view["case"], case)
+        choose(viewer.case, case)
         assert len(shown) == 1
+        facts = figures_scan.header_facts(figures_scan.open_case(phantom_scans.loc[viewer.case.value], 32))
+        assert all(text in viewer.facts.value for text in facts.values()) and case in facts["case"]
 
 
-def test_an_empty_class_empties_the_view_and_the_way_back_is_open(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
-    choose(view["center"], "MCA")
+def test_what_a_file_is_called_stays_text(phantom_scans, shown):
+    named = phantom_scans.iloc[[0]].assign(case_id="<img src=x onerror=alert(1)>")
+    assert "<img" not in widgets.roi_viewer(named).facts.value
+
+
+def test_an_empty_class_empties_the_view_and_the_way_back_is_open(phantom_scans, viewer, shown):
+    choose(viewer.center, "MCA")
     shown.clear()
-    choose(view["class"], "no risk")  # MCA has none
-    assert view["case"].options == () and view["case"].value is None
-    view["slice"].value = (view["slice"].value + 1) % (view["slice"].max + 1)
+    choose(viewer.label, "no risk")  # MCA has none
+    assert viewer.case.options == () and viewer.case.value is None and viewer.picture.value == b""
+    viewer.position[2].value = 1
     assert not shown
-    choose(view["class"], "high risk")
-    assert len(shown) == 1 and phantom_scans.loc[view["case"].value, "label"] == 2
-    choose(view["class"], "no risk")
-    choose(view["class"], "any")
-    assert view["class"].label == "any" and len(view["case"].options) == 2 and len(shown) == 2
+    choose(viewer.label, "high risk")
+    assert len(shown) == 1 and phantom_scans.loc[viewer.case.value, "label"] == 2
+    choose(viewer.label, "no risk")
+    choose(viewer.label, "any")
+    assert viewer.label.label == "any" and len(viewer.case.options) == 2 and len(shown) == 2
 
 
-def test_a_viewer_that_opens_on_nothing_takes_the_slider(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans.iloc[:0]))
-    view["slice"].value = 1
-    assert not shown and view["case"].value is None
+def test_a_viewer_that_opens_on_nothing_takes_the_sliders(phantom_scans, shown):
+    viewer = widgets.roi_viewer(phantom_scans.iloc[:0])
+    viewer.position[0].value = 1
+    viewer.niivue.value = True
+    assert not shown and viewer.case.value is None and not viewer.native.children
 
 
 def test_the_viewer_takes_clean_rois_of_the_first_release(phantom_scans, shown):
-    only = phantom_scans.iloc[[0]].assign(mask="")
-    view = controls(widgets.roi_viewer(only))
-    image, _, _ = figures_scan.scan_volumes(only.iloc[0])
-    assert view["slice"].max == image.shape[2] - 1 and len(shown) == 1
+    viewer = widgets.roi_viewer(phantom_scans.iloc[[0]].assign(mask=""))
+    image, _, _ = figures_scan.scan_volumes(phantom_scans.iloc[0])
+    assert viewer.position[2].max == image.shape[2] and len(shown) == 1
 
 
-def test_the_viewer_leaves_no_figure_open(phantom_scans, shown):
-    view = controls(widgets.roi_viewer(phantom_scans))
-    choose(view["center"], "AHN")
-    view["slice"].value = 0
+def test_a_case_is_shown_by_its_name_and_another_name_is_refused(phantom_scans, viewer):
+    scan = phantom_scans.query("center == 'IU' and modality == 't2'").iloc[-1]
+    choose(viewer.label, "no risk")
+    viewer.show(scan["case_id"], "t2")
+    assert viewer.case.label == scan["case_id"] and viewer.modality.value == "t2"
+    with pytest.raises(KeyError, match="nobody"):
+        viewer.show("nobody", "t2")
+
+
+def test_without_an_explanation_there_is_no_switch_for_it(viewer):
+    assert viewer.heat.disabled
+
+
+def test_the_viewer_leaves_no_figure_open(viewer, shown):
+    choose(viewer.center, "AHN")
+    viewer.position[2].value = 1
     assert shown and not plt.get_fignums()
 
 
-def test_the_explorer_redraws_for_every_combination(binary_predictions, shown):
-    view = controls(widgets.center_explorer(binary_predictions))
-    names = ["modality", "center", "method", "metric"]
-    assert view["center"].options == ("global", "NYU", "MCF", "AHN") and len(shown) == 1
-    seen = []
-    for combination in itertools.product(*(view[name]._options_labels for name in names)):
-        for name, text in zip(names, combination, strict=True):
-            choose(view[name], text)
-        seen.append(shown[-1])
-    assert len(seen) == 2 * 4 * 2 * 2 and all_differ(seen)
+def test_niivue_gets_image_and_mask_or_says_what_it_needs(phantom_scans, viewer):
+    if viewer.niivue.disabled:
+        assert "ipmn[viewer]" in viewer.niivue.tooltip
+        return
+    viewer.niivue.value = True
+    (native,) = viewer.native.children
+    assert [str(v.path) for v in native.volumes] == list(phantom_scans.iloc[0][["image", "mask"]])
+    viewer.niivue.value = False
+    assert not viewer.native.children
 
 
-def test_the_explorer_takes_a_center_and_a_method_that_one_modality_lacks(binary_predictions, shown):
+def test_the_viewer_carries_its_static_form_of_one_case_a_center(phantom_scans, viewer, monkeypatch):
+    given = []
+    monkeypatch.setattr(static_views, "viewer", lambda scans, size: given.append((scans, size)) or "<i>v</i>")
+    bundle = viewer._repr_mimebundle_()
+    assert bundle["text/html"] == "<i>v</i>" and "application/vnd.jupyter.widget-view+json" in bundle
+    ((scans, size),) = given
+    assert size == 32 and list(scans["center"]) == ["NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC"]
+    assert set(scans["label"]) == {2}
+
+
+@pytest.fixture
+def explorer(binary_predictions, phantom_scans, shown):
+    cases = phantom_scans[phantom_scans["center"].isin(["NYU", "MCF", "AHN"])]
+    return widgets.center_explorer(binary_predictions, None, cases)
+
+
+def test_every_choice_of_the_explorer_is_another_picture(explorer, shown):
+    assert explorer.center._options_labels == ("Global", "NYU", "MCF", "AHN") and len(shown) == 3
+    seen = [(explorer.forest.value, explorer.details.value)]
+    for control in (explorer.modality, explorer.metric, explorer.center, explorer.arm):
+        for text in control._options_labels[1:]:
+            choose(control, text)
+            seen.append((explorer.forest.value, explorer.details.value))
+    assert len(set(seen)) == len(seen) == 1 + 1 + 1 + 3 + 1
+
+
+def test_the_explorer_draws_the_chosen_arms_alone(explorer):
+    before = explorer.forest.value
+    explorer.arms.value = ("centralized",)
+    assert explorer.forest.value != before and set(explorer.rows()["arm"]) == {"centralized"}
+    explorer.arms.value = ()
+    assert explorer.forest.value == b"" and explorer.details.value == b""
+
+
+def test_the_explorer_lists_the_worst_cases_and_opens_one(binary_predictions, phantom_scans, shown):
+    names = phantom_scans.query("modality == 't1' and center == 'NYU'")["case_id"]
+    known = binary_predictions["case_id"].isin(["NYU00", "NYU01", "NYU02"])
+    rows = binary_predictions[known].replace(dict(zip(["NYU00", "NYU01", "NYU02"], names, strict=True)))
+    explorer = widgets.center_explorer(rows, None, phantom_scans)
+    worst = by_center.most_wrong(rows.query("modality == 't1' and arm == 'centralized'"))
+    assert explorer.worst._options_values[1:] == tuple((case, "t1") for case in worst["case_id"])
+    assert explorer.viewer.layout.display == "none"
+    explorer.worst.index = 2
+    assert explorer.viewer.layout.display != "none"
+    assert explorer.viewer.case.label == worst["case_id"].iloc[1]
+
+
+def test_the_explorer_takes_a_center_and_a_method_that_one_modality_lacks(binary_predictions, phantom_scans):
     both = binary_predictions["modality"] == "t1"
     some = (binary_predictions["center"] != "AHN") & (binary_predictions["arm"] == "centralized")
-    view = controls(widgets.center_explorer(binary_predictions[both | some]))
-    choose(view["center"], "AHN")
-    choose(view["method"], "fedprox_0.1")
-    choose(view["modality"], "t2")
-    before = len(shown)
-    choose(view["center"], "NYU")
-    choose(view["method"], "centralized")
-    assert len(shown) > before
+    explorer = widgets.center_explorer(binary_predictions[both | some], None, phantom_scans)
+    choose(explorer.center, "AHN")
+    choose(explorer.arm, "FedProx (μ=0.1)")
+    choose(explorer.modality, "T2")
+    assert explorer.worst._options_values == (None,)
+    choose(explorer.center, "NYU")
+    choose(explorer.arm, "Centralized")
+    assert len(explorer.worst.options) == 9
 
 
-def test_the_explorer_leaves_no_figure_open(binary_predictions, shown):
-    view = controls(widgets.center_explorer(binary_predictions))
-    choose(view["center"], "NYU")
-    assert len(shown) == 2 and not plt.get_fignums()
+def test_both_tasks_are_explored_if_both_are_given(binary_predictions, phantom_scans):
+    three = binary_predictions.assign(task="three_class", arm="densenet121", prob_2=0.0)
+    three = three.drop_duplicates(["case_id", "modality"])
+    explorer = widgets.center_explorer(pd.concat([three, binary_predictions]), None, phantom_scans)
+    assert explorer.arm._options_labels == ("DenseNet-121",)
+    explorer.task.value = "binary"
+    assert explorer.arm._options_labels == ("Centralized", "FedProx (μ=0.1)")
+
+
+def test_the_explorer_leaves_no_figure_open_and_carries_its_static_form(explorer):
+    choose(explorer.center, "NYU")
+    assert not plt.get_fignums()
+    assert re.search(r'data-view="explorer"', explorer._repr_mimebundle_()["text/html"])
+
+
+def test_every_control_of_fedprox_by_hand_is_another_picture(shown):
+    view = widgets.fedprox_by_hand()
+    (mu, steps, rounds), (apart, optimizer) = (box.children for box in view.children[:2])
+    picture = view.children[2]
+    seen = [picture.value]
+    for control, value in ((mu, 0.0), (steps, 5), (rounds, 2), (apart, 0.5), (optimizer, "AdamW")):
+        control.value = value
+        seen.append(picture.value)
+    assert len(set(seen)) == len(seen) == len(shown) and not plt.get_fignums()

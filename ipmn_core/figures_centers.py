@@ -1,0 +1,81 @@
+"""Static figures of the per-center explorer: intervals of every center, and one center in detail."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ipmn_core import by_center, figures, metrics
+from ipmn_core.cohort import CENTERS
+from ipmn_core.tables import display_name
+
+
+def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
+    """Means and 95 % intervals of one task, modality, rule and metric of `by_center.summary`.
+
+    A row a center, a colour an arm; `center` is shaded; what is undefined is written as n/a.
+    """
+    centers = [c for c in (*CENTERS, metrics.GLOBAL) if (summary["center"] == c).any()]
+    arms = list(dict.fromkeys(summary["arm"]))
+    shifts = np.linspace(-0.33, 0.33, len(arms)) if len(arms) > 1 else [0.0]
+    for arm, shift in zip(arms, shifts, strict=True):
+        rows = summary[summary["arm"] == arm].set_index("center").reindex(centers)
+        color, y = figures.COLORS.get(arm, "0.4"), np.arange(len(centers)) + shift
+        ends = np.abs([rows["mean"] - rows["low"], rows["high"] - rows["mean"]])
+        ax.errorbar(rows["mean"], y, xerr=ends, fmt="o", ms=4, lw=1.2, color=color, label=display_name(arm))
+        for place in y[rows["mean"].isna()]:
+            ax.text(0.5, place, "n/a", color=color, fontsize=8, va="center", ha="center")
+    if center in centers:
+        ax.axhspan(centers.index(center) - 0.5, centers.index(center) + 0.5, color="0.92", zorder=0)
+    ax.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(centers)), [display_name(name) for name in centers])
+    metric = summary["metric"].iloc[0].upper() if len(summary) else ""
+    ax.set(xlim=(-0.03, 1.03), xlabel=f"{metric}, mean over folds with 95 % interval")
+    ax.set_ylim(len(centers) - 0.5, -0.5)
+    return ax
+
+
+def overview(summary: pd.DataFrame, center: str = "") -> Figure:
+    """The figure of `intervals`, its legend above."""
+    figure, ax = plt.subplots(figsize=(9, 3.6))
+    intervals(summary, ax, center)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
+    return figure
+
+
+def confusion(rows: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
+    """Cases by true and most probable class of one arm."""
+    matrix = by_center.confusion(rows)
+    names = [name.replace("not high", "not\nhigh") for name in by_center.CLASSES[len(matrix)]]
+    ax.imshow(matrix, cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
+    for (i, j), n in np.ndenumerate(matrix):
+        ax.text(j, i, n, ha="center", va="center", color="white" if n > matrix.max() / 2 else "black")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names, rotation=90, va="center")
+    ax.tick_params(length=0)
+    ax.set(title=title, xlabel="most probable class", ylabel="true class")
+    return ax
+
+
+def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
+    """ROC of every arm for high risk, confusion matrix and scores of one `arm`, at one center or globally.
+
+    `rows` hold one task and modality, one epoch a run.
+    """
+    here = by_center.at(rows, center)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.3), width_ratios=(1, 1, 1.2))
+    name = display_name(center)
+    high = by_center.as_high_risk(here) if len(here) else here
+    figures.roc(high, left, name)
+    mine = here[here["arm"] == arm]
+    if mine.empty:
+        for ax in (middle, right):
+            ax.set_axis_off()
+            ax.set_title(f"{name}: no cases")
+        return figure
+    confusion(mine, middle, f"{name}: {display_name(arm)}")
+    figures.score_histogram(high[high["arm"] == arm], right, f"{name}: {display_name(arm)}")
+    return figure

@@ -1,0 +1,68 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from ipmn_core import by_center, figures_centers, metrics
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
+
+
+@pytest.fixture(scope="module")
+def summary(binary_predictions):
+    table = by_center.summary(by_center.by_rules(binary_predictions), n_resamples=50)
+    return table.query("modality == 't2' and rule == 'last' and metric == 'auc'")
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_each_center_has_its_mean_and_interval_and_na_where_there_is_none(summary):
+    _, ax = plt.subplots()
+    figures_centers.intervals(summary, ax, "MCF")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["NYU", "MCF", "AHN", "Global"]
+    for container, (_, rows) in zip(ax.containers, summary.groupby("arm", sort=False), strict=True):
+        points, _, (bars,) = container
+        rows = rows.set_index("center").reindex(["NYU", "MCF", "AHN", "global"])
+        np.testing.assert_allclose(points.get_xdata(orig=False), rows["mean"])
+        ends = [
+            segment[:, 0]
+            for segment in bars.get_segments()
+            if np.size(segment) and np.isfinite(segment).all()
+        ]
+        known = rows[["low", "high"]].dropna().astype(float)
+        np.testing.assert_allclose(ends, known, atol=1e-12)
+    assert texts(ax.figure).count("n/a") == 2  # AHN has no high risk on T2: once an arm
+
+
+def test_the_details_are_those_of_the_center_and_the_arm(binary_predictions):
+    rows = binary_predictions.query("modality == 't2'")
+    figure = figures_centers.center_in_detail(rows, "NYU", "fedprox_0.1")
+    _, middle, right = figure.axes
+    matrix = by_center.confusion(rows.query("center == 'NYU' and arm == 'fedprox_0.1'"))
+    assert [text.get_text() for text in middle.texts] == [str(n) for n in matrix.flat]
+    assert sum(bar.get_height() for bar in right.patches) == matrix.sum() == 12
+    assert any("NYU" in text for text in texts(figure))
+
+
+@pytest.mark.parametrize(("center", "arm"), [("AHN", "centralized"), ("EMC", "centralized"), ("NYU", "none")])
+def test_a_center_with_one_class_or_without_cases_is_said(binary_predictions, center, arm):
+    figure = figures_centers.center_in_detail(binary_predictions.query("modality == 't2'"), center, arm)
+    figure.canvas.draw()
+    said = " ".join(texts(figure))
+    assert ("one class only" if center == "AHN" else "no cases") in said and "nan" not in said.lower()
+
+
+def test_three_classes_are_shown_as_high_risk_against_the_rest(binary_predictions):
+    rows = binary_predictions.assign(task="three_class", prob_2=binary_predictions["prob_1"])
+    rows["prob_1"] = 0.0
+    rows["y_true"] *= 2
+    rows = rows.query("modality == 't1'")
+    left, middle, _ = figures_centers.center_in_detail(rows, metrics.GLOBAL, "centralized").axes
+    assert len(middle.texts) == 9
+    assert "12 of 36 high risk" in left.get_title()
+
+
+def test_the_overview_names_every_arm(summary):
+    assert {"Centralized", "FedProx (μ=0.1)"} <= set(texts(figures_centers.overview(summary)))
