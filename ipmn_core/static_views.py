@@ -94,7 +94,7 @@ def _case(case: figures_scan.Case) -> dict:
     low, high = figures_scan.window_of(case)
     voxels = windowed(np.asanyarray(case.image.dataobj), low, high)
     box = tuple(slice(start, start + n) for start, n in zip(case.first, case.roi.shape, strict=True))
-    cut, step = framing(case.image.shape, spacing, box)
+    cut, step = framing(case.image.shape, spacing, box, VOXELS)
     shown = averaged(voxels[cut], step)
     inside = None if case.mask is None else averaged(case.mask[cut], step).astype(bool)
     name, modality = str(case.scan["case_id"]), case.scan["modality"]
@@ -124,7 +124,7 @@ def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.uint8(np.rint(np.clip((volume - low) / span, 0, 1) * 255))
 
 
-def framing(shape, spacing, box, voxels: int = VOXELS) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+def framing(shape, spacing, box, voxels: int) -> tuple[tuple[slice, ...], tuple[int, ...]]:
     """Which part of a volume to show (a slice an axis) and how many voxels of each axis to average into one.
 
     All of it, if it has at most `voxels`; else `box` and MARGIN mm around it, in blocks as cubic as they can
@@ -155,6 +155,7 @@ def averaged(volume: np.ndarray, step: tuple[int, ...]) -> np.ndarray:
 
 def _first_look(inside: np.ndarray) -> list[int]:
     """A voxel of the widest axial slice: of those inside the one nearest to their middle."""
+    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
     k = figures_scan.widest_slice(inside)
     plane = np.argwhere(inside[:, :, k])
     i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]

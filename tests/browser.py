@@ -43,11 +43,13 @@ SETTINGS = {  # every cell in the page, and neither questions nor answers about 
 
 
 def chromium() -> str:
-    """The path of a Chromium; without one the test skips, or fails if IPMN_BROWSER says `required`."""
+    """The path of a Chromium; without one the module skips, or fails if IPMN_BROWSER says `required`."""
     for path in filter(None, map(shutil.which, CHROMIUM)):
         return path
-    say = pytest.fail if os.environ.get("IPMN_BROWSER") == "required" else pytest.skip
-    say("no Chromium: apt-get install chromium")
+    reason = "no Chromium: apt-get install chromium"
+    if os.environ.get("IPMN_BROWSER") == "required":
+        pytest.fail(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def smoke_project(folder: Path) -> Path:

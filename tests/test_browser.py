@@ -7,15 +7,15 @@ import browser
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+CHROMIUM = browser.chromium()  # without one there is nothing to test here
 CHAPTERS = ("01_data_exploration", "03_federated_binary")
 HARMLESS = ()  # what JupyterLab itself logs as an error
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    path = browser.chromium()  # skips before anything costly
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=browser.FLAGS)
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=browser.FLAGS)
         yield running
         running.close()
 

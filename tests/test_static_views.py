@@ -151,6 +151,27 @@ def test_a_large_image_is_cut_to_the_pancreas_and_averaged_until_it_fits():
     assert whole == (slice(0, 400), slice(0, 400), slice(0, 30)) and one == (1, 1, 1)
 
 
+def test_what_is_cut_and_averaged_lies_where_it_lay(tmp_path, monkeypatch):
+    monkeypatch.setattr(static_views, "VOXELS", 300)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([stored(tmp_path, "LPS")]), SIZE))["cases"]
+    assert (
+        item["start"] == [0, 0, 0] and item["step"] == [3, 2, 1] and item["shape"] == [6, 8, 6]
+    )  # 10 mm is far
+    marker = np.argwhere(unpacked(item["voxels"], item["shape"]) > 200).mean(axis=0)
+    place = np.add(item["start"], (marker + 0.5) * item["step"] - 0.5)
+    np.testing.assert_allclose(place, (16, 12, 3.5), atol=1)
+    assert dict(item["facts"])["shown"].endswith("means of 3 × 2 × 1 voxels")
+
+
+def test_a_mask_thinner_than_the_blocks_is_no_obstacle(tmp_path, monkeypatch):
+    scan, mask = stored(tmp_path, "RAS"), np.zeros((20, 16, 6), np.uint8)
+    mask[:, 8, 2] = 1
+    nib.save(nib.Nifti1Image(mask, nib.load(scan["image"]).affine), scan["mask"])
+    monkeypatch.setattr(static_views, "VOXELS", 300)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    assert not mask_of(item).any() and len(item["at"]) == 3
+
+
 def test_averages_are_the_means_of_blocks():
     volume = np.random.default_rng(0).integers(0, 255, (7, 6, 3)).astype(np.uint8)
     means = static_views.averaged(volume, (2, 3, 1))
@@ -283,7 +304,9 @@ def shown(tmp_path_factory, phantom_scans, tables):
     script, style = ((files("ipmn_core") / "page" / f"views.{kind}").read_text() for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    views = static_views.explorer(*tables) + static_views.viewer(scans, SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_views, "VOXELS", 20_000)  # so that the phantoms are cut and averaged
+        views = static_views.explorer(*tables) + static_views.viewer(scans, SIZE)
     (folder / "page.html").write_text(
         f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{style}</style></head>'
@@ -460,6 +483,23 @@ def test_another_case_is_shown_with_its_own_facts(page, shown):
     after = pixels(page)
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(before, after, strict=True))
     assert page.get_by_label("case").locator("optgroup").count() == shown[0]["center"].nunique()
+
+
+def test_a_cut_and_averaged_image_keeps_its_numbers_and_its_place_in_the_cube(page):
+    text = page.locator("[data-view=viewer] script").text_content()
+    item = json.loads(text)["cases"][1]
+    assert max(item["start"]) > 0 and max(item["step"]) > 1
+    page.get_by_label("case").select_option(index=1)
+    page.locator("dd", has_text=item["case"]).wait_for()
+    move(page, "sagittal", 7)
+    place = item["start"][0] + 7.5 * item["step"][0] - 0.5
+    said = page.get_by_label("sagittal", exact=True).get_attribute("aria-valuetext")
+    mm = f"{place * item['spacing'][0]:.1f} mm from the left"
+    assert said == f"slice {int(place) + 1} of {item['whole'][0]}, {mm}"
+    click(page, "axial", 7.5 / SIZE, 0.5, kind="cube")  # cell 8 from the left
+    start, length = item["box"][0]
+    middle = start + 8.5 / SIZE * length
+    assert sliders(page)[0] == int((middle - item["start"][0]) / item["step"][0])
 
 
 def test_a_hostile_name_is_text(page):

@@ -339,7 +339,7 @@
 
   function interval(row) {
     if (!row || row[4] === null) return row?.[7] ? `n/a: ${row[7]}` : "n/a";
-    return three(row[4]) + (row[5] === null ? "" : ` [${three(row[5])}, ${three(row[6])}]`);
+    return three(row[4]) + (row[5] === null ? "" : `\u00a0[${three(row[5])},\u00a0${three(row[6])}]`);
   }
 
   const dashes = (arm) => ({ "stroke-dasharray": arm.reference ? "5 3" : "none" }); // trains no network
@@ -426,7 +426,7 @@
     };
     const rows = counts.map((row, y) =>
       [html("th", { scope: "row" }, classes[y]), ...row.map((n) => cell(n, row))]);
-    const caption = "Cases; rows: true class, columns: predicted class";
+    const caption = "Cases; rows: true class, columns: predicted";
     return fill(table(caption, ["", ...classes], rows), { class: "confusion" }, []);
   }
 
@@ -511,7 +511,8 @@
       const shown = view.arms.map((_, a) => a).filter((a) => !state.off.has(a));
       const find = (arm, at) =>
         view.summary.find((row) => row[0] === arm && row[1] === rule && row[2] === metric && row[3] === at);
-      const name = new Map(metrics).get(metric);
+      const macro = metric === "auc" && view.classes.length > 2 ? "macro " : "";
+      const name = macro + new Map(metrics).get(metric);
       const title = `${name}, mean over folds and its 95 % interval`;
       above.replaceChildren(forest(view, shown, center, find, title, pick));
       left.replaceChildren(...rocPanel(shown, (arm) => interval(find(arm, center)), name));
