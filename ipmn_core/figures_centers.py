@@ -66,10 +66,11 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
     `rows` hold one task and modality, one epoch a run.
     """
     here = by_center.at(rows, center)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.3), width_ratios=(1, 1, 1.2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.6))
     name = display_name(center)
     high = by_center.as_high_risk(here) if len(here) else here
     figures.roc(high, left, name)
+    _aucs_below(left)
     mine = here[here["arm"] == arm]
     if mine.empty:
         for ax in (middle, right):
@@ -78,4 +79,14 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
         return figure
     confusion(mine, middle, f"{name}: {display_name(arm)}")
     figures.score_histogram(high[high["arm"] == arm], right, f"{name}: {display_name(arm)}")
+    for ax in (middle, right):
+        ax.set_box_aspect(1)
     return figure
+
+
+def _aucs_below(ax: Axes) -> None:
+    """The legend of a ROC panel, methods and AUCs, below all panels: beside it, it would narrow the panel."""
+    lines, labels = ax.get_legend_handles_labels()
+    if lines:
+        ax.get_legend().remove()
+        ax.figure.legend(lines, labels, title="AUC", ncols=len(lines), loc="outside lower center", fontsize=8)

@@ -64,10 +64,10 @@ class RoiViewer(LiveView):
         self._controls()
         super().__init__(
             [
-                w.HBox([self.center, self.modality, self.label, self.case]),
-                w.HBox([*self.position, self.near]),
-                w.HBox([self.level, self.window, self.outline, self.heat, self.niivue]),
-                w.HBox([self.picture, self.facts]),
+                _row([self.center, self.modality, self.label, self.case]),
+                _row([*self.position, self.near]),
+                _row([self.level, self.window, self.outline, self.heat, self.niivue]),
+                _row([self.picture, self.facts]),
                 self.native,
             ]
         )
@@ -95,7 +95,7 @@ class RoiViewer(LiveView):
         self.niivue = _toggle("NiiVue", False, "image and mask in NiiVue, with WebGL")
         if find_spec("ipyniivue") is None:
             self.niivue.disabled, self.niivue.tooltip = True, "needs: pip install 'ipmn[viewer]'"
-        self.picture, self.facts, self.native = w.Image(format="png"), w.HTML(), w.VBox()
+        self.picture, self.facts, self.native = _picture(), w.HTML(), w.VBox()
         for control in (*self.position, self.level, self.window, self.outline, self.near, self.heat):
             control.observe(self._draw, "value")
         self.niivue.observe(self._show_native, "value")
@@ -183,6 +183,15 @@ def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> RoiViewer:
     return RoiViewer(mine, len(looks[0].cube), looks)
 
 
+def _row(children: Sequence[w.Widget]) -> w.HBox:
+    """The widgets side by side, in more rows where the page is narrow: Lab hides what is too wide."""
+    return w.HBox(children, layout=w.Layout(flex_flow="row wrap"))
+
+
+def _picture() -> w.Image:
+    return w.Image(format="png", layout=w.Layout(max_width="100%", align_self="flex-start"))
+
+
 def _dropdown(name: str, options: Sequence) -> w.Dropdown:
     layout = w.Layout(width="215px")
     return w.Dropdown(options=options, description=name, layout=layout, style={"description_width": "60px"})
@@ -224,7 +233,7 @@ def _in_niivue(scan: pd.Series) -> w.Widget:
     volumes = [{"path": scan["image"]}]
     if scan["mask"]:
         volumes.append({"path": scan["mask"], "colormap": "red", "opacity": 0.4})
-    shown = NiiVue(height=420)
+    shown = NiiVue(height=420, is_radiological_convention=True, crosshair_width=1)
     shown.load_volumes(volumes)
     return shown
 
@@ -250,10 +259,10 @@ class CenterExplorer(LiveView):
         self._choices()
         super().__init__(
             [
-                w.HBox([self.task, self.modality, self.rule, self.metric]),
-                w.HBox([self.arms, self.forest]),
+                _row([self.task, self.modality, self.rule, self.metric]),
+                _row([self.arms, self.forest]),
                 self.center,
-                w.HBox([self.arm]),
+                _row([self.arm]),
                 self.details,
                 self.worst,
                 self.viewer,
@@ -275,7 +284,7 @@ class CenterExplorer(LiveView):
         self.arm = _dropdown("method", [])
         self.worst = w.Select(description="most wrong", rows=8, layout=w.Layout(width="640px"))
         self.worst.style.description_width = "90px"
-        self.forest, self.details = w.Image(format="png"), w.Image(format="png")
+        self.forest, self.details = _picture(), _picture()
         self.task.observe(self._list_arms, "value")
         for control in (self.modality, self.rule, self.metric, self.arms, self.center):
             control.observe(self._draw, "value")
@@ -362,7 +371,7 @@ def fedprox_by_hand() -> w.Widget:
     rounds = w.IntSlider(description="rounds", value=6, min=1, max=8, **look)
     apart = w.FloatSlider(description="heterogeneity", value=1, min=0, max=1, step=0.1, **look)
     optimizer = w.ToggleButtons(options=list(by_hand.OPTIMIZERS), description="optimiser")
-    picture = w.Image(format="png")
+    picture = _picture()
 
     def draw(_=None) -> None:
         centers = by_hand.draw_centers(apart.value)
@@ -372,4 +381,4 @@ def fedprox_by_hand() -> w.Widget:
     for control in (mu, steps, rounds, apart, optimizer):
         control.observe(draw, "value")
     draw()
-    return w.VBox([w.HBox([mu, steps, rounds]), w.HBox([apart, optimizer]), picture])
+    return w.VBox([_row([mu, steps, rounds]), _row([apart, optimizer]), picture])
