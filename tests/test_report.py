@@ -358,6 +358,7 @@ def test_a_phantom_is_called_synthetic_and_nothing_is_for_clinical_use(page, tmp
     assert "synthetic" in head and "Not for clinical use" in head and "mine" in head and "phantom" in head
     real = parsed(profile(tmp_path, data="data/ipmn")).header.get_text()
     assert "synthetic" not in real and "Not for clinical use" in real and "data/ipmn" in real
+    assert "images of patients" in real and "images of patients" not in head
 
 
 def test_the_same_files_give_the_same_bytes(small):
