@@ -203,6 +203,7 @@ def of_run(
     return [seen[look.case_id] for look in looks]
 
 
+@machine.one_thread()
 def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     """The same cases with what the network gives them and where it looks, in batches."""
     if not looks:

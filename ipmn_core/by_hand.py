@@ -7,8 +7,7 @@ and `training` learn; this file draws the cases and notes where the weights went
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipmn_core import federated, training
+from ipmn_core import federated, machine, training
 
 SERVER = "server"
 WEIGHTS = ["w_0", "w_1"]
@@ -120,18 +119,7 @@ def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> training.
     )
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block, or a function, on one thread of torch: for so few numbers several only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@machine.one_thread()
 def paths(
     centers: Centers, mu: float = 0.0, local_steps: int = 20, rounds: int = 6, optimizer: str = "SGD"
 ) -> pd.DataFrame:
@@ -198,7 +186,7 @@ def drift(paths: pd.DataFrame) -> pd.DataFrame:
     return ends.index.to_frame(index=False).assign(distance=np.linalg.norm(last - first, axis=1))
 
 
-@_one_thread()
+@machine.one_thread()
 def optima(centers: Centers) -> pd.DataFrame:
     """Where Eq. (1) is least for A's cases, for B's and for all, the federation's aim.
 
@@ -226,7 +214,7 @@ def _optimum(data: training.Cases, cases: torch.Tensor) -> list[float]:
     return [*w.tolist(), objective().item()]
 
 
-@_one_thread()
+@machine.one_thread()
 def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> np.ndarray:
     """Eq. (1), F_k(w), of a client on a grid: (len(w_1), len(w_0)), float32, as contour lines want it."""
     cases = centers.clients[client]

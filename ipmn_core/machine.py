@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
@@ -42,6 +43,20 @@ def prepare(threads: int) -> None:
         glibc = ctypes.CDLL("libc.so.6")
         glibc.mallopt(M_MMAP_MAX, 0)
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A block, or a function, on one thread of torch: with little to compute several wait for each other.
+
+    The more so beside other work on the same cores; and the bits do not depend on how many there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def release_memory() -> None:

@@ -195,3 +195,11 @@ def keep_and_release():
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory, read from /proc")
 def test_freed_memory_is_kept_for_the_next_step_until_it_is_released():
     assert spread.alone(keep_and_release, ()) is None
+
+
+def test_one_thread_is_for_the_block_alone_even_if_it_fails():
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError), machine.one_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError
+    assert torch.get_num_threads() == before
