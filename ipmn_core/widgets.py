@@ -233,7 +233,7 @@ def _in_niivue(scan: pd.Series) -> w.Widget:
     volumes = [{"path": scan["image"]}]
     if scan["mask"]:
         volumes.append({"path": scan["mask"], "colormap": "red", "opacity": 0.4})
-    shown = NiiVue(height=420, is_radiological_convention=True, crosshair_width=1)
+    shown = NiiVue(height=420, is_radiological_convention=True, sagittal_nose_left=True, crosshair_width=1)
     shown.load_volumes(volumes)
     return shown
 
