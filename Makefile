@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint lab bench reference clean
 
-demo: .venv/installed          ## tables 1-3 and figure 1 on the embedded cohort
+demo: .venv/installed          ## tables 1-3, figures and report.html on the embedded cohort
 	$(BIN)/ipmn run params/demo.yaml
 
 test: .venv/extras             ## the whole test suite, with the backends that only it needs

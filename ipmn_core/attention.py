@@ -6,6 +6,7 @@ Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018, arXiv 1810.0329
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class Look:
     mm: np.ndarray  # (3,)
     turn: np.ndarray  # (3, 2)
     task: str = ""
+    modality: str = ""
     network: str = ""
     asked: int = -1
     layer: str = ""
@@ -55,7 +57,10 @@ class Look:
 
     @property
     def pancreas(self) -> np.ndarray:
-        """(S, S, S) bool: voxels that hold a part of the masked ROI; the rest is padding, zero."""
+        """(S, S, S) bool: voxels that hold a part of the masked ROI; the rest is padding, zero.
+
+        Where stored values are negative, padding is not the least of them and counts as pancreas.
+        """
         return self.cube > 0
 
     @property
@@ -191,9 +196,11 @@ def of_run(
     patients = _patients(cohort.truth(p))
     looks = []
     for k, scan in tqdm(rows.iterrows(), "cases", len(rows), unit="case", delay=2):
-        patient = patients.get(scan["case_id"].casefold())
+        patient = patients.get(scan["patient_id"].casefold())
         blank = _blank(scan, np.float32(cubes.array[k]), patient, p.seed)
-        looks.append(replace(blank, task=run.task, network=trained.network, asked=asked))
+        looks.append(
+            replace(blank, task=run.task, modality=run.modality, network=trained.network, asked=asked)
+        )
     local = run.arm == runs.LOCAL_ONLY
     seen = {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
@@ -203,11 +210,16 @@ def of_run(
     return [seen[look.case_id] for look in looks]
 
 
-@machine.one_thread()
 def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     """The same cases with what the network gives them and where it looks, in batches."""
     if not looks:
         return []
+    few = looks[0].cube.size <= 2**16  # voxels: small cubes, for which threads only wait for each other
+    with machine.one_thread() if few else contextlib.nullcontext():
+        return _in_batches(network, looks)
+
+
+def _in_batches(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     layer, asked, n = layer_of(network, len(looks[0].cube)), looks[0].asked, _at_once(looks[0].cube)
     done = []
     for start in tqdm(range(0, len(looks), n), "Grad-CAM", unit="batch", delay=2):
@@ -280,14 +292,15 @@ def lesion_cube(
     return part
 
 
-def untrained(looks: Sequence[Look], seed: int = 0) -> list[Look]:
+def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device = "cpu") -> list[Look]:
     """The control: the same cases as an untrained network (weights drawn from `seed`) looks at them.
 
     Adebayo et al. 2018: a map that does not change when the weights are random shows the image and the
     architecture, not what was learnt.
     """
     one = looks[0]
-    return _seen(models.build(one.network, len(predict.CLASSES[one.task]), seed).eval(), looks)
+    network = models.build(one.network, len(predict.CLASSES[one.task]), seed).eval()
+    return _seen(network.to(device), looks)
 
 
 def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:

@@ -230,6 +230,11 @@ def _empty(ax: Axes, title: str) -> Axes:
     return ax
 
 
+def of_one_scale(selected: pd.DataFrame) -> pd.DataFrame:
+    """The rows without `local_only`: of all centers together, its models' scores share no scale to pool."""
+    return selected[selected["arm"] != "local_only"]
+
+
 def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task.
 
@@ -239,7 +244,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     columns = 4
     down = -(-(len(centers) + 1) // columns)
     figure, axes = plt.subplots(down, columns, figsize=(WIDTH, 2.1 * down + 0.4), squeeze=False)
-    panels = [roc(selected, axes.flat[0], display_name(metrics.GLOBAL))]
+    panels = [roc(of_one_scale(selected), axes.flat[0], display_name(metrics.GLOBAL))]
     for ax, center in zip(axes.flat[1:], centers, strict=False):
         panels.append(roc(selected[selected["center"] == center], ax, center))
     for ax in axes.flat[len(panels) :]:

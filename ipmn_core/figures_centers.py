@@ -30,9 +30,10 @@ def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
             ax.text(0.5, place, "n/a", color=color, fontsize=8, va="center", ha="center")
     if center in centers:
         ax.axhspan(centers.index(center) - 0.5, centers.index(center) + 0.5, color="0.92", zorder=0)
-    ax.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(centers)), [display_name(name) for name in centers])
     metric = summary["metric"].iloc[0].upper() if len(summary) else ""
+    if metric == "AUC":  # an accuracy has no such line
+        ax.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(centers)), [display_name(name) for name in centers])
     ax.set(xlim=(-0.03, 1.03), xlabel=f"{metric}, mean over folds with 95 % interval")
     ax.set_ylim(len(centers) - 0.5, -0.5)
     return ax
@@ -40,7 +41,8 @@ def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
 
 def overview(summary: pd.DataFrame, center: str = "") -> Figure:
     """The figure of `intervals`, its legend above."""
-    figure, ax = plt.subplots(figsize=(9, 3.6))
+    height = figures.row_height(summary["arm"].nunique()) * summary["center"].nunique() + 0.8
+    figure, ax = plt.subplots(figsize=(figures.WIDTH, height))
     intervals(summary, ax, center)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     return figure
@@ -66,10 +68,10 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
     `rows` hold one task and modality, one epoch a run.
     """
     here = by_center.at(rows, center)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.6))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.WIDTH, 3.6))
     name = display_name(center)
     high = by_center.as_high_risk(here) if len(here) else here
-    figures.roc(high, left, name)
+    figures.roc(figures.of_one_scale(high) if center == metrics.GLOBAL else high, left, name)
     _aucs_below(left)
     mine = here[here["arm"] == arm]
     if mine.empty:

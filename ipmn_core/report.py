@@ -7,9 +7,11 @@ import base64
 import hashlib
 import importlib
 import json
+import os
 import re
+import sys
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -25,16 +27,19 @@ import nbformat
 import pandas as pd
 import yaml
 from markupsafe import Markup
+from markupsafe import escape as escape_all
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 from ipmn_core import cohort, disk, figures, tables
-from ipmn_core.params import Params
+from ipmn_core.params import Params, project_root
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 KINDS = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain")  # best first
 PROGRESS = re.compile(r"\d+%\||\d[\d.]* ?\w+ \[\d+:\d+")  # tqdm's, with and without a total
+NO_TEXT = r"<(?:script|style)\b.*?</|data:[\w.+-]+/[\w.+-]+[;,][^\"<]*"  # of a page: "/data" may be base64
+BEGINS = r"(?:(?<![\w.~</])|(?<=file://)|(?<=\\n))"  # not within a path, an address or a closing tag
 REMARKS = {"Try it.": "try-it", "Caveat": "caveat", "How to read it.": "how-to-read"}
 HOW = (
     "outputs",
@@ -93,11 +98,14 @@ def page(p: Params, notebooks: Sequence[Path]) -> str:
     read = {path.stem: nbformat.read(path, 4) for path in notebooks}
     for stem, notebook in read.items():
         _check_settings(p, stem, notebook)
+    folders = _folders(p, read.values())
+    for cell in (cell for notebook in read.values() for cell in notebook.cells):
+        cell.source = _without(folders, cell.source)  # before colors cut an escaped name into pieces
     ids = {stem: f"chapter-{i}" for i, stem in enumerate(read, 1)}
     scripts = [text for text in map(_resource, ("report.js", "views.js")) if text]
     runs = _runs(p.folder)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_resource("report.html.j2")).render(
+    text = environment.from_string(_resource("report.html.j2")).render(
         p=p,
         accents=figures.PALETTE,
         styles=[text for text in map(_resource, ("report.css", "views.css")) if text],
@@ -109,6 +117,33 @@ def page(p: Params, notebooks: Sequence[Path]) -> str:
         facts=_facts(list(read.values()), runs),
         effort=_effort(runs),
     )
+    return _without(folders, text)
+
+
+def _folders(p: Params, notebooks: Iterable[NotebookNode]) -> dict[str, str]:
+    """Last names of the folders of this machine, by each form in which a page or a cell may hold their paths.
+
+    A page is handed on, and a path tells of people and hospitals: /home/alice/clinic/ipmn. The home becomes
+    "~", for its last name is a person's. Other folders right below "/" stay: only their name is there.
+    """
+    given = [p.data, p.outputs, *(str(_parameters(notebook).get("outputs", "")) for notebook in notebooks)]
+    paths = [*given, *map(str, map(Path, given)), str(project_root()), sys.prefix]
+    names = {path.rstrip("/"): Path(path).name for path in paths if len(Path(path).parts) > 2}
+    names[os.path.expanduser("~").rstrip("/")] = "~"  # Path.home() raises where there is none
+    forms = (str, lambda text: escape(text, quote=False), lambda text: str(escape_all(text)), _in_python)
+    return {f(path): f(name) for f in forms for path, name in names.items() if Path(path).is_absolute()}
+
+
+def _in_python(text: str) -> str:
+    """Text as papermill writes it between quotes."""
+    return text.encode("unicode_escape").decode().replace('"', r"\"")
+
+
+def _without(folders: Mapping[str, str], text: str) -> str:
+    """`text` with the last names of `folders` in place of their paths; pictures and scripts as they were."""
+    longest_first = sorted(folders, key=len, reverse=True)
+    found = rf"{NO_TEXT}|{BEGINS}(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
+    return re.sub(found, lambda match: folders.get(match[0], match[0]), text, flags=re.DOTALL)
 
 
 def _resource(name: str) -> Markup:
@@ -390,7 +425,11 @@ def _comments(source: str) -> dict[str, str]:
 
 def _yaml(value: Any) -> str:
     """A value as it stands in a profile."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:

@@ -313,12 +313,18 @@ def predictions(p: Params, task: str) -> pd.DataFrame:
 
 
 def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`predictions` and `validation` of every task whose runs are all finished, one under the other."""
+    """`predictions` and `validation` of every task whose runs are all finished, one under the other.
+
+    Raises FileNotFoundError if no task is finished.
+    """
     tested, inner = [], []
     for task in TASKS:
         with contextlib.suppress(FileNotFoundError):
-            tested.append(predictions(p, task))
-            inner.append(validation(p, task))
+            of_task = predictions(p, task), validation(p, task)
+            tested.append(of_task[0])
+            inner.append(of_task[1])
+    if not tested:
+        raise FileNotFoundError(f"{p.folder / 'runs'}: no task is finished; run chapter 2 or 3 first")
     return pd.concat(tested, ignore_index=True), pd.concat(inner, ignore_index=True)
 
 

@@ -37,10 +37,11 @@ def viewer(scans: pd.DataFrame, size: int) -> str:
     """
     if scans.empty:
         raise ValueError("The viewer has no scan to show: pass at least one row of the cohort.")
-    opened = [figures_scan.open_case(scan, size) for _, scan in scans.iterrows()]
-    picture = figures_scan.three_planes(opened[0], figures_scan.middle(opened[0]))
+    cases = [_case(figures_scan.open_case(scan, size)) for _, scan in scans.iterrows()]  # one at a time
+    first = figures_scan.open_case(scans.iloc[0], size)
+    picture = figures_scan.three_planes(first, figures_scan.middle(first))
     alt = "The first case in three planes, and below them the cube that a network sees"
-    return _view("viewer", picture, alt, {"size": size, "cases": [_case(case) for case in opened]})
+    return _view("viewer", picture, alt, {"size": size, "cases": cases})
 
 
 def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
@@ -60,7 +61,7 @@ def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
     ]
     first = tables[0][1]
     first = first[(first["rule"] == rules[0][0]) & (first["metric"] == "auc")]
-    alt = "AUC by center, mean over folds with its 95 % interval, a color a method"
+    alt = "AUC by center, mean over folds with its 95 % interval, a colour a method"
     data = {"rules": rules, "metrics": list(METRICS.items()), "views": [_results(*pair) for pair in tables]}
     return _view("explorer", figures_centers.overview(first), alt, data)
 

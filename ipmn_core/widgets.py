@@ -2,7 +2,7 @@
 
 A picture is an Image widget, not what an Output widget captures: a client that runs the notebook headless
 answers an Output widget while it waits for the kernel, and may then never see the kernel's reply. Each view
-also carries its static-data form, which an HTML page shows where no kernel runs.
+also carries what an HTML page shows in its place where no kernel runs: a static-data form, or a sentence.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ipmn_core import (
     figures_centers,
     figures_scan,
     metrics,
+    predict,
     static_views,
 )
 from ipmn_core.attention import Look
@@ -32,10 +33,7 @@ from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
 from ipmn_core.tables import display_name
 
 ANY = -1  # no choice of class
-STILL_PICTURE = {
-    "savefig.bbox": None,
-    "savefig.dpi": 100,
-}  # of one size, so that nothing jumps, and soon drawn
+LIVE_PICTURE = {"savefig.bbox": None, "savefig.dpi": 100}  # of one size: nothing jumps; and soon drawn
 
 
 class LiveView(w.VBox):
@@ -58,7 +56,7 @@ class RoiViewer(LiveView):
     """
 
     def __init__(self, scans: pd.DataFrame, size: int = 32, looks: Sequence[Look] = ()):
-        self.scans, self.size, self.opened = scans, size, None
+        self.scans, self.size, self.opened, self.choosing = scans, size, None, False
         self.looks = {look.case_id: look for look in looks}
         self._choices()
         self._controls()
@@ -105,9 +103,11 @@ class RoiViewer(LiveView):
         rows = self.scans[(self.scans["case_id"] == case_id) & (self.scans["modality"] == modality)]
         if rows.empty:
             raise KeyError(f"{case_id} ({modality}) is none of the viewer's scans")
+        self.choosing = True  # the cases on the way to this one are not opened
         self.label.value, self.modality.value = ANY, modality
         self.center.value = rows.iloc[0]["center"]
-        self.case.value = rows.index[0]
+        self.case.value, self.choosing = rows.index[0], False
+        self._open_case()
 
     def _list_cases(self, _=None) -> None:
         rows = self.scans[
@@ -119,6 +119,8 @@ class RoiViewer(LiveView):
             self.case.index = 0  # ipywidgets leaves a list that was empty without a choice
 
     def _open_case(self, _=None) -> None:
+        if self.choosing:
+            return
         if self.case.value is None:
             self.opened, self.picture.value, self.facts.value, self.native.children = None, b"", "", ()
             return
@@ -137,7 +139,8 @@ class RoiViewer(LiveView):
         if look is None:
             return {}
         lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
-        return {"high risk": f"probability {look.prob:.2f}", "on the lesion": lesion}
+        asked = predict.CLASSES[look.task][look.asked]
+        return {"Grad-CAM of": f"{asked}, probability {look.prob:.2f}", "on the lesion": lesion}
 
     def _draw(self, _=None) -> None:
         if self.opened is None:
@@ -159,8 +162,10 @@ class RoiViewer(LiveView):
         )
 
     def _show_native(self, _=None) -> None:
-        shown = self.niivue.value and self.opened is not None
+        shown, old = self.niivue.value and self.opened is not None, self.native.children
         self.native.children = (_in_niivue(self.opened.scan),) if shown else ()
+        for widget in old:
+            widget.close()
 
     def still(self) -> str:
         if self.looks:
@@ -178,8 +183,7 @@ def roi_viewer(scans: pd.DataFrame, size: int = 32) -> RoiViewer:
 def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> RoiViewer:
     """The same of the cases of `looks` (`attention.of_run`), the heat map over the cube."""
     cases = {look.case_id for look in looks}
-    modality = [m for m in MODALITIES if cases <= set(scans.loc[scans["modality"] == m, "case_id"])][-1]
-    mine = scans[scans["case_id"].isin(cases) & (scans["modality"] == modality)]
+    mine = scans[scans["case_id"].isin(cases) & (scans["modality"] == looks[0].modality)]
     return RoiViewer(mine, len(looks[0].cube), looks)
 
 
@@ -222,7 +226,7 @@ def _as_list(facts: dict[str, str]) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    with plt.rc_context(STILL_PICTURE):
+    with plt.rc_context(LIVE_PICTURE):
         return figures.png(figure)
 
 
@@ -297,9 +301,9 @@ class CenterExplorer(LiveView):
         chosen = (s["task"] == self.task.value) & (s["modality"] == self.modality.value)
         return s[chosen & (s["rule"] == self.rule.value) & s["arm"].isin(self.arms.value)]
 
-    def summary(self) -> pd.DataFrame:
-        """Intervals of the chosen task, modality and rule, computed when first asked for."""
-        key = self.task.value, self.modality.value, self.rule.value
+    def summary(self, key: tuple[str, str, str] | None = None) -> pd.DataFrame:
+        """Intervals of a task, modality and rule, by default those chosen, computed when first asked for."""
+        key = key or (self.task.value, self.modality.value, self.rule.value)
         if key not in self.summaries:
             s = self.selected
             rows = s[(s["task"] == key[0]) & (s["modality"] == key[1]) & (s["rule"] == key[2])]
@@ -345,8 +349,10 @@ class CenterExplorer(LiveView):
             self.viewer.show(*self.worst.value)
 
     def still(self) -> str:
-        parts = [by_center.summary(self.selected, seed=self.seed)]
-        return static_views.explorer(self.selected, pd.concat(parts))
+        keys = (
+            self.selected[["task", "modality", "rule"]].drop_duplicates().itertuples(index=False, name=None)
+        )
+        return static_views.explorer(self.selected, pd.concat([self.summary(key) for key in keys]))
 
 
 def center_explorer(
@@ -360,7 +366,14 @@ def center_explorer(
     return CenterExplorer(predictions, validation, scans, size, seed)
 
 
-def fedprox_by_hand() -> w.Widget:
+class ByHand(LiveView):
+    """FedProx by hand."""
+
+    def still(self) -> str:
+        return "<p>Live in JupyterLab: the figure above, with a slider for each of its settings.</p>"
+
+
+def fedprox_by_hand() -> ByHand:
     """The two centers of `by_hand`: choose mu, local steps, rounds, heterogeneity and optimiser.
 
     Left every step in the plane of the two weights, right the drift of each round.
@@ -376,9 +389,9 @@ def fedprox_by_hand() -> w.Widget:
     def draw(_=None) -> None:
         centers = by_hand.draw_centers(apart.value)
         paths = by_hand.paths(centers, mu.value, steps.value, rounds.value, optimizer.value)
-        picture.value = figures.png(figures_by_hand.view(centers, paths))
+        picture.value = _png(figures_by_hand.view(centers, paths))
 
     for control in (mu, steps, rounds, apart, optimizer):
         control.observe(draw, "value")
     draw()
-    return w.VBox([_row([mu, steps, rounds]), _row([apart, optimizer]), picture])
+    return ByHand([_row([mu, steps, rounds]), _row([apart, optimizer]), picture])

@@ -64,5 +64,13 @@ def test_three_classes_are_shown_as_high_risk_against_the_rest(binary_prediction
     assert "12 of 36 high risk" in left.get_title()
 
 
+def test_scores_of_a_model_a_center_are_not_pooled(binary_predictions):
+    rows = binary_predictions.query("modality == 't1'").replace({"arm": {"fedprox_0.1": "local_only"}})
+    for center, arms in ((metrics.GLOBAL, ["Centralized"]), ("NYU", ["Centralized", "Local only"])):
+        left = figures_centers.center_in_detail(rows, center, "centralized").axes[0]
+        curves = [line.get_label().rsplit(" ", 1)[0] for line in left.lines if line.get_label()[0] != "_"]
+        assert curves == arms
+
+
 def test_the_overview_names_every_arm(summary):
     assert {"Centralized", "FedProx (μ=0.1)"} <= set(texts(figures_centers.overview(summary)))

@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill.translators import PythonTranslator
 
 from ipmn_core import figures, params, pipeline, report, tables
 
@@ -262,6 +263,51 @@ def test_text_of_a_name_is_never_markup(page, tmp_path):
     hostile = parsed(p)
     assert len(hostile("script", type=None)) == len(page("script", type=None))
     assert len(hostile("img")) == len(page("img")) and hostile.get_text().count(HOSTILE) >= 5
+
+
+@pytest.mark.parametrize("name", ["alice", "j\u00fcrgen & <jo>"])
+def test_no_folder_of_this_machine_stands_in_the_page(tmp_path, monkeypatch, name):
+    home, secret = tmp_path / "people" / name, tmp_path / "secret" / name
+    monkeypatch.setenv("HOME", str(home))
+    told = f"{home}/.venv/x.py:3: UserWarning\nfile://{home}/y {[str(secret / 'ipmn')]} {report.sys.prefix}/z"
+    code = f"data = {PythonTranslator.translate(str(secret / 'ipmn'))}"  # as papermill puts it in
+    cells = ["# A", ("a", [{"stderr": told}]), (code, [{"text/plain": repr(told)}])]
+    p = profile(secret / "results", [cells, *CHAPTERS[1:]], data=str(secret / "ipmn"))
+    shown = parsed(p)
+    texts = (shown.get_text(), str(shown))
+    assert not [word for word in ("secret", name, "people", report.sys.prefix) for t in texts if word in t]
+    first, second = (one.get_text().strip() for one in section(shown, 1).select(".output"))
+    prefix = Path(report.sys.prefix).name
+    assert (
+        first == f"~/.venv/x.py:3: UserWarning\nfile://~/y ['ipmn'] {prefix}/z" and "\\nfile://~/y" in second
+    )
+    assert "cohort ipmn" in shown.header.get_text() and "data = 'ipmn'" in section(shown, 1).get_text()
+    rows = shown.find("table", attrs={"aria-labelledby": "the-settings"}).tbody("tr")
+    cells = {row.th.get_text(): row.td.get_text() for row in rows}
+    assert (cells["data"], cells["outputs"]) == ("ipmn", "results")
+
+
+@pytest.mark.parametrize("home", ["/", "", "/main", "/osf.io", "/docs"])
+def test_a_folder_is_not_looked_for_in_tags_addresses_and_other_paths(small, page, monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    assert str(parsed(small)) == str(page)
+
+
+def test_pictures_and_data_of_views_keep_what_looks_like_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    pixels = base64.b64encode(base64.b64decode("AAA+/home/alice+/home/alice/AAAA")).decode()
+    view = LIVE.replace('"<b>"', '"/home/alice/"')
+    shows = [
+        {"image/png": 0},
+        {"text/html": view},
+        {"text/html": f'<img src="data:image/png;base64,{pixels}">'},
+    ]
+    p = profile(tmp_path, [["# A", ("a", [*shows, "/home/alice/x"])], *CHAPTERS[1:]])
+    first = section(parsed(p), 1)
+    assert base64.b64decode(first.img["src"].partition(",")[2]) == picture(0)
+    assert first("img")[1]["src"].endswith(f",{pixels}") and "+/home/alice+/home/alice/" in pixels
+    assert json.loads(first.script.string) == {"a": "/home/alice/"}
+    assert first.select(".output pre")[-1].get_text().strip() == "~/x"
 
 
 def test_half_a_character_of_a_broken_name_does_not_stop_the_page(tmp_path):

@@ -225,6 +225,16 @@ def test_predictions_of_other_settings_are_not_read_as_these(tmp_path, data):
         runs.predictions(profile(tmp_path, arms=["centralized"], epochs=2), "binary")
 
 
+def test_what_is_finished_is_read_task_by_task(tmp_path, data):
+    p = profile(tmp_path, arms=["centralized"], epochs=1, inner_validation=0.25)
+    with pytest.raises(FileNotFoundError, match="no task is finished"):
+        runs.finished_predictions(p)
+    binary = runs.run_grid(p, "binary", *data)
+    tested, inner = runs.finished_predictions(p)
+    pd.testing.assert_frame_equal(tested, binary)
+    pd.testing.assert_frame_equal(inner, runs.validation(p, "binary"))
+
+
 @pytest.mark.parametrize("backend", ["loky", "dask", "ray"])
 def test_two_workers_give_the_same_bits_as_one(tmp_path, data, backend):
     one, two = profile(tmp_path / "a"), profile(tmp_path / "b", jobs=2, backend=backend)

@@ -2,11 +2,13 @@ import itertools
 import re
 
 import matplotlib.pyplot as plt
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
 from ipmn_core import by_center, figures, figures_scan, static_views, widgets
+from ipmn_core.attention import Look
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -252,6 +254,26 @@ def test_the_explorer_leaves_no_figure_open_and_carries_its_static_form(explorer
     assert re.search(r'data-view="explorer"', explorer._repr_mimebundle_()["text/html"])
 
 
+@pytest.mark.parametrize("modality", ["t1", "t2"])
+def test_a_heat_map_lies_over_the_cube_of_its_own_scan(phantom_scans, shown, modality):
+    """Most cases have a T1 and a T2 scan of one name."""
+    scan = phantom_scans[(phantom_scans["modality"] == modality) & (phantom_scans["label"] == 2)].iloc[0]
+    opened = figures_scan.open_case(scan, 8)
+    turn = nib.io_orientation(nib.load(scan["image"]).affine)
+    heat = np.zeros((8, 8, 8), np.float32)
+    heat[2:6, 2:6, 2:6] = 1
+    names = [*(scan[key] for key in ("case_id", "center", "label")), opened.cube, heat, np.ones(3), turn]
+    look = Look(*names, "binary", modality, "densenet121", 1, "layer", 0.25, heat)
+    viewer = widgets.attention_viewer([look], phantom_scans)
+    assert viewer.modality.value == modality and viewer.case.label == scan["case_id"]
+    assert "high risk, probability 0.25" in viewer.facts.value and "expected" in viewer.facts.value
+    viewer.heat.value = False
+    with_heat, without = shown
+    assert with_heat[:3] == without[:3]  # the image
+    assert all(len(a[4]) == 2 and len(b[4]) == 1 for a, b in zip(with_heat[3:], without[3:], strict=True))
+    assert "<p>" in viewer.still()
+
+
 def test_every_control_of_fedprox_by_hand_is_another_picture(shown):
     view = widgets.fedprox_by_hand()
     (mu, steps, rounds), (apart, optimizer) = (box.children for box in view.children[:2])
@@ -261,3 +283,4 @@ def test_every_control_of_fedprox_by_hand_is_another_picture(shown):
         control.value = value
         seen.append(picture.value)
     assert len(set(seen)) == len(seen) == len(shown) and not plt.get_fignums()
+    assert "text/html" in view._repr_mimebundle_()

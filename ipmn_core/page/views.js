@@ -371,7 +371,8 @@
       return centerRow(center, c === chosen, () => pick(c),
         arms.map((arm, a) => `${view.arms[arm].label} ${interval(found[a])}`),
         svg("rect", { class: "ground", x: 2, y: top, width: 846, height: height - 2, rx: 3 }),
-        path(`M${x(0.5)} ${top}V${top + height}`, { class: "guide" }), text(12, middle, center), ...marks);
+        ...(name.startsWith("AUC") ? [path(`M${x(0.5)} ${top}V${top + height}`, { class: "guide" })] : []),
+        text(12, middle, center), ...marks);
     });
     const size = { class: "forest", viewBox: `0 0 850 ${bottom + 44}` };
     return svg("svg", { ...size, role: "group", "aria-label": name }, ...rows,
