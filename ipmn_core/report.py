@@ -425,11 +425,8 @@ def _comments(source: str) -> dict[str, str]:
 
 def _yaml(value: Any) -> str:
     """A value as it stands in a profile."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-        .removesuffix("...\n")
-        .strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:
