@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -20,20 +19,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
-import psutil
 import pytest
 import yaml
-from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # root; WebGL without GPU
-FEWER = {"three_class_models": ["shufflenetv2"], "arms": ["centralized", "fedprox_0.1"]}  # not 20 runs, 6
+FEWER = {  # not 20 runs, 6, of the smallest network
+    "three_class_models": ["shufflenetv2"],
+    "binary_model": "shufflenetv2",
+    "arms": ["centralized", "fedprox_0.1"],
+}
 ELSEWHERE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 SETTINGS = {  # every cell in the page, and neither questions nor answers about news
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
@@ -42,14 +44,25 @@ SETTINGS = {  # every cell in the page, and neither questions nor answers about 
 }
 
 
-def chromium() -> str:
-    """The path of a Chromium; without one the module skips, or fails if IPMN_BROWSER says `required`."""
-    for path in filter(None, map(shutil.which, CHROMIUM)):
-        return path
-    reason = "no Chromium: apt-get install chromium"
+def lacking(reason: str) -> NoReturn:
+    """Skips the module that is being collected, or fails it if IPMN_BROWSER says `required`."""
     if os.environ.get("IPMN_BROWSER") == "required":
         pytest.fail(reason)
     pytest.skip(reason, allow_module_level=True)
+
+
+try:  # of the extra `dev` only test_browser.py needs these two
+    import psutil
+    from playwright.sync_api import BrowserContext, Locator, Page, expect
+except ModuleNotFoundError as error:
+    lacking(f"no {error.name}: pip install 'ipmn[dev]'")
+
+
+def chromium() -> str:
+    """The path of a Chromium; without one the module skips, as `lacking` says."""
+    for path in filter(None, map(shutil.which, CHROMIUM)):
+        return path
+    lacking("no Chromium: apt-get install chromium")
 
 
 def smoke_project(folder: Path) -> Path:
@@ -66,11 +79,43 @@ def smoke_project(folder: Path) -> Path:
     return folder
 
 
-def ipmn_run(project: Path) -> None:
-    """Trains and executes the smoke profile as a user would, so that live notebooks find finished runs."""
+@dataclass
+class Running:
+    """An `ipmn run` of the smoke profile at work in `project`."""
+
+    project: Path
+    process: psutil.Popen
+
+    @property
+    def said(self) -> str:
+        """The end of what it printed."""
+        return (self.project / "ipmn.log").read_text()[-700:]
+
+    def copy_trained(self, folder: Path) -> Path:
+        """`folder`, a second project with all it trained; it goes on with the notebooks in the meantime."""
+        notebooks = self.project / "outputs" / "smoke" / "notebooks"  # made once all is trained
+        until(lambda: notebooks.exists() or self.process.poll() is not None, seconds=600)
+        assert notebooks.exists(), self.said
+        written = shutil.ignore_patterns("notebooks", "tables", "figures", ".lock", "report.html")
+        shutil.copytree(self.project / "outputs", smoke_project(folder) / "outputs", ignore=written)
+        return folder
+
+    def finish(self) -> Path:
+        """The project, once the run has ended as it should."""
+        assert self.process.wait(timeout=600) == 0, self.said
+        return self.project
+
+
+@contextlib.contextmanager
+def ipmn_run(project: Path) -> Iterator[Running]:
+    """Trains and executes the smoke profile as a user would; it is ended with the block."""
     command = [sys.executable, "-m", "ipmn_core.cli", "run", "params/smoke.yaml"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-700:]
+    with (project / "ipmn.log").open("w") as log:
+        running = Running(project, psutil.Popen(command, cwd=project, stdout=log, stderr=log))
+    try:
+        yield running
+    finally:
+        _stop(running.process)
 
 
 @dataclass
@@ -145,12 +190,12 @@ def _wait_for(lab: Lab, server: psutil.Popen, log: Path, seconds: float = 60) ->
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
 
 
-def _stop(server: psutil.Popen) -> None:
-    """Ends the server, its kernels and their workers; a kernel is no member of the server's process group."""
-    everyone = [server]
+def _stop(parent: psutil.Popen) -> None:
+    """Ends a process, its kernels and their workers; a kernel is no member of its server's process group."""
+    everyone = [parent]
     with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
-        everyone += server.children(recursive=True)
-        server.terminate()
+        everyone += parent.children(recursive=True)
+        parent.terminate()
     _, left = psutil.wait_procs(everyone, timeout=10)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -191,7 +236,7 @@ def open_notebook(context: BrowserContext, lab: Lab, stem: str) -> Page:
     """A page with the notebook open in JupyterLab, in a workspace of its own, its kernel ready."""
     page = context.new_page()
     page.goto(f"{lab.url}lab/workspaces/{stem}/tree/notebooks/{stem}.ipynb?token={lab.token}")
-    page.wait_for_function(f"window.jupyterapp?.shell.currentWidget?.{_STATUS} === 'idle'", timeout=60_000)
+    page.wait_for_function(f"window.jupyterapp?.shell.currentWidget?.{_STATUS} === 'idle'", timeout=120_000)
     return page
 
 
@@ -203,7 +248,7 @@ _RUN_ALL = """() => {
 }"""
 
 
-def run_all(pages: Sequence[Page], seconds: float = 240) -> list[list[dict]]:
+def run_all(pages: Sequence[Page], seconds: float = 480) -> list[list[dict]]:
     """The code cells of each live notebook after "Run All Cells" in all, once the kernels are idle again."""
     for page in pages:
         page.evaluate(_RUN_ALL)
@@ -213,11 +258,11 @@ def run_all(pages: Sequence[Page], seconds: float = 240) -> list[list[dict]]:
     return [[cell for cell in notebook["cells"] if cell["cell_type"] == "code"] for notebook in notebooks]
 
 
-def output_with(page: Page, *descriptions: str) -> Locator:
-    """The output of the one cell that has controls so described."""
+def output_with(page: Page, *controls: str | Locator) -> Locator:
+    """The output of the one cell that has these controls, or controls so described."""
     found = page.locator(".jp-OutputArea-output")
-    for text in descriptions:
-        found = found.filter(has=page.get_by_text(text, exact=True))
+    for one in controls:
+        found = found.filter(has=page.get_by_text(one, exact=True) if isinstance(one, str) else one)
     expect(found).to_have_count(1, timeout=10_000)
     found.scroll_into_view_if_needed()
     return found

@@ -12,6 +12,11 @@ CHAPTERS = ("01_data_exploration", "03_federated_binary")
 HARMLESS = ()  # what JupyterLab itself logs as an error
 
 
+def lines(texts):
+    """The texts whole, one a line, for an assertion's message: pytest itself shortens them."""
+    return "\n".join(texts)
+
+
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as playwright:
@@ -21,16 +26,23 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def project(chromium, tmp_path_factory):
-    """A project in which `ipmn run` of the smoke profile has finished."""
-    folder = browser.smoke_project(tmp_path_factory.mktemp("project"))
-    browser.ipmn_run(folder)
-    return folder
+def running(chromium, tmp_path_factory):
+    """`ipmn run` of the smoke profile, at work."""
+    with browser.ipmn_run(browser.smoke_project(tmp_path_factory.mktemp("project"))) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def lab(project, tmp_path_factory):
-    with browser.jupyter_lab(project, tmp_path_factory.mktemp("home")) as lab:
+def project(running):
+    """The project in which it has finished."""
+    return running.finish()
+
+
+@pytest.fixture(scope="module")
+def lab(running, tmp_path_factory):
+    """JupyterLab in a second project with the same finished runs, so that both can go on side by side."""
+    live = running.copy_trained(tmp_path_factory.mktemp("live"))
+    with browser.jupyter_lab(live, tmp_path_factory.mktemp("home")) as lab:
         yield lab
 
 
@@ -46,10 +58,12 @@ def noise(context):
 
 
 @pytest.fixture(scope="module")
-def chapters(context, noise, lab):
+def chapters(context, noise, lab, running):
     """The pages of the notebooks with live views, and their code cells after a run of all."""
     pages = [browser.open_notebook(context, lab, stem) for stem in CHAPTERS]
-    return dict(zip(CHAPTERS, zip(pages, browser.run_all(pages), strict=True), strict=True))
+    cells = browser.run_all(pages)
+    running.finish()  # or it would slow what is measured
+    return dict(zip(CHAPTERS, zip(pages, cells, strict=True), strict=True))
 
 
 @pytest.fixture
@@ -60,6 +74,18 @@ def viewer(chapters):
 @pytest.fixture
 def explorer(chapters):
     return browser.output_with(chapters["03_federated_binary"][0], "center", "metric")
+
+
+@pytest.fixture
+def heat_maps(chapters):
+    """The viewer that has heat maps; that of the explorer has the switch, too, but disabled."""
+    page, _ = chapters["03_federated_binary"]
+    return browser.output_with(page, "case", page.get_by_role("button", name="Grad-CAM", disabled=False))
+
+
+@pytest.fixture
+def by_hand(chapters):
+    return browser.output_with(chapters["03_federated_binary"][0], "mu", "heterogeneity", "optimiser")
 
 
 @pytest.fixture
@@ -78,7 +104,7 @@ def test_all_cells_of_a_chapter_run_live(chapters, stem):
     _, cells = chapters[stem]
     assert len(cells) > 8
     errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-    assert errors == []
+    assert errors == [], lines(f"{out['ename']}: {out['evalue']}" for out in errors)
     assert [cell["source"] for cell in cells if cell["execution_count"] is None] == []
 
 
@@ -123,8 +149,30 @@ def test_a_case_chosen_from_the_most_wrong_opens_in_a_viewer(explorer):
     browser.until(lambda: sum(map(bool, browser.pictures(explorer))) == before + 1)
 
 
-def test_nothing_of_a_live_view_is_cut_off(viewer, explorer):
-    assert browser.cut_off(viewer) == browser.cut_off(explorer) == []  # Lab hides what is too wide
+def test_the_heat_map_goes_with_one_click_and_comes_back_with_another(heat_maps, measured):
+    switch = heat_maps.get_by_role("button", name="Grad-CAM")
+    seconds, shown = [], [browser.pictures(heat_maps)]
+    for _ in range(2):
+        seconds.append(browser.seconds_to_picture(heat_maps, switch.click))
+        shown.append(browser.pictures(heat_maps))
+    assert all(shown[0]) and shown[0] != shown[1] and shown[0] == shown[2]
+    measured("heat map, click to picture", seconds)
+
+
+def test_another_mu_moves_the_clients_of_fedprox_by_hand(by_hand, measured):
+    mu = browser.control(by_hand, "mu").get_by_role("slider")
+    seconds, shown = [], [browser.pictures(by_hand)]
+    for key in ("ArrowRight", "ArrowLeft"):
+        seconds.append(browser.seconds_to_picture(by_hand, partial(mu.press, key)))
+        shown.append(browser.pictures(by_hand))
+    assert all(shown[0]) and shown[0] != shown[1] and shown[0] == shown[2]
+    measured("FedProx by hand, mu to picture", seconds)
+    assert statistics.median(seconds) < 5
+
+
+def test_nothing_of_a_live_view_is_cut_off(viewer, explorer, heat_maps, by_hand):
+    for view in (viewer, explorer, heat_maps, by_hand):
+        assert browser.cut_off(view) == []  # Lab hides what is too wide
 
 
 def test_niivue_draws_the_case_in_three_dimensions(viewer):
@@ -137,11 +185,12 @@ def test_niivue_draws_the_case_in_three_dimensions(viewer):
 
 def test_the_live_notebooks_ask_no_other_host(chapters, noise):
     assert len(noise.requests) > 10  # it does listen
-    assert noise.elsewhere == []
+    assert noise.elsewhere == [], lines(noise.elsewhere)
 
 
 def test_the_live_notebooks_log_no_error(chapters, noise):
-    assert [error for error in noise.errors if not any(text in error for text in HARMLESS)] == []
+    errors = [error for error in noise.errors if not any(text in error for text in HARMLESS)]
+    assert errors == [], lines(errors)
 
 
 @pytest.fixture(scope="module")
@@ -183,5 +232,6 @@ def test_another_center_changes_the_explorer_of_the_report(report):
 
 def test_the_report_asks_for_nothing_and_logs_no_error(report):
     page, noise = report
-    assert [url for url in noise.requests if url != page.url and not url.startswith("data:")] == []
-    assert noise.errors == []
+    asked = [url for url in noise.requests if url != page.url and not url.startswith("data:")]
+    assert asked == [], lines(asked)
+    assert noise.errors == [], lines(noise.errors)
