@@ -7,10 +7,8 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from ipmn_core import calibration, inference, metrics
-from ipmn_core.cohort import LABELS
 from ipmn_core.metrics import ARM
 
-CLASSES = {2: ("not high risk", "high risk"), 3: LABELS}  # by their number, for people
 RULES = {
     "best_test": "best on the test fold (paper)",
     "best_inner": "best on the inner split",

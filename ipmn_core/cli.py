@@ -67,20 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run", help="run the four notebooks of a profile; write its tables, figures and report"
-    )
-    run.add_argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/demo.yaml")
-    run.add_argument(
-        "--fresh", action="store_true", help="discard this profile's finished training runs first"
-    )
-    run.set_defaults(command=run_profile)
-
-    report = commands.add_parser(
-        "report", help="write a profile's report.html again, from its executed notebooks"
-    )
-    report.add_argument("params", type=Path, metavar="PARAMS", help="the profile that `ipmn run` ran")
-    report.set_defaults(command=write_report)
+    _add_run(commands)
 
     check = commands.add_parser(
         "check", help="print what is wrong with a copy of the data set; exit 1 on errors"
@@ -107,16 +94,25 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_federation.add(commands)
 
-    bench = commands.add_parser(
-        "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
-    )
-    bench.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds TEXT")
-    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
-    bench.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    bench.add_argument("--growth", action="store_true", help="instead: cost against scans, cases, clients")
-    bench.set_defaults(command=run_bench)
+    _add_bench(commands)
     return parser
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser(
+        "run", help="run the four notebooks of a profile; write its tables, figures and report"
+    )
+    run.add_argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/demo.yaml")
+    run.add_argument(
+        "--fresh", action="store_true", help="discard this profile's finished training runs first"
+    )
+    run.set_defaults(command=run_profile)
+
+    report = commands.add_parser(
+        "report", help="write a profile's report.html again, from its executed notebooks"
+    )
+    report.add_argument("params", type=Path, metavar="PARAMS", help="the profile that `ipmn run` ran")
+    report.set_defaults(command=write_report)
 
 
 def _add_phantom(commands: argparse._SubParsersAction) -> None:
@@ -156,6 +152,18 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
     predict.add_argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
     predict.set_defaults(command=predict_case)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
+    )
+    bench.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds TEXT")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
+    bench.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    bench.add_argument("--growth", action="store_true", help="instead: cost against scans, cases, clients")
+    bench.set_defaults(command=run_bench)
 
 
 def run_profile(options: argparse.Namespace) -> int:

@@ -12,12 +12,8 @@ from matplotlib.figure import Figure
 
 from ipmn_core.attention import Look
 from ipmn_core.cohort import LABELS
-from ipmn_core.figures import PALETTE
+from ipmn_core.figures_scan import HEAT, show_heat
 from ipmn_core.predict import CLASSES
-
-HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the outline
-OUTLINE = PALETTE[5]
-OPACITY = 0.75  # of the heat map where it is 1; where it is 0 the image shows as it is
 
 
 def overlay(
@@ -33,12 +29,7 @@ def overlay(
     sagittal; the patient's right, or front, comes to lie on the left. `aspect`: mm along B over mm along A.
     """
     ax.imshow(image[::-1].T, cmap="gray", origin="lower", aspect=aspect, vmin=0, vmax=_white(image))
-    if heat is not None:
-        over = HEAT(heat[::-1].T)
-        over[..., 3] = OPACITY * heat[::-1].T
-        ax.imshow(over, origin="lower", aspect=aspect, interpolation="bilinear")
-    if lesion is not None and lesion.min() < 0.5 <= lesion.max():
-        ax.contour(lesion[::-1].T, levels=[0.5], colors=[OUTLINE], linewidths=1.4)
+    show_heat(ax, *(None if cut is None else cut[::-1].T for cut in (heat, lesion)))
     ax.set_axis_off()
     return ax
 

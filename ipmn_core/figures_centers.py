@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core import by_center, figures, metrics
-from ipmn_core.cohort import CENTERS
+from ipmn_core.cohort import CENTERS, LABEL_NAMES
 from ipmn_core.tables import display_name
 
 
@@ -23,11 +23,11 @@ def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
     shifts = np.linspace(-0.33, 0.33, len(arms)) if len(arms) > 1 else [0.0]
     for arm, shift in zip(arms, shifts, strict=True):
         rows = summary[summary["arm"] == arm].set_index("center").reindex(centers)
-        color, y = figures.COLORS.get(arm, "0.4"), np.arange(len(centers)) + shift
+        color, y = figures.color(arm), np.arange(len(centers)) + shift
         ends = np.abs([rows["mean"] - rows["low"], rows["high"] - rows["mean"]])
         ax.errorbar(rows["mean"], y, xerr=ends, fmt="o", ms=4, lw=1.2, color=color, label=display_name(arm))
         for place in y[rows["mean"].isna()]:
-            ax.text(0.5, place, "n/a", color=color, fontsize=8, va="center", ha="center")
+            ax.text(0.5, place, "n/a", color=color, fontsize=figures.SMALL, va="center", ha="center")
     if center in centers:
         ax.axhspan(centers.index(center) - 0.5, centers.index(center) + 0.5, color="0.92", zorder=0)
     metric = summary["metric"].iloc[0].upper() if len(summary) else ""
@@ -44,14 +44,16 @@ def overview(summary: pd.DataFrame, center: str = "") -> Figure:
     height = figures.row_height(summary["arm"].nunique()) * summary["center"].nunique() + 0.8
     figure, ax = plt.subplots(figsize=(figures.WIDTH, height))
     intervals(summary, ax, center)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=figures.SMALL
+    )
     return figure
 
 
 def confusion(rows: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     """Cases by true and most probable class of one arm."""
     matrix = by_center.confusion(rows)
-    names = [name.replace("not high", "not\nhigh") for name in by_center.CLASSES[len(matrix)]]
+    names = [name.replace("not high", "not\nhigh") for name in LABEL_NAMES[len(matrix) == 2]]
     ax.imshow(matrix, cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
     for (i, j), n in np.ndenumerate(matrix):
         ax.text(j, i, n, ha="center", va="center", color="white" if n > matrix.max() / 2 else "black")
@@ -91,4 +93,6 @@ def _aucs_below(ax: Axes) -> None:
     lines, labels = ax.get_legend_handles_labels()
     if lines:
         ax.get_legend().remove()
-        ax.figure.legend(lines, labels, title="AUC", ncols=len(lines), loc="outside lower center", fontsize=8)
+        ax.figure.legend(
+            lines, labels, title="AUC", ncols=len(lines), loc="outside lower center", fontsize=figures.SMALL
+        )

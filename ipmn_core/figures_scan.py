@@ -17,6 +17,8 @@ from ipmn_core.figures import PALETTE
 from ipmn_core.preprocess import bounding_box, crop, load_image, load_mask, to_cube
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
+HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
+OPACITY = 0.75  # of a heat map where it is 1; where it is 0 the image shows as it is
 EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top, bottom
 
 
@@ -199,9 +201,9 @@ def three_planes(
     within = in_cube(case, position)
     for ax, plane in zip(axes[1], AXES, strict=True):
         show_plane(ax, case.cube.astype(np.float32), (1, 1, 1), plane, within, vmin=0, vmax=1)
-        _heat(ax, heat, lesion, plane, within[AXES[plane]])
-        k, n = within[AXES[plane]] + 1, len(case.cube)
-        ax.set_title(f"cube, {plane}, slice {k} of {n}", fontsize=9)
+        k = within[AXES[plane]]
+        show_heat(ax, *(None if v is None else section(v, plane, k) for v in (heat, lesion)))
+        ax.set_title(f"cube, {plane}, slice {k + 1} of {len(case.cube)}", fontsize=9)
     return figure
 
 
@@ -231,12 +233,14 @@ def _zoom(ax: Axes, case: Case, plane: str, margin: float = 12.0) -> None:
     ax.set(ylim=(max(c, 0) - 0.5, min(d, n[up]) - 0.5))
 
 
-def _heat(ax: Axes, heat: np.ndarray | None, lesion: np.ndarray | None, plane: str, k: int) -> None:
+def show_heat(ax: Axes, heat: np.ndarray | None, lesion: np.ndarray | None) -> None:
+    """Draws a heat map and the lesion's outline, as `section` cuts them, over the slice of a cube on `ax`."""
     if heat is not None:
-        flat = section(heat, plane, k)
-        ax.imshow(flat, cmap="magma", origin="lower", vmin=0, vmax=1, alpha=0.75 * flat)
-    if lesion is not None and (inside := section(lesion, plane, k)).min() < 0.5 <= inside.max():
-        ax.contour(inside, levels=[0.5], colors=[PALETTE[5]], linewidths=1.2)
+        over = HEAT(heat)
+        over[..., 3] = OPACITY * heat
+        ax.imshow(over, origin="lower", aspect=ax.get_aspect(), interpolation="bilinear")
+    if lesion is not None and lesion.min() < 0.5 <= lesion.max():
+        ax.contour(lesion, levels=[0.5], colors=[PALETTE[5]], linewidths=1.4)
 
 
 def header_facts(case: Case) -> dict[str, str]:

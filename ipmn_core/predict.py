@@ -17,7 +17,7 @@ from torch import nn
 
 from ipmn_core import cohort, machine, models, params, preprocess, runs
 
-CLASSES = {"three_class": cohort.LABELS, "binary": ("not high risk", "high risk")}
+CLASSES = {"three_class": cohort.LABELS, "binary": cohort.LABEL_NAMES[True]}
 NOTICE = "Not for clinical use: a research model without external validation."
 LONGEST_MM = 250  # an ROI that is longer is hardly a pancreas of 12 to 15 cm, rather a whole image
 

@@ -18,7 +18,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ipmn_core import by_center, figures, figures_centers, figures_scan, headers, metrics
-from ipmn_core.cohort import CENTERS, LABELS
+from ipmn_core.cohort import CENTERS, LABEL_NAMES, LABELS
 from ipmn_core.tables import display_name
 
 VOXELS = 2**18  # of an image as shown, at most: about 0.25 MB of page once packed
@@ -187,7 +187,7 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
         "taskName": TASKS.get(task, task),
         "modality": modality,
         "modalityName": display_name(modality),
-        "classes": by_center.CLASSES[2 if task == "binary" else 3],
+        "classes": LABEL_NAMES[task == "binary"],
         "arms": [_arm(arm) for arm in arms],
         "centers": [display_name(center) for center in centers],
         "cases": {

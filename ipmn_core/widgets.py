@@ -25,11 +25,10 @@ from ipmn_core import (
     figures_centers,
     figures_scan,
     metrics,
-    predict,
     static_views,
 )
 from ipmn_core.attention import Look
-from ipmn_core.cohort import CENTERS, LABELS, MODALITIES
+from ipmn_core.cohort import CENTERS, LABEL_NAMES, LABELS, MODALITIES
 from ipmn_core.tables import display_name
 
 ANY = -1  # no choice of class
@@ -139,7 +138,7 @@ class RoiViewer(LiveView):
         if look is None:
             return {}
         lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
-        asked = predict.CLASSES[look.task][look.asked]
+        asked = LABEL_NAMES[look.task == "binary"][look.asked]
         return {"Grad-CAM of": f"{asked}, probability {look.prob:.2f}", "on the lesion": lesion}
 
     def _draw(self, _=None) -> None:
@@ -333,7 +332,7 @@ class CenterExplorer(LiveView):
         self.details.value = _png(figures_centers.center_in_detail(rows, center, arm)) if len(rows) else b""
         mine = by_center.at(rows[rows["arm"] == arm], center)
         worst = by_center.most_wrong(mine).itertuples() if len(mine) else ()
-        names = by_center.CLASSES[2 if self.task.value == "binary" else 3]
+        names = LABEL_NAMES[self.task.value == "binary"]
         self.worst.options = [("choose a case to open it in the viewer", None)] + [
             (
                 f"{case.center} {case.case_id}: {names[case.y_true]}, held for {names[case.predicted]}; "

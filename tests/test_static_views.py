@@ -14,7 +14,7 @@ import pytest
 from sklearn.metrics import confusion_matrix
 
 from ipmn_core import by_center, figures_scan, metrics, preprocess, static_views
-from ipmn_core.cohort import CENTERS
+from ipmn_core.cohort import CENTERS, LABEL_NAMES
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 ORIENTATIONS = ["RAS", "LPS", "SAR", "PIR"]
@@ -578,7 +578,7 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, ta
     choose(page, modality="t1")
     wrong = by_center.most_wrong(rows_of(tables[0], {"task": "binary", "modality": "t1"}, "centralized"))
     expected = [
-        [case.case_id, case.center, *(by_center.CLASSES[2][k] for k in (case.y_true, case.predicted))]
+        [case.case_id, case.center, *(LABEL_NAMES[True][k] for k in (case.y_true, case.predicted))]
         for case in wrong.itertuples()
     ]
     found = cells(page, "cases most wrong")
