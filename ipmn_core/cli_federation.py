@@ -15,6 +15,27 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     pieces = federation.add_subparsers(title="pieces", required=True, metavar="PIECE")
 
+    _add_demo(pieces)
+    _add_init(pieces)
+
+    piece = pieces.add_parser("server", help="the server, until it is interrupted")
+    piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
+    piece.set_defaults(command=server)
+
+    _add_site(pieces)
+
+    for name, command, text in (
+        ("run", run, "train the profile's runs at the sites, then write table 3"),
+        ("status", status, "which sites are online"),
+    ):
+        piece = pieces.add_parser(name, help=text)
+        piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
+        piece.set_defaults(command=command)
+        if name == "run":
+            piece.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds TEXT")
+
+
+def _add_demo(pieces: argparse._SubParsersAction) -> None:
     piece = pieces.add_parser(
         "demo", help="server and sites as processes here, beside the same in one process"
     )
@@ -26,34 +47,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--keep", type=Path, metavar="FOLDER", help="leave keys, logs and the sites' files there"
     )
     piece.set_defaults(command=demo)
-
-    _add_init(pieces)
-
-    piece = pieces.add_parser("server", help="the server, until it is interrupted")
-    piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
-    piece.set_defaults(command=server)
-
-    piece = pieces.add_parser("site", help="a site, until it is interrupted")
-    piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote for this site")
-    piece.add_argument("--data", type=Path, required=True, metavar="DIR", help="this site's own cases")
-    piece.add_argument("--outputs", type=Path, required=True, metavar="DIR", help="where its files shall lie")
-    piece.add_argument(
-        "--share",
-        choices=("scores", "metrics"),
-        default="scores",
-        help="of test cases: labels and scores without ids (pooled AUC), or ACC and AUC only",
-    )
-    piece.set_defaults(command=site)
-
-    for name, command, text in (
-        ("run", run, "train the profile's runs at the sites, then write table 3"),
-        ("status", status, "which sites are online"),
-    ):
-        piece = pieces.add_parser(name, help=text)
-        piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
-        piece.set_defaults(command=command)
-        if name == "run":
-            piece.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds TEXT")
 
 
 def _add_init(pieces: argparse._SubParsersAction) -> None:
@@ -76,6 +69,20 @@ def _add_init(pieces: argparse._SubParsersAction) -> None:
     )
     piece.add_argument("--wait-seconds", type=float, default=3600.0, metavar="S", help="then the run fails")
     piece.set_defaults(command=init)
+
+
+def _add_site(pieces: argparse._SubParsersAction) -> None:
+    piece = pieces.add_parser("site", help="a site, until it is interrupted")
+    piece.add_argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote for this site")
+    piece.add_argument("--data", type=Path, required=True, metavar="DIR", help="this site's own cases")
+    piece.add_argument("--outputs", type=Path, required=True, metavar="DIR", help="where its files shall lie")
+    piece.add_argument(
+        "--share",
+        choices=("scores", "metrics"),
+        default="scores",
+        help="of test cases: labels and scores without ids (pooled AUC), or ACC and AUC only",
+    )
+    piece.set_defaults(command=site)
 
 
 def demo(options: argparse.Namespace) -> int:
