@@ -247,7 +247,7 @@ def test_noise_is_drawn_from_a_number_that_stays_at_the_site(node, order, w_glob
 
 
 def test_the_same_round_asked_for_with_other_weights_is_noised_anew(node, order, w_global):
-    """Else the difference of two answers would hold no noise. The secret is given: the same noise each time."""
+    """Else the difference of two answers would hold no noise. A given secret: the same noise each time."""
     at = site.open_site(node, order(clip_norm=1.0, noise_multiplier=1.0))
     (at.folder / "secret").write_bytes(bytes(range(16)))
     others = {k: v + 1e-3 if v.is_floating_point() else v for k, v in w_global.items()}
