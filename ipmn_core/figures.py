@@ -230,9 +230,13 @@ def _empty(ax: Axes, title: str) -> Axes:
     return ax
 
 
-def of_one_scale(selected: pd.DataFrame) -> pd.DataFrame:
-    """The rows without `local_only`: of all centers together, its models' scores share no scale to pool."""
-    return selected[selected["arm"] != "local_only"]
+def roc_together(selected: pd.DataFrame, ax: Axes) -> Axes:
+    """The ROC of all centers together, without `local_only`: its models' scores share no scale to pool."""
+    name = display_name(metrics.GLOBAL)
+    roc(selected[selected["arm"] != "local_only"], ax, name)
+    if len(selected) and not ax.lines:
+        ax.set_title(f"{name}: scores of no common scale")
+    return ax
 
 
 def roc_by_center(selected: pd.DataFrame) -> Figure:
@@ -244,7 +248,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     columns = 4
     down = -(-(len(centers) + 1) // columns)
     figure, axes = plt.subplots(down, columns, figsize=(WIDTH, 2.1 * down + 0.4), squeeze=False)
-    panels = [roc(of_one_scale(selected), axes.flat[0], display_name(metrics.GLOBAL))]
+    panels = [roc_together(selected, axes.flat[0])]
     for ax, center in zip(axes.flat[1:], centers, strict=False):
         panels.append(roc(selected[selected["center"] == center], ax, center))
     for ax in axes.flat[len(panels) :]:

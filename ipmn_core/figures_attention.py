@@ -64,8 +64,10 @@ def by_class(looks: Sequence[Look]) -> Figure:
         cube, heat, lesion, mm = canonical(look)
         k = int(_where(look, cube, heat, lesion).argmax())
         cut = [cube[:, :, k], heat[:, :, k], None if lesion is None else lesion[:, :, k]]
-        overlay(above, cut[0], None, cut[2], mm[1] / mm[0]).set_title(title(look), fontsize=8)
-        overlay(below, *cut, mm[1] / mm[0]).set_title(in_words(look), fontsize=8)
+        overlay(above, cut[0], None, cut[2], mm[1] / mm[0])
+        overlay(below, *cut, mm[1] / mm[0])
+        above.set_title(title(look), fontsize=8, parse_math=False)
+        below.set_title(in_words(look), fontsize=8)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
     figure.colorbar(scale, ax=axes[1], label="Grad-CAM (0 to 1)", pad=0.01)
     asked = list(CLASSES[shown[0].task])[shown[0].asked]

@@ -34,7 +34,8 @@ def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
     if metric == "AUC":  # an accuracy has no such line
         ax.axvline(0.5, color="0.8", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(centers)), [display_name(name) for name in centers])
-    ax.set(xlim=(-0.03, 1.03), xlabel=f"{metric}, mean over folds with 95 % interval")
+    of = "all test cases" if metric == "ACC" else "mean over folds"  # as `inference.intervals` has them
+    ax.set(xlim=(-0.03, 1.03), xlabel=f"{metric}, {of}, with 95 % interval")
     ax.set_ylim(len(centers) - 0.5, -0.5)
     return ax
 
@@ -70,16 +71,21 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
     `rows` hold one task and modality, one epoch a run.
     """
     here = by_center.at(rows, center)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.WIDTH, 3.6))
+    height = 3.4 + 0.2 * -(-max(here["arm"].nunique(), 1) // 5)  # a line of the legend holds five arms
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.WIDTH, height))
     name = display_name(center)
     high = by_center.as_high_risk(here) if len(here) else here
-    figures.roc(figures.of_one_scale(high) if center == metrics.GLOBAL else high, left, name)
+    if center == metrics.GLOBAL:
+        figures.roc_together(high, left)
+    else:
+        figures.roc(high, left, name)
     _aucs_below(left)
     mine = here[here["arm"] == arm]
     if mine.empty:
+        why = f"{display_name(arm)} is not among the arms shown" if len(here) else "no cases"
         for ax in (middle, right):
             ax.set_axis_off()
-            ax.set_title(f"{name}: no cases")
+            ax.set_title(f"{name}: {why}")
         return figure
     confusion(mine, middle, f"{name}: {display_name(arm)}")
     figures.score_histogram(high[high["arm"] == arm], right, f"{name}: {display_name(arm)}")
@@ -93,6 +99,5 @@ def _aucs_below(ax: Axes) -> None:
     lines, labels = ax.get_legend_handles_labels()
     if lines:
         ax.get_legend().remove()
-        ax.figure.legend(
-            lines, labels, title="AUC", ncols=len(lines), loc="outside lower center", fontsize=figures.SMALL
-        )
+        place = {"loc": "outside lower center", "ncols": min(len(lines), 5), "fontsize": figures.SMALL}
+        ax.figure.legend(lines, labels, title="AUC", **place)

@@ -12,9 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ipmn_core import headers
 from ipmn_core.cohort import CENTERS, LABELS
 from ipmn_core.figures import PALETTE
-from ipmn_core.preprocess import bounding_box, crop, load_image, load_mask, to_cube
+from ipmn_core.preprocess import ScanError, bounding_box, crop, load_image, load_mask, to_cube
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
 HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
@@ -55,6 +56,9 @@ class Case:
 def open_case(scan: pd.Series, size: int) -> Case:
     """A cohort row's image, mask, ROI and its cube of edge `size`, all in canonical orientation."""
     image, mask, roi = scan_volumes(scan)
+    if np.ptp(np.asanyarray(roi.dataobj)) == 0:  # as `preprocess.load_roi` refuses it
+        problem = "gives an ROI of one single value"
+        raise ScanError(scan["case_id"], scan["image"], problem, "check it and its mask")
     first = (0, 0, 0) if mask is None else tuple(side.start for side in bounding_box(mask))
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), size), first)
 
@@ -77,7 +81,7 @@ def middle(case: Case) -> list[int]:
 
 def section(volume: np.ndarray, plane: str, k: int) -> np.ndarray:
     """Slice `k` of a canonical volume as rows from below: patient's right, or front, on the left."""
-    return np.take(volume, k, AXES[plane])[::-1].T
+    return np.moveaxis(volume, AXES[plane], 0)[k][::-1].T  # a view: np.take would copy the whole volume
 
 
 def show_plane(
@@ -133,7 +137,7 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int = 2) ->
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        above.set_title(f"{center}\n{scan['case_id']}, {LABELS[scan['label']]}", fontsize=8)
+        above.set_title(f"{center}\n{scan['case_id']}, {LABELS[scan['label']]}", fontsize=8, parse_math=False)
     figure.suptitle(
         f"{modality.upper()}: pancreas outlined (above), masked and cropped ROI (below)", fontsize=10
     )
@@ -150,9 +154,8 @@ def slices(scan) -> Figure:
         ax.set_axis_off()
     for k, ax in enumerate(axes.flat[:depth]):
         show_slice(ax, roi, k)
-    figure.suptitle(
-        f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {LABELS[scan['label']]}", fontsize=9
-    )
+    title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {LABELS[scan['label']]}"
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 
@@ -162,9 +165,8 @@ def roi_and_cube(scan, cube: np.ndarray) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6))
     show_slice(left, roi, widest_slice(roi.dataobj))
     left.set_title(f"ROI, {' x '.join(map(str, roi.shape))} voxels")
-    turn = nib.io_orientation(
-        nib.load(scan["image"]).affine
-    )  # a cube keeps the stored axes, the eye wants RAS+
+    # a cube keeps the stored axes, the eye wants RAS+
+    turn = nib.io_orientation(headers.placing(nib.load(scan["image"]).affine))
     shown = nib.Nifti1Image(nib.apply_orientation(cube.astype(np.float32), turn), np.eye(4))
     show_slice(right, shown, widest_slice(shown.dataobj))
     right.set_title(f"cube, {' x '.join(map(str, cube.shape))} voxels")
@@ -253,7 +255,7 @@ def header_facts(case: Case) -> dict[str, str]:
         "class": LABELS[case.scan["label"]],
         "stored": f"{' × '.join(map(str, stored.shape))} voxels, {stored.get_data_dtype()}",
         "voxel": f"{spacing} mm",
-        "axes": "".join(nib.aff2axcodes(stored.affine)),
+        "axes": "".join(nib.aff2axcodes(headers.placing(stored.affine))),
         "ROI": f"{roi} voxels (canonical)",
         "cube": f"{len(case.cube)}^3 voxels, scaled to 0-1",
     }

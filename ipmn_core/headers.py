@@ -57,8 +57,12 @@ def read(path: str | Path) -> tuple[np.ndarray, Header]:
     text = [field for field in TEXT_FIELDS if field in header.keys() and _holds_text(header[field])]  # noqa: SIM118
     text += [EXTENSIONS] * bool(header.extensions)
     affine = header.get_best_affine()
-    place = affine if _invertible(affine) else np.eye(4)
-    return voxels, Header(str(path), place, _doubt(zooms, affine), tuple(text))
+    return voxels, Header(str(path), placing(affine), _doubt(zooms, affine), tuple(text))
+
+
+def placing(affine: np.ndarray) -> np.ndarray:
+    """The affine (4, 4) of a file, or the identity where that cannot be inverted."""
+    return affine if _invertible(affine) else np.eye(4)
 
 
 def apart(a: Header, b: Header) -> bool:

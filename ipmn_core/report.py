@@ -46,7 +46,7 @@ def page(p: Params, notebooks: Sequence[Path]) -> str:
         cell.source = _without(folders, cell.source)  # before colors cut an escaped name into pieces
     ids = {stem: f"chapter-{i}" for i, stem in enumerate(read, 1)}
     scripts = [_resource("report.js"), _resource("views.js")]
-    runs = report_facts.runs(p.folder)
+    runs = report_facts.runs(p)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_resource("report.html.j2")).render(
         p=p,
@@ -70,11 +70,13 @@ def _folders(p: Params, notebooks: Iterable[NotebookNode]) -> dict[str, str]:
     "~", for its last name is a person's. Other folders right below "/" stay: only their name is there.
     """
     given = [p.data, p.outputs, *(str(report_facts.parameters(one).get("outputs", "")) for one in notebooks)]
-    paths = [*given, *map(str, map(Path, given)), str(project_root()), sys.prefix]
+    beside = [str(project_root() / one) for one in given if ".." in one]
+    paths = [*given, *map(str, map(Path, given)), *beside, str(project_root()), sys.prefix]
     names = {path.rstrip("/"): Path(path).name for path in paths if len(Path(path).parts) > 2}
     names[os.path.expanduser("~").rstrip("/")] = "~"  # Path.home() raises where there is none
     forms = (str, lambda text: escape(text, quote=False), lambda text: str(escape_all(text)), _in_python)
-    return {f(path): f(name) for f in forms for path, name in names.items() if Path(path).is_absolute()}
+    telling = {path: name for path, name in names.items() if Path(path).is_absolute() or ".." in path}
+    return {f(path): f(name) for f in forms for path, name in telling.items()}
 
 
 def _in_python(text: str) -> str:
@@ -98,7 +100,8 @@ def _policy(scripts: Iterable[str]) -> str:
     """A content security policy: no request, and no script but these, whatever an output holds."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    own = "base-uri 'none'; form-action 'none'"  # for these two `default-src` does not stand in
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; {own}"
 
 
 def _check_settings(p: Params, stem: str, notebook: NotebookNode) -> None:

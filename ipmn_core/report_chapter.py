@@ -49,6 +49,8 @@ def chapter(stem: str, notebook: NotebookNode, ids: dict[str, str]) -> Chapter:
     _mark_remarks(soup)
     _mend_tables(soup)
     _mend_links(soup, ids)
+    for tag in soup.select("meta, base, link"):  # a refresh is a request that no policy forbids
+        tag.decompose()
     for picture in soup.select("img:not([src^='data:'])"):  # it would be a request
         picture.replace_with(picture.get("alt", ""))
     title, *sections = [(h["id"], h.get_text()) for h in headings if h.name in ("h2", "h3")]

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from nbformat import NotebookNode
 
-from ipmn_core import cohort, tables
+from ipmn_core import cohort, figures, tables
 from ipmn_core.params import Params
 
 CAPTIONS = {
@@ -99,10 +99,15 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def runs(folder: Path) -> list[dict[str, Any]]:
-    """The records (`run.json`) of a profile's runs and probes."""
-    found = []
-    for path in sorted(folder.glob("runs/*/*/*/fold*/run.json")):
+def runs(p: Params) -> list[dict[str, Any]]:
+    """The records (`run.json`) of a profile's runs and probes, without those it no longer asks for."""
+    found, arms = [], {"three_class": p.three_class_models, "binary": p.arms}
+    for path in sorted(p.folder.glob("runs/*/*/*/fold*/run.json")):
+        task, modality, arm, fold = path.parts[-5:-1]
+        if modality not in p.modalities or arm not in (*arms.get(task, ()), *figures.REFERENCES):
+            continue
+        if int(fold.removeprefix("fold")) >= p.folds(task):
+            continue
         try:
             found.append(json.loads(path.read_text()))
         except ValueError as error:

@@ -165,7 +165,10 @@ def _first_look(inside: np.ndarray) -> list[int]:
 
 def _more_facts(case: figures_scan.Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
     """Of a header's text fields, which may name a patient, none: units are one of NIfTI's own words."""
-    units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
+    try:
+        units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
+    except KeyError:  # a code that is none of NIfTI's
+        units = "unknown"
     doubt = headers.read(case.scan["image"])[1].doubt
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"

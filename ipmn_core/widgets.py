@@ -29,6 +29,7 @@ from ipmn_core import (
 )
 from ipmn_core.attention import Look
 from ipmn_core.cohort import CENTERS, LABEL_NAMES, LABELS, MODALITIES
+from ipmn_core.preprocess import ScanError
 from ipmn_core.tables import display_name
 
 ANY = -1  # no choice of class
@@ -116,21 +117,31 @@ class RoiViewer(LiveView):
         self.case.options = [(scan.case_id, scan.Index) for scan in rows.itertuples()]
         if self.case.options:
             self.case.index = 0  # ipywidgets leaves a list that was empty without a choice
+        else:
+            self._open_case()  # of a list that was empty before, ipywidgets tells nothing
 
     def _open_case(self, _=None) -> None:
         if self.choosing:
             return
         if self.case.value is None:
-            self.opened, self.picture.value, self.facts.value, self.native.children = None, b"", "", ()
+            self._show_nothing("no such case")
             return
         self.opened = None  # nothing is drawn while the sliders move to the new case
-        opened = figures_scan.open_case(self.scans.loc[self.case.value], self.size)
+        try:
+            opened = figures_scan.open_case(self.scans.loc[self.case.value], self.size)
+        except ScanError as error:  # or the last case's picture would stay beside this one's name
+            self._show_nothing(str(error))
+            return
         for slider, at, n in zip(self.position, figures_scan.middle(opened), opened.image.shape, strict=True):
             slider.max, slider.value = n, at + 1
         _fit(self.level, self.window, opened)
         self.opened = opened
         self.facts.value = _as_list(figures_scan.header_facts(opened) | self._told())
         self._draw()
+        self._show_native()
+
+    def _show_nothing(self, why: str) -> None:
+        self.opened, self.picture.value, self.facts.value = None, b"", html.escape(why)
         self._show_native()
 
     def _told(self) -> dict[str, str]:
@@ -289,8 +300,9 @@ class CenterExplorer(LiveView):
         self.worst.style.description_width = "90px"
         self.forest, self.details = _picture(), _picture()
         self.task.observe(self._list_arms, "value")
-        for control in (self.modality, self.rule, self.metric, self.arms, self.center):
+        for control in (self.modality, self.rule, self.arms, self.center):
             control.observe(self._draw, "value")
+        self.metric.observe(self._show_forest, "value")
         self.arm.observe(self._show_center, "value")
         self.worst.observe(self._open_case, "value")
 
@@ -317,13 +329,15 @@ class CenterExplorer(LiveView):
         self._draw()
 
     def _draw(self, _=None) -> None:
-        if not self.listed:
-            return
+        if self.listed:
+            self._show_forest()
+            self._show_center()
+
+    def _show_forest(self, _=None) -> None:
         table = self.summary()
         if len(table):
             table = table[(table["metric"] == self.metric.value) & table["arm"].isin(self.arms.value)]
         self.forest.value = _png(figures_centers.overview(table, self.center.value)) if len(table) else b""
-        self._show_center()
 
     def _show_center(self, _=None) -> None:
         if not self.listed:

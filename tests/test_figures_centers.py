@@ -1,9 +1,10 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from ipmn_core import by_center, figures_centers, metrics
+from ipmn_core import by_center, figures, figures_centers, metrics
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 
@@ -51,7 +52,8 @@ def test_a_center_with_one_class_or_without_cases_is_said(binary_predictions, ce
     figure = figures_centers.center_in_detail(binary_predictions.query("modality == 't2'"), center, arm)
     figure.canvas.draw()
     said = " ".join(texts(figure))
-    assert ("one class only" if center == "AHN" else "no cases") in said and "nan" not in said.lower()
+    why = {"AHN": "one class only", "EMC": "no cases", "NYU": "not among the arms shown"}[center]
+    assert why in said and "nan" not in said.lower()
 
 
 def test_three_classes_are_shown_as_high_risk_against_the_rest(binary_predictions):
@@ -74,3 +76,33 @@ def test_scores_of_a_model_a_center_are_not_pooled(binary_predictions):
 
 def test_the_overview_names_every_arm(summary):
     assert {"Centralized", "FedProx (μ=0.1)"} <= set(texts(figures_centers.overview(summary)))
+
+
+def test_an_accuracy_is_that_of_all_cases_and_an_auc_the_mean_over_folds(binary_predictions):
+    table = by_center.summary(by_center.by_rules(binary_predictions), n_resamples=50)
+    table = table.query("modality == 't2' and rule == 'last'")
+    named = {m: figures_centers.overview(table[table["metric"] == m]) for m in ("acc", "auc")}
+    assert "ACC, all test cases, with 95 % interval" in texts(named["acc"])
+    assert "AUC, mean over folds, with 95 % interval" in texts(named["auc"])
+    acc = table[(table["metric"] == "acc") & (table["center"] == "NYU")].set_index("arm")["mean"]
+    rows = binary_predictions.query("modality == 't2' and center == 'NYU'")
+    right = (rows["prob_1"] > rows["prob_0"]) == (rows["y_true"] == 1)
+    np.testing.assert_allclose(acc, right.groupby(rows["arm"]).mean()[acc.index])
+
+
+def test_a_method_that_is_not_shown_is_not_called_a_center_without_cases(binary_predictions):
+    rows = binary_predictions.query("modality == 't2' and arm == 'centralized'")
+    said = texts(figures_centers.center_in_detail(rows, "NYU", "fedprox_0.1"))
+    assert said.count("NYU: FedProx (μ=0.1) is not among the arms shown") == 2
+
+
+def test_the_legend_of_many_methods_stays_in_the_picture(binary_predictions):
+    one = binary_predictions.query("modality == 't2' and arm == 'centralized'")
+    arms = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", *figures.REFERENCES)
+    figure = figures_centers.center_in_detail(
+        pd.concat([one.assign(arm=arm) for arm in arms]), "NYU", arms[0]
+    )
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0

@@ -175,3 +175,42 @@ def test_figures_of_scans_are_drawn_without_a_warning_or_nan(phantom_scans, moda
     scan = phantom_scans[phantom_scans["modality"] == modality].iloc[-1]
     for figure in (figures_scan.center_gallery(phantom_scans, modality), figures_scan.slices(scan)):
         assert is_clean(figure)
+
+
+def test_a_header_that_places_nothing_is_shown_as_it_is_read(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    image = nib.load(scan["image"])
+    header, flat = image.header.copy(), image.affine.copy()
+    flat[2] = 0  # no voxel lies above another
+    header.set_sform(flat, code=1)
+    header.set_qform(None, code=0)
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, header), scan["image"])
+    shown = figures_scan.open_case(scan, 16)
+    assert np.linalg.matrix_rank(nib.load(scan["image"]).affine) == 3
+    assert figures_scan.header_facts(shown)["axes"] == "RAS"
+    assert figures_scan.roi_and_cube(scan, shown.cube).axes
+
+
+def test_an_roi_of_one_value_is_refused_as_training_refuses_it(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    mask = nib.load(scan["mask"])
+    one = np.zeros(mask.shape, np.uint8)
+    one[5, 5, 2] = 1
+    nib.save(nib.Nifti1Image(one, mask.affine), scan["mask"])
+    with pytest.raises(preprocess.ScanError, match="one single value"):
+        figures_scan.open_case(scan, 16)
+
+
+def test_a_name_with_two_dollars_is_no_formula(tmp_path):
+    scans = stored(tmp_path, "RAS").to_frame().T.assign(case_id="NYU $x_$ 1")
+    for figure in (figures_scan.center_gallery(scans, "t2"), figures_scan.slices(scans.iloc[0])):
+        figure.canvas.draw()
+        assert any("NYU $x_$ 1" in text for text in texts(figure))
+
+
+@pytest.mark.parametrize("plane", figures_scan.AXES)
+def test_a_section_is_a_view_of_its_volume(plane):
+    volume = np.asfortranarray(np.arange(60).reshape(3, 4, 5))
+    one = figures_scan.section(volume, plane, 1)
+    assert np.shares_memory(one, volume)
+    np.testing.assert_array_equal(one, np.take(volume, 1, figures_scan.AXES[plane])[::-1].T)

@@ -255,6 +255,14 @@ def test_nothing_asks_for_another_file_and_only_the_pages_own_scripts_may_run(pa
     assert page.find("script", string=re.compile("Contents|contents"))
 
 
+def test_an_output_can_neither_lead_away_nor_send_anything(tmp_path):
+    html = """<meta http-equiv="refresh" content="0; url=http://x/"><base href="http://x/"><p>stays</p>"""
+    shown = parsed(profile(tmp_path, [["# A", ("a", [{"text/html": html}])], *CHAPTERS[1:]]))
+    assert not shown.main(["meta", "base", "link"]) and "stays" in section(shown, 1).get_text()
+    policy = shown.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert "base-uri 'none'" in policy and "form-action 'none'" in policy
+
+
 def test_text_of_a_name_is_never_markup(page, tmp_path):
     shown = [pre.get_text().strip() for pre in section(page, 3).select(".output pre")]
     assert shown == [HOSTILE, HOSTILE]
@@ -285,6 +293,13 @@ def test_no_folder_of_this_machine_stands_in_the_page(tmp_path, monkeypatch, nam
     rows = shown.find("table", attrs={"aria-labelledby": "the-settings"}).tbody("tr")
     cells = {row.th.get_text(): row.td.get_text() for row in rows}
     assert (cells["data"], cells["outputs"]) == ("ipmn", "results")
+
+
+def test_no_folder_that_a_relative_path_names_stands_in_the_page(tmp_path):
+    data = "../clinic_of_alice/ipmn"
+    cells = ["# A", (f'data = "{data}"', [{"text/plain": repr(str(report.project_root() / data))}])]
+    shown = parsed(profile(tmp_path, [cells, *CHAPTERS[1:]], data=data))
+    assert "alice" not in str(shown) and "cohort ipmn" in shown.header.get_text()
 
 
 @pytest.mark.parametrize("home", ["/", "", "/main", "/osf.io", "/docs"])
@@ -397,6 +412,16 @@ def test_data_machine_and_versions_are_those_of_the_runs(tmp_path):
     assert "3dc82393c319" in facts.values() and facts["notebooks executed"] == "2025-01-02 03:04 UTC"
     effort = page.find("table", attrs={"aria-labelledby": "runs"}).tbody
     assert [cell.get_text() for cell in effort(["th", "td"])] == ["binary", "FedAvg", "2", "30"]
+
+
+def test_runs_that_the_profile_no_longer_asks_for_are_not_counted(small, page, tmp_path):
+    p = profile(tmp_path)
+    for folder in ("binary/t2/fedprox_0.5/fold0", "binary/t2/fedavg/fold9", "other/t2/fedavg/fold0"):
+        path = p.folder / "runs" / folder / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({**RECORD, "seconds": 98765, "data": "left over"}))
+    shown = parsed(p)
+    assert "left over" not in shown.get_text() and "987" not in shown.get_text()
 
 
 def test_a_phantom_is_called_synthetic_and_nothing_is_for_clinical_use(page, tmp_path):

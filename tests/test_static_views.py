@@ -648,3 +648,17 @@ def test_every_control_has_a_name(page):
 
 def test_nothing_is_wider_than_a_page_of_900_pixels(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 900
+
+
+# ---- headers that others wrote
+
+
+def test_a_unit_that_is_none_of_niftis_is_unknown(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    plain = tmp_path / "plain.nii"
+    nib.save(nib.load(scan["image"]), plain)
+    content = bytearray(plain.read_bytes())
+    content[123] = 5  # xyzt_units
+    plain.write_bytes(content)
+    (item,) = data_of(static_views.viewer(scan.to_frame().T.assign(image=str(plain)), SIZE))["cases"]
+    assert dict(item["facts"])["units"] == "unknown"

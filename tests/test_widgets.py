@@ -284,3 +284,38 @@ def test_every_control_of_fedprox_by_hand_is_another_picture(shown):
         seen.append(picture.value)
     assert len(set(seen)) == len(seen) == len(shown) and not plt.get_fignums()
     assert "text/html" in view._repr_mimebundle_()
+
+
+def test_a_case_that_cannot_be_read_is_named_and_no_other_is_shown_in_its_place(
+    phantom_scans, shown, tmp_path
+):
+    two = phantom_scans.query("center == 'NYU' and modality == 't2'").head(2).copy()
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    two.iloc[1, two.columns.get_loc("image")] = str(tmp_path / "broken.nii.gz")
+    viewer = widgets.RoiViewer(two)
+    seen = viewer.picture.value
+    viewer.case.index = 1
+    assert viewer.opened is None and viewer.picture.value == b"" and "broken.nii.gz" in viewer.facts.value
+    for slider in (*viewer.position, viewer.level):
+        slider.value = slider.min
+    viewer.case.index = 0
+    assert viewer.picture.value == seen
+
+
+def test_a_first_choice_without_a_case_says_so(phantom_scans, shown):
+    first = phantom_scans.query("center == 'NYU' and modality == 't2'").head(1)
+    other = phantom_scans.query("center == 'MCF' and modality == 't1'").head(1)
+    viewer = widgets.RoiViewer(pd.concat([first, other]))
+    assert viewer.case.value is None and viewer.facts.value == "no such case"
+
+
+def test_another_metric_leaves_the_opened_case_and_draws_the_forest_alone(
+    binary_predictions, phantom_scans, shown
+):
+    name = phantom_scans.query("modality == 't1' and center == 'NYU'")["case_id"].iloc[0]
+    rows = binary_predictions[binary_predictions["center"] == "NYU"]
+    explorer = widgets.center_explorer(rows.replace({"case_id": {"NYU00": name}}), None, phantom_scans)
+    explorer.worst.value = chosen = (name, "t1")
+    shown.clear()
+    choose(explorer.metric, "ACC")
+    assert explorer.worst.value == chosen and explorer.viewer.layout.display == "" and len(shown) == 1

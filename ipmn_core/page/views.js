@@ -371,7 +371,7 @@
       return centerRow(center, c === chosen, () => pick(c),
         arms.map((arm, a) => `${view.arms[arm].label} ${interval(found[a])}`),
         svg("rect", { class: "ground", x: 2, y: top, width: 846, height: height - 2, rx: 3 }),
-        ...(name.startsWith("AUC") ? [path(`M${x(0.5)} ${top}V${top + height}`, { class: "guide" })] : []),
+        ...(name.includes("AUC") ? [path(`M${x(0.5)} ${top}V${top + height}`, { class: "guide" })] : []),
         text(12, middle, center), ...marks);
     });
     const size = { class: "forest", viewBox: `0 0 850 ${bottom + 44}` };
@@ -514,7 +514,8 @@
         view.summary.find((row) => row[0] === arm && row[1] === rule && row[2] === metric && row[3] === at);
       const macro = metric === "auc" && view.classes.length > 2 ? "macro " : "";
       const name = macro + new Map(metrics).get(metric);
-      const title = `${name}, mean over folds and its 95 % interval`;
+      const of = metric === "acc" ? "all test cases" : "mean over folds"; // as inference.intervals has them
+      const title = `${name}, ${of}, with 95 % interval`;
       above.replaceChildren(forest(view, shown, center, find, title, pick));
       left.replaceChildren(...rocPanel(shown, (arm) => interval(find(arm, center)), name));
       right.replaceChildren(...armPanel());
@@ -530,8 +531,8 @@
         html("td", {}, curve ? three(curve.auc) : why(a)), html("td", {}, mean(a))]);
       const lines = found.filter(([, curve]) => curve).map(([arm, curve]) => [arm, curve.points]);
       const title = `ROC, ${place()}: high risk against the rest`;
-      const caption = "The curve pools the test folds; the mean over them is that of the plot above.";
-      const legend = table(caption, ["method", "AUC of the curve", `${metric}, mean [95 %]`], rows);
+      const caption = "The curve pools the test folds; the last column is that of the plot above.";
+      const legend = table(caption, ["method", "AUC of the curve", `${metric} [95 %]`], rows);
       return [html("h4", {}, title), curves(title, lines), fill(legend, { class: "legend" }, []),
         html("p", { class: "note" }, shown.some(mixed) ? NO_SCALE : "")];
     }
