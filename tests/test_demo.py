@@ -3,7 +3,7 @@
 
 Tolerances: another processor rounds in another way (bfloat16 or float32), and 24 steps of training make of
 that a network of its own. Between this reference and the one before it, of another processor, a global mean
-over folds differs by up to 0.065 in AUC and 0.056 in accuracy; so 0.15 (15 percent points in table 2). A
+over folds differs by up to 0.071 in AUC and 0.053 in accuracy; so 0.15 (15 percent points in table 2). A
 setting, a fold or a case that changes may move less than that: those are compared exactly where they can be,
 by table 1 and by MACs and parameters.
 """
