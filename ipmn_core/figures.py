@@ -281,6 +281,7 @@ def score_histogram(selected: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     bins, hues = np.linspace(0, 1, 21), (PALETTE[6], PALETTE[4])
     ax.hist([prob[y == 0, 1], prob[y == 1, 1]], bins, label=["rest", "high risk"], color=hues)
     ax.set(title=title, xlabel="predicted probability of high risk", ylabel="cases")
+    ax.locator_params(axis="y", integer=True)
     ax.legend()
     return ax
 
