@@ -100,6 +100,7 @@ def show_plane(
     left, right, top, bottom = EDGES[plane]
     for letter, x, y in ((left, 0.03, 0.5), (right, 0.97, 0.5), (top, 0.5, 0.95), (bottom, 0.5, 0.05)):
         ax.text(x, y, letter, color=PALETTE[1], fontsize=8, ha="center", va="center", transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])  # an axis that is off still makes its ticks
     ax.set_axis_off()
     return ax
 
