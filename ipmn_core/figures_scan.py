@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ipmn_core import headers
 from ipmn_core.cohort import CENTERS, LABELS
 from ipmn_core.figures import PALETTE
-from ipmn_core.preprocess import ScanError, bounding_box, crop, load_image, load_mask, to_cube
+from ipmn_core.preprocess import bounding_box, check_range, crop, load_image, load_mask, to_cube
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
 HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
@@ -54,11 +54,12 @@ class Case:
 
 
 def open_case(scan: pd.Series, size: int) -> Case:
-    """A cohort row's image, mask, ROI and its cube of edge `size`, all in canonical orientation."""
+    """A cohort row's image, mask, ROI and its cube of edge `size`, all in canonical orientation.
+
+    Raises ScanError as `preprocess.load_roi`.
+    """
     image, mask, roi = scan_volumes(scan)
-    if np.ptp(np.asanyarray(roi.dataobj)) == 0:  # as `preprocess.load_roi` refuses it
-        problem = "gives an ROI of one single value"
-        raise ScanError(scan["case_id"], scan["image"], problem, "check it and its mask")
+    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["mask"], scan["case_id"])
     first = (0, 0, 0) if mask is None else tuple(side.start for side in bounding_box(mask))
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), size), first)
 

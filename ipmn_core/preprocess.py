@@ -90,6 +90,12 @@ def _read_roi(
     affine = said[0].affine
     if mask:
         roi, affine = crop(roi, affine, _read_mask(mask, roi.shape, case, said))
+    check_range(roi, image, mask, case)
+    return roi, affine
+
+
+def check_range(roi: np.ndarray, image: str | Path, mask: str | Path | None, case: str) -> None:
+    """Raises ScanError if the ROI of a case, read from `image` and `mask`, cannot be scaled to 0-1."""
     with np.errstate(over="ignore"):
         span = np.subtract(*np.float32([roi.max(), roi.min()]))  # as `to_cube` will divide by it
     if not np.isfinite(span):
@@ -97,7 +103,6 @@ def _read_roi(
     if span < np.finfo(np.float32).tiny:
         problem = f"gives an ROI of one single value, {roi.flat[0]}"
         raise ScanError(case, image, problem, f"check it and its mask {mask}" if mask else "export it again")
-    return roi, affine
 
 
 def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:

@@ -46,7 +46,7 @@ def page(p: Params, notebooks: Sequence[Path]) -> str:
         cell.source = _without(folders, cell.source)  # before colors cut an escaped name into pieces
     ids = {stem: f"chapter-{i}" for i, stem in enumerate(read, 1)}
     scripts = [_resource("report.js"), _resource("views.js")]
-    runs = report_facts.runs(p)
+    records = report_facts.read_records(p)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_resource("report.html.j2")).render(
         p=p,
@@ -57,8 +57,8 @@ def page(p: Params, notebooks: Sequence[Path]) -> str:
         results=[report_facts.result(p.folder, n) for n in tables.KEYS],
         chapters=[report_chapter.chapter(stem, notebook, ids) for stem, notebook in read.items()],
         settings=report_facts.settings(next(iter(read.values()))),
-        facts=report_facts.facts(list(read.values()), runs),
-        effort=report_facts.effort(runs),
+        facts=report_facts.facts(list(read.values()), records),
+        effort=report_facts.effort(records),
     )
     return _without(folders, text)
 

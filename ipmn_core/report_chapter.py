@@ -117,20 +117,16 @@ def _shown(output: NotebookNode, source: str, stem: str) -> NotebookNode | None:
         return output if output.text.strip() else None
     data = output.get("data", {})
     kinds = [kind for kind in KINDS if str(data.get(kind, "")).strip()]
+    what = ""
     if VIEW in data and kinds in ([], ["text/plain"]):
         if PROGRESS.search(data.get("text/plain", "")):
             return None
         code = (source.strip().splitlines() or ["this cell"])[-1]
-        kinds, data = (
-            ["text/html"],
-            {"text/html": _elsewhere(f"A live view, <code>{escape(code)}</code>", stem)},
-        )
+        what = f"A live view, <code>{escape(code)}</code>"
     elif data and not kinds:
-        named = ", ".join(sorted(data))
-        kinds, data = (
-            ["text/html"],
-            {"text/html": _elsewhere(f"An output (<code>{escape(named)}</code>)", stem)},
-        )
+        what = f"An output (<code>{escape(', '.join(sorted(data)))}</code>)"
+    if what:
+        kinds, data = ["text/html"], {"text/html": _elsewhere(what, stem)}
     output.data, output.metadata = {kind: data[kind] for kind in kinds[:1]}, {}
     return output if kinds else None
 

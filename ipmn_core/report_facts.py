@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from nbformat import NotebookNode
 
-from ipmn_core import cohort, figures, tables
+from ipmn_core import cohort, probes, runs, tables
 from ipmn_core.params import Params
 
 CAPTIONS = {
@@ -99,14 +99,15 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def runs(p: Params) -> list[dict[str, Any]]:
-    """The records (`run.json`) of a profile's runs and probes, without those it no longer asks for."""
-    found, arms = [], {"three_class": p.three_class_models, "binary": p.arms}
-    for path in sorted(p.folder.glob("runs/*/*/*/fold*/run.json")):
-        task, modality, arm, fold = path.parts[-5:-1]
-        if modality not in p.modalities or arm not in (*arms.get(task, ()), *figures.REFERENCES):
-            continue
-        if int(fold.removeprefix("fold")) >= p.folds(task):
+def read_records(p: Params) -> list[dict[str, Any]]:
+    """The records (`run.json`) of the runs and probes that the profile asks for, of those that are there.
+
+    Raises ValueError for one that is not whole.
+    """
+    asked = [run for task in runs.TASKS for run in (*runs.grid(p, task), *probes.grid(p, task))]
+    found = []
+    for path in sorted(runs.folder_of(p, run) / "run.json" for run in asked):
+        if not path.is_file():
             continue
         try:
             found.append(json.loads(path.read_text()))
@@ -117,9 +118,9 @@ def runs(p: Params) -> list[dict[str, Any]]:
     return found
 
 
-def effort(runs: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
+def effort(records: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
     """Task, arm, number of runs and their seconds together."""
-    rows = pd.DataFrame([{**run["settings"], **run} for run in runs], columns=["task", "arm", "seconds"])
+    rows = pd.DataFrame([{**run["settings"], **run} for run in records], columns=["task", "arm", "seconds"])
     together = rows.groupby(["task", "arm"], sort=False)["seconds"].agg(["size", "sum"])
     return [
         (task.replace("_", "-"), tables.display_name(arm), int(size), f"{seconds:.0f}")
@@ -127,20 +128,20 @@ def effort(runs: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
     ]
 
 
-def facts(notebooks: list[NotebookNode], runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def facts(notebooks: list[NotebookNode], records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What the results were made of, where, when and with which versions."""
     made = [notebook.metadata.get("papermill", {}) for notebook in notebooks]
     ended = max(str(one.get("end_time") or "") for one in made)
-    trained = [run for run in runs if "device" in run["settings"]]
+    trained = [run for run in records if "device" in run["settings"]]
     precision = {True: "bfloat16 (autocast)", False: "float32"}
     facts = {
-        "data (SHA-256 of cubes, cases and labels)": {run["data"] for run in runs},
-        "cohort": {run["cohort"] for run in runs if run.get("cohort")},
+        "data (SHA-256 of cubes, cases and labels)": {run["data"] for run in records},
+        "cohort": {run["cohort"] for run in records if run.get("cohort")},
         "processor": {run["device"] for run in trained},
         "computed on, in": {
             f"{run['settings']['device']}, {precision[run['settings']['bfloat16']]}" for run in trained
         },
-        "runs and probes": {f"{len(runs)}, {sum(run['seconds'] for run in runs):.0f} seconds together"},
+        "runs and probes": {f"{len(records)}, {sum(run['seconds'] for run in records):.0f} seconds together"},
         "notebooks executed": {f"{ended[:16].replace('T', ' ')} UTC"},
         **{
             f"{name} (training)": {run["versions"][name] for run in trained}

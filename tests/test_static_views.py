@@ -572,6 +572,13 @@ def test_three_classes_have_their_own_arms_and_counts_and_high_risk_against_the_
     )
     bins = np.concatenate([np.histogram(prob[y == k, 2], np.linspace(0, 1, 21))[0] for k in range(3)])
     np.testing.assert_allclose(np.array(heights) / max(heights), bins / bins.max(), atol=1e-6)
+    guides = page.locator(".forest .guide")  # chance, of an AUC only
+    assert guides.count() == page.locator(".forest .row").count() > 0
+    choose(page, metric="accuracy")
+    assert guides.count() == 0
+    assert (
+        page.locator(".forest").get_attribute("aria-label") == "accuracy, all test cases, with 95 % interval"
+    )
 
 
 def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, tables):
