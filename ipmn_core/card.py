@@ -12,8 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from ipmn_core import cohort, inference, metrics, predict, records, runs, tables
+from ipmn_core import data, metrics, predict, runs
+from ipmn_core.metrics import inference, tables
+from ipmn_core.names import display_name
 from ipmn_core.predict import PredictError, Trained
+from ipmn_core.runs import records
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -95,7 +98,7 @@ def model_card(arm_folder: str | Path) -> str:
         "Files and versions": f"{_markdown(_files(trained, selected))}\n\n{_markdown(_versions(found))}",
         "Licence and citation": HANDING_ON,
     }
-    names = dict.fromkeys(tables.display_name(settings[key]) for key in ("model", "arm", "modality"))
+    names = dict.fromkeys(display_name(settings[key]) for key in ("model", "arm", "modality"))
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(predict.CLASSES[settings["task"]]))
     head = (
         f"# {', '.join(names)}\n\n**{predict.NOTICE}**\n\nRisk of pancreatic cysts (IPMN) in MRI: {classes}."
@@ -142,7 +145,7 @@ def _predictions(trained: list[Trained], role: str) -> pd.DataFrame:
 
 
 def _splits(one: Trained) -> pd.DataFrame:
-    return cohort.from_spreadsheet(pd.read_csv(one.weights.with_name("splits.csv"), dtype=str))
+    return data.from_spreadsheet(pd.read_csv(one.weights.with_name("splits.csv"), dtype=str))
 
 
 def _data(record: dict[str, Any]) -> str:
@@ -187,7 +190,7 @@ def _by_fold(selected: pd.DataFrame) -> str:
     table = metrics.by_fold(selected.assign(center=metrics.GLOBAL)).drop_duplicates("fold")
     limits, reasons = [], []
     for fold, undefined in zip(table["fold"], table["undefined"], strict=True):
-        y, prob = metrics.scores(selected[selected["fold"] == fold])
+        y, prob = metrics.y_and_prob(selected[selected["fold"] == fold])
         high = y == prob.shape[1] - 1
         limits.append(_between(*inference.auc_interval(high, prob[:, -1])))
         reasons.append("; ".join(filter(None, (undefined, inference.no_delong(high, 2, "interval")))))

@@ -1,4 +1,4 @@
-"""The command `ipmn`: fetch and check the data, run a profile, predict a case, export models, time it.
+"""The command `ipmn`: fetch and check the data, run a profile, predict a case and export models.
 
 Those of a federation across machines are in `cli_federation`.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from ipmn_core import cli_federation
+from ipmn_core.flower import cli
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 EPILOG = """examples:
@@ -24,7 +24,6 @@ EPILOG = """examples:
   ipmn export outputs/demo/runs/binary/t2/fedavg shared/fedavg_t2
   ipmn phantom /tmp/cohort         a synthetic cohort with known truth, in the data set's own layout
   ipmn federation demo             hospitals as processes here: server and sites, over TLS
-  ipmn bench --only 32             speed beside the plain pipeline, cubes of 32^3 only
 """
 
 
@@ -92,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", type=Path, metavar="TARGET", help="the folder to write; it must not exist")
     export.set_defaults(command=export_arm)
 
-    cli_federation.add(commands)
-
-    _add_bench(commands)
+    cli.add(commands)
     return parser
 
 
@@ -154,18 +151,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict.set_defaults(command=predict_case)
 
 
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser(
-        "bench", help="time this package beside the plain pipeline, and its cost against the size of things"
-    )
-    bench.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds TEXT")
-    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
-    bench.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    bench.add_argument("--growth", action="store_true", help="instead: cost against scans, cases, clients")
-    bench.set_defaults(command=run_bench)
-
-
 def run_profile(options: argparse.Namespace) -> int:
     """Runs the notebooks of a profile and says where everything lies."""
     from ipmn_core import params, pipeline
@@ -179,7 +164,7 @@ def run_profile(options: argparse.Namespace) -> int:
         page = pipeline.write_report(p)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
     if p.noise_multiplier is not None:
-        from ipmn_core import privacy
+        from ipmn_core.federated import privacy
 
         print(f"{privacy.note(p)}\n")
     for what in ("tables", "figures", "notebooks"):
@@ -202,16 +187,16 @@ def check_cohort(options: argparse.Namespace) -> int:
     """Prints the problems of a data set, its table 1, and a last line that says whether it can be used."""
     import pandas as pd
 
-    from ipmn_core import cohort, preprocess
+    from ipmn_core import data
 
-    scans, problems = cohort.inspect(options.root, options.columns)
-    of_volumes = preprocess.volume_problems(scans, progress=True)
-    problems = cohort.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
+    scans, problems = data.inspect(options.root, options.columns)
+    of_volumes = data.volume_problems(scans, progress=True)
+    problems = data.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
     if len(problems):
-        print(problems.map(cohort.in_one_cell).to_markdown(index=False, disable_numparse=True))
+        print(problems.map(data.in_one_cell).to_markdown(index=False, disable_numparse=True))
     errors = int((problems["severity"] == "error").sum())
     if not errors:
-        print(f"\n{cohort.table1(scans).to_markdown(index=False)}")
+        print(f"\n{data.table1(scans).to_markdown(index=False)}")
     remarks = len(problems) - errors
     print(f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
@@ -219,7 +204,7 @@ def check_cohort(options: argparse.Namespace) -> int:
 
 def fetch_cohort(options: argparse.Namespace) -> int:
     """Downloads the real data set, says what could not be verified, and checks it like `ipmn check`."""
-    from ipmn_core import osf
+    from ipmn_core.data import osf
 
     options.root, unverified = osf.fetch(options.root, _agreed if options.yes else _asked)
     for name in unverified:
@@ -247,11 +232,9 @@ def predict_case(options: argparse.Namespace) -> int:
         options.image, options.mask, options.models, options.center, options.size, options.device
     )
     if options.picture:
-        from ipmn_core import preprocess
+        from ipmn_core import data
 
-        predict.picture(
-            result, preprocess.load_roi(options.image, options.mask, result.case), options.picture
-        )
+        predict.picture(result, data.load_roi(options.image, options.mask, result.case), options.picture)
     if options.json:
         print(predict.to_json(result))
     else:
@@ -268,36 +251,11 @@ def export_arm(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_bench(options: argparse.Namespace) -> int:
-    """Prints the bench's table, or that of growth, and writes it as JSON if asked."""
-    import json
-
-    import pandas as pd
-
-    if options.json and not options.json.parent.is_dir():
-        raise FileNotFoundError(f"--json {options.json}: no such folder; make it first")
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: at least 1")
-    if options.growth:
-        from ipmn_core import growth
-
-        results = growth.run()
-    else:
-        from ipmn_core import bench
-
-        results = bench.run(options.only, options.repeats, options.jobs)
-        print("matrix product:", *(f"{v:.0f} GFLOP/s {k}" for k, v in results["gemm_gflops"].items()))
-    print(pd.DataFrame(results["rows"]).to_markdown(index=False, floatfmt=".4g"))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return 0
-
-
 def write_phantom(options: argparse.Namespace) -> int:
     """Writes the phantom cohort and says where."""
-    from ipmn_core import phantom
+    from ipmn_core.phantom import write
 
-    root = phantom.write(
+    root = write(
         options.root,
         seed=options.seed,
         layout=options.layout,

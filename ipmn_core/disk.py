@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; at the end flush it to the disk and rename it to `path`.
+
+    Readers never see a partial file. Raises OSError naming `path`, and leaves the old file, if the disk is
+    full or the folder cannot be written.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch raises the second, and does not say why
+        reason = getattr(error, "strerror", None) or f"no room on the disk? {error}"
+        remedy = "make room, or choose another folder (`outputs`)"
+        raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def write(path: Path, how: Callable[[Path], Any]) -> Path:

@@ -19,8 +19,9 @@ from typing import Any
 import nbformat
 from filelock import FileLock, Timeout
 
-from ipmn_core import disk, spread
+from ipmn_core import disk
 from ipmn_core.params import Params, ParamsError, project_root
+from ipmn_core.runs import spread
 
 NOTEBOOKS = (
     "01_data_exploration",
@@ -72,10 +73,11 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 
 def _train(p: Params) -> None:
-    from ipmn_core import cohort, preprocess, probes, runs
+    from ipmn_core import data, runs
+    from ipmn_core.runs import probes
 
-    scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
-    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    scans = data.subset(data.open_cohort(p), p.max_per_cell)
+    cubes = data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     runs.train(p, ("binary", "three_class"), scans, cubes)  # the longer runs first: workers end together
     for task in runs.TASKS:
         probes.fit(p, task, scans, cubes)
@@ -84,7 +86,9 @@ def _train(p: Params) -> None:
 def _prepare(p: Params, fresh: bool) -> None:
     from joblib.externals.loky import get_reusable_executor
 
-    from ipmn_core import cohort, machine, preprocess, privacy, probes, records, runs
+    from ipmn_core import data, runs
+    from ipmn_core.federated import machine, privacy
+    from ipmn_core.runs import probes, records
 
     privacy.note(p)
     for folder in (p.folder, p.folder.parent / "cache", p.phantom_root.parent):
@@ -93,12 +97,12 @@ def _prepare(p: Params, fresh: bool) -> None:
     spread.require(p.backend)
     machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)
     try:
-        scans = cohort.subset(cohort.open_cohort(p), p.max_per_cell)
+        scans = data.subset(data.open_cohort(p), p.max_per_cell)
     finally:  # idle workers of the phantom would hold memory, and this process, for minutes
         get_reusable_executor().shutdown()
     for task in runs.TASKS:
-        cohort.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    key = records.data_key(scans, preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
+        data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+    key = records.data_key(scans, data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in runs.TASKS:

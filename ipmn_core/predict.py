@@ -15,9 +15,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ipmn_core import cohort, machine, models, params, preprocess, runs
+from ipmn_core import data, models, params, runs
+from ipmn_core.federated import machine
+from ipmn_core.names import LABEL_NAMES, LABELS
 
-CLASSES = {"three_class": cohort.LABELS, "binary": cohort.LABEL_NAMES[True]}
+CLASSES = {"three_class": LABELS, "binary": LABEL_NAMES[True]}
 NOTICE = "Not for clinical use: a research model without external validation."
 LONGEST_MM = 250  # an ROI that is longer is hardly a pancreas of 12 to 15 cm, rather a whole image
 
@@ -79,9 +81,9 @@ def predict(
     where = machine.device_of(params.validate({"device": device, "size": size}, "predict"))
     trained = find(folders, size)
     _refuse_mixed(trained, center)
-    case = case or cohort.case_name(Path(image).name)
-    roi = preprocess.load_roi(image, mask, case)
-    cube = preprocess.to_cube(np.asanyarray(roi.dataobj), trained[0].size)
+    case = case or data.case_name(Path(image).name)
+    roi = data.load_roi(image, mask, case)
+    cube = data.to_cube(np.asanyarray(roi.dataobj), trained[0].size)
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
@@ -255,7 +257,7 @@ def _role(case: str, path: Path, center: str | None) -> str:
     if not path.exists():
         return "unknown"
     try:
-        splits = cohort.from_spreadsheet(pd.read_csv(path, dtype=str))
+        splits = data.from_spreadsheet(pd.read_csv(path, dtype=str))
         ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
         mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
         return next(iter(splits.loc[mine, "role"]), "")
@@ -301,17 +303,15 @@ def picture(result: Prediction, roi: nib.Nifti1Image, path: str | Path | None = 
     """
     import matplotlib.pyplot as plt
 
-    from ipmn_core import figures, figures_scan
+    from ipmn_core import views
 
     classes, roi = list(CLASSES[result.task]), nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    figures_scan.show_slice(left, roi, figures_scan.widest_slice(roi.dataobj)).set_title(
-        f"{result.case}, ROI"
-    )
+    views.show_slice(left, roi, views.widest_slice(roi.dataobj)).set_title(f"{result.case}, ROI")
     prob = result.folds[classes]
-    right.barh(classes, prob.mean(), color=figures.PALETTE[5])
+    right.barh(classes, prob.mean(), color=views.PALETTE[5])
     for k, name in enumerate(classes):
-        right.plot(prob[name], np.full(len(prob), k), "o", ms=4, color=figures.PALETTE[0], alpha=0.7)
+        right.plot(prob[name], np.full(len(prob), k), "o", ms=4, color=views.PALETTE[0], alpha=0.7)
     right.set(xlim=(0, 1), xlabel=f"probability: mean (bar) of {len(prob)} model(s) (dots)")
     figure.suptitle(NOTICE, fontsize=8)
     if path is not None:

@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 @pytest.fixture
 def house_style():
     """Figures as the notebooks draw them, closed afterwards."""
-    from ipmn_core import figures
+    from ipmn_core import views
 
     with plt.rc_context():
-        figures.use_style()
+        views.use_style()
         yield
         plt.close("all")
 
@@ -31,9 +31,9 @@ def phantom_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def phantom_scans(phantom_root):
-    from ipmn_core import cohort
+    from ipmn_core import data
 
-    return cohort.read(phantom_root)
+    return data.read(phantom_root)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from test_predict import Malicious, change_settings, train_small, write_scan
 
-from ipmn_core import card, cli, inference, metrics, predict
+from ipmn_core import card, cli, metrics, predict
+from ipmn_core.metrics import inference
 from ipmn_core.predict import PredictError
 
 

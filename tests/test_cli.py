@@ -11,7 +11,7 @@ import openpyxl
 import pytest
 import yaml
 
-from ipmn_core import cli, cohort, pipeline
+from ipmn_core import cli, data, pipeline
 
 HELP = """
 import sys, time
@@ -71,7 +71,7 @@ def fault(capsys):
 
 def test_help_lists_the_commands_within_a_second_of_cpu_and_without_heavy_imports():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom", "bench"):
+    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom"):
         assert f"\n    {command} " in told
         assert f"ipmn {command} " in told.split("examples:")[1]
     status, seconds, *heavy = told.splitlines()[-1].split()
@@ -82,7 +82,7 @@ def test_the_cohort_is_imported_at_once_beside_pandas_and_without_torch():
     code = """
 import sys, time, pandas
 start = time.process_time()  # pandas takes its time, and more on a busy machine
-import ipmn_core.cohort
+import ipmn_core.data
 print(time.process_time() - start, 'torch' in sys.modules)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -105,7 +105,7 @@ def test_wrong_usage_exits_with_2_and_says_how_to(arguments, capsys):
 def test_check_of_a_whole_cohort_prints_table_1_and_exits_with_0(phantom_root, phantom_scans, capsys):
     assert cli.main(["check", str(phantom_root)]) == 0
     said = capsys.readouterr().out
-    assert cohort.table1(phantom_scans).to_markdown(index=False) in said
+    assert data.table1(phantom_scans).to_markdown(index=False) in said
     assert f"{phantom_root}: {len(phantom_scans)} labelled scans, 0 error(s)" in said.splitlines()[-1]
 
 
@@ -158,7 +158,7 @@ def test_phantom_writes_a_cohort_that_can_be_read(tmp_path, capsys):
     ]
     assert cli.main(arguments) == 0
     assert str(root / "truth.csv") in capsys.readouterr().out and (root / "truth.csv").is_file()
-    scans = cohort.read(root)
+    scans = data.read(root)
     assert len(scans) == 40 and set(scans["mask"]) == {""}
 
 

@@ -16,7 +16,10 @@ import pytest
 import yaml
 from test_params import PROFILES
 
-from ipmn_core import cohort, metrics, models, params, phantom, preprocess, runs, tables, truth
+from ipmn_core import data, metrics, models, params, phantom, runs
+from ipmn_core.metrics import tables, truth
+from ipmn_core.names import MODALITIES
+from ipmn_core.phantom import cohort as phantom_cohort
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 RENEW = "if the change is meant: `make reference`, and a commit that says old and new numbers"
@@ -38,13 +41,13 @@ def demo(tmp_path_factory):
     labelled = everyone[everyone["label_t2"].notna()]
     chosen = labelled.groupby(["center", "label_t2"], sort=False).head(p.max_per_cell).sort_index()
     with pytest.MonkeyPatch.context() as patch:  # the demo writes the others, too, and leaves them out
-        patch.setattr(phantom, "patients", lambda *_: chosen.reset_index(drop=True))
-        scans = cohort.open_cohort(p)
-    assert len(scans) == len(cohort.subset(scans, p.max_per_cell)) == len(chosen)
-    cubes = preprocess.cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+        patch.setattr(phantom_cohort, "patients", lambda *_: chosen.reset_index(drop=True))
+        scans = data.open_cohort(p)
+    assert len(scans) == len(data.subset(scans, p.max_per_cell)) == len(chosen)
+    cubes = data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
     selected = metrics.select(predictions)
-    oracle = truth.reference_arms(selected, cohort.truth(p)).query("arm == 'oracle'")
+    oracle = truth.reference_arms(selected, data.read_truth(p)).query("arm == 'oracle'")
     return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
 
 
@@ -60,7 +63,7 @@ def test_table_1_is_the_references_to_the_last_case():
     everyone = phantom.patients(0)
     counts = [
         everyone.groupby(["center", f"label_{m}"]).size().unstack(fill_value=0).assign(modality=m)
-        for m in cohort.MODALITIES
+        for m in MODALITIES
     ]
     fresh = pd.concat(counts).rename(columns={0: "no_risk", 1: "low_risk", 2: "high_risk"}).reset_index()
     keys, columns = ["center", "modality"], ["no_risk", "low_risk", "high_risk"]

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from ipmn_core import params, pipeline, tables
+from ipmn_core import params, pipeline
+from ipmn_core.metrics import tables
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -3,7 +3,7 @@ import json
 import nbformat
 import pytest
 
-from ipmn_core import cohort, params, pipeline
+from ipmn_core import data, params, pipeline
 from ipmn_core.params import ParamsError
 from ipmn_core.pipeline import NotebookError
 
@@ -147,13 +147,13 @@ def prepared(tmp_path, phantom_root):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, monkeypatch, fresh):
-    monkeypatch.setattr(cohort, "assign_folds", lambda *_, **__: None)  # one case a class cannot be split
+    monkeypatch.setattr(data, "assign_folds", lambda *_, **__: None)  # one case a class cannot be split
     pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
     assert (tmp_path / "t" / "runs" / "old").exists() == (not fresh)
 
 
 def test_training_runs_are_not_discarded_for_a_profile_that_cannot_run(tmp_path, phantom_root):
-    with pytest.raises(cohort.CohortError, match="NYU t1: cannot be split into 5 folds"):
+    with pytest.raises(data.CohortError, match="NYU t1: cannot be split into 5 folds"):
         pipeline.prepare(prepared(tmp_path, phantom_root), fresh=True)
     assert (tmp_path / "t" / "runs" / "old").exists()
 

@@ -12,7 +12,8 @@ import torch
 from monai.networks.nets import DenseNet121
 from test_runs import profile
 
-from ipmn_core import cli, metrics, models, predict, preprocess, runs
+from ipmn_core import cli, metrics, models, predict, runs
+from ipmn_core.data import ScanError, load_cubes, load_roi, to_cube
 from ipmn_core.predict import PredictError
 
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
@@ -52,7 +53,7 @@ def train_small(folder):
     scans = pd.DataFrame(rows, columns=columns)
     small = {"three_class_models": ["shufflenetv2"], "arms": ["centralized", "local_only"]}
     p = profile(folder, modalities=["t2"], inner_validation=0.3, **small)
-    cubes = preprocess.cubes(scans, p.size, folder / "cache")
+    cubes = load_cubes(scans, p.size, folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "shufflenetv2", quick_to_settle)
         runs.train(p, ["binary", "three_class"], scans, cubes)
@@ -259,7 +260,7 @@ def test_bare_densenet_weights_predict_as_the_network_they_are_of(tmp_path, scan
     network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=3).eval()
     torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pt")
     result = predict.predict(*scan, tmp_path / "weights.pt", size=40)
-    cube = preprocess.to_cube(np.asanyarray(preprocess.load_roi(*scan).dataobj), 40)
+    cube = to_cube(np.asanyarray(load_roi(*scan).dataobj), 40)
     with torch.inference_mode():
         expected = network(torch.from_numpy(cube)[None, None].float()).softmax(1)[0]
     np.testing.assert_allclose(
@@ -279,7 +280,7 @@ def test_bare_weights_of_another_number_of_classes_are_refused(tmp_path, scan, n
 
 def test_a_clean_roi_without_a_mask_is_predicted_like_the_image_with_its_mask(trained, scan, tmp_path):
     arm = trained[0] / "binary" / "t2" / "centralized"
-    nib.save(preprocess.load_roi(*scan), tmp_path / "roi.nii.gz")
+    nib.save(load_roi(*scan), tmp_path / "roi.nii.gz")
     one, two = predict.predict(*scan, arm), predict.predict(tmp_path / "roi.nii.gz", None, arm)
     pd.testing.assert_frame_equal(one.folds, two.folds)
 
@@ -287,7 +288,7 @@ def test_a_clean_roi_without_a_mask_is_predicted_like_the_image_with_its_mask(tr
 def test_a_scan_that_cannot_be_used_is_named_as_everywhere(trained, scan):
     image, mask = scan
     nib.save(nib.Nifti1Image(np.zeros((24, 20, 8), np.uint8), AFFINE), mask)
-    with pytest.raises(preprocess.ScanError, match=r"EMC_01_002: mask .* is empty"):
+    with pytest.raises(ScanError, match=r"EMC_01_002: mask .* is empty"):
         predict.predict(image, mask, trained[0] / "binary" / "t2" / "centralized")
 
 
@@ -343,7 +344,7 @@ def test_the_json_of_a_prediction_says_all_in_plain_values(trained, scan):
 def test_the_picture_shows_the_roi_upright_and_every_fold(trained, scan, tmp_path, house_style):
     result, roi = (
         predict.predict(*scan, trained[0] / "binary" / "t2" / "centralized"),
-        preprocess.load_roi(*scan),
+        load_roi(*scan),
     )
     figure = predict.picture(result, roi, tmp_path / "picture.png")
     left, right = figure.axes

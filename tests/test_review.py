@@ -11,8 +11,11 @@ import torch
 from scipy.special import softmax
 from test_notebooks import REVIEW, ROOT
 
-from ipmn_core import federated, params, pipeline, probes, runs, tables, training
-from ipmn_core.preprocess import Cubes
+from ipmn_core import federated, params, pipeline, runs
+from ipmn_core.data import Cubes
+from ipmn_core.federated import training
+from ipmn_core.metrics import tables
+from ipmn_core.runs import probes, run
 
 NOTEBOOK = ROOT / "notebooks" / "04_analysis.ipynb"
 
@@ -64,7 +67,7 @@ def write_runs(p, scans):
     cubes = Cubes(np.zeros((len(scans), 1, 1, 1), np.float16), "made up")
     seen = lambda name, scans, array: np.zeros(len(scans))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_epochs", untrained_epochs)
+        patch.setattr(run, "_epochs", untrained_epochs)
         patch.setattr(runs.machine, "release_memory", lambda: None)  # a tenth of a second after each run
         patch.setattr(probes, "features", seen)
         patch.setattr(probes, "predict", untrained_probe)

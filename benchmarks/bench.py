@@ -1,0 +1,242 @@
+"""`ipmn bench`: this package beside the plain pipeline, both in one call on one machine.
+
+A side of a case runs in a process of its own, warmed up with one batch; the sides alternate, and the median
+of the repeats counts. A ratio above 1 is in our favour. `docs/performance.md` reads the results.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import plain
+import torch
+from tqdm import tqdm
+
+from ipmn_core import federated, models, phantom
+from ipmn_core.data import load_cubes, read
+from ipmn_core.federated import machine, training
+from ipmn_core.names import CENTERS
+from ipmn_core.runs import spread
+
+COLUMNS = ["case", "unit", "plain", "ours", "ratio"]
+LESS_IS_BETTER = ("s", "s/sample", "GB")
+GEMM = 2048  # edge of the matrices multiplied
+STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each with those before it
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: an epoch of `model` on `n` cubes of `size`^3, or a round of `arm` with `n` a center."""
+
+    model: str
+    size: int
+    n: int
+    batch_size: int
+    arm: str | None = None
+    step: str = STEPS[-1]
+
+    @property
+    def name(self) -> str:
+        """What is timed, and how far ours goes if not all the way."""
+        step = "" if self.step == STEPS[-1] else f", {self.step}"
+        return f"{self.arm or self.model} {self.size}^3{step}"
+
+
+CASES = (
+    Case("densenet121", 32, 32, 16),
+    Case("resnet34", 32, 16, 16),
+    Case("densenet121", 32, 4, 4, "fedavg"),
+    Case("densenet121", 32, 4, 4, "fedprox_0.1"),
+    Case("densenet121", 96, 16, 16),
+    Case("resnet34", 96, 4, 4),
+    Case("densenet121", 96, 8, 8, "fedprox_0.1"),
+    *(Case("densenet121", 96, 4, 4, step=step) for step in STEPS[:-1]),
+)
+
+
+def run(only: str = "", repeats: int = 3, jobs: int = 2) -> dict:
+    """The cases whose name holds `only`: `rows` of case, unit, plain, ours, ratio, `gemm_gflops` by dtype.
+
+    Writes a small phantom cohort to a temporary folder first. Raises ValueError if no case has such a name.
+    """
+    chosen = [case for case in CASES if only in case.name]
+    if not chosen and only not in "preprocessing":
+        names = ", ".join([*(case.name for case in CASES), "preprocessing"])
+        raise ValueError(f"no case is called {only!r}; there are {names}")
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in ("first", "second"):
+            phantom.write(Path(folder) / layout, layout=layout, max_per_cell=2, jobs=jobs, progress=False)
+        rows = list(_preprocessing(Path(folder), repeats, jobs)) if only in "preprocessing" else []
+        gemm = {str(dtype).removeprefix("torch."): apart(_gemm, dtype)[0] for dtype in _dtypes()}
+        for case in tqdm(chosen, "bench", unit="case"):
+            rows += _beside(case, Path(folder), repeats)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return {"machine": about_machine(), "gemm_gflops": gemm, "rows": table.round(4).to_dict("records")}
+
+
+def about_machine() -> dict:
+    """What the results were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "bfloat16": machine.has_bfloat16(torch.device("cpu")),
+        "torch": torch.__version__,
+    }
+
+
+def _dtypes() -> list[torch.dtype]:
+    return [torch.float32, *([torch.bfloat16] if machine.has_bfloat16(torch.device("cpu")) else [])]
+
+
+def _beside(case: Case, folder: Path, repeats: int) -> Iterator[tuple]:
+    """The rows of one case: time, memory and, for an epoch, the rate of its multiplications."""
+    sides = {"plain": (_plain, case, folder), "ours": (_ours, case, folder)}
+    measured = [{side: apart(*call) for side, call in sides.items()} for _ in range(repeats)]
+    seconds, gigabytes = (
+        {side: statistics.median(m[side][k] for m in measured) for side in sides} for k in (0, 1)
+    )
+    unit = "s" if case.arm else "s/sample"
+    yield _row(case.name, unit, **seconds)
+    yield _row(f"{case.name}, peak memory", "GB", **gigabytes)
+    if not case.arm:
+        gflop = 6 * models.complexity(case.model, 2, case.size)[0]  # 2 a MAC; the backward pass costs two
+        yield _row(f"{case.name}, rate", "GFLOP/s", **{side: gflop / s for side, s in seconds.items()})
+
+
+def _row(name: str, unit: str, plain: float, ours: float) -> tuple:
+    return name, unit, plain, ours, plain / ours if unit in LESS_IS_BETTER else ours / plain
+
+
+def apart(function: Callable, *arguments) -> tuple[float, float]:
+    """What `function` returns, seconds or a rate, and the peak memory in GB, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        reason = spread.alone(_answer, (function, arguments, answer))
+        if reason:
+            raise RuntimeError(f"{function.__name__}{arguments}: {reason}")
+        return tuple(json.loads(answer.read_text()))
+
+
+def _answer(function: Callable, arguments: tuple, answer: Path) -> None:
+    value = function(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    answer.write_text(json.dumps([value, peak]))
+
+
+def _gemm(dtype: torch.dtype) -> float:
+    """GFLOP/s of the product of two square matrices, the best of ten."""
+    a, b = (torch.rand(GEMM, GEMM).to(dtype) for _ in "ab")
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2e-9 * GEMM**3 / min(seconds)
+
+
+def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
+    """The case's scans of the cohort in `folder`: `n`, or for an arm `n` of each center, in center order."""
+    scans = read(folder / "first")
+    scans = scans[scans["modality"] == "t2"]
+    if case.arm:
+        scans = scans.groupby("center", sort=False).head(case.n)
+        scans = scans.sort_values("center", key=lambda c: c.map(CENTERS.index), kind="stable")
+    else:
+        scans = scans.head(case.n)
+    return scans.assign(target=(scans["label"] == 2).astype(int)).reset_index(drop=True)
+
+
+def settings_for(case: Case, bfloat16: bool, channels_last: bool) -> training.Settings:
+    """The paper's protocol for one epoch or round of `case`."""
+    return training.Settings(
+        epochs=1,
+        local_epochs=1,
+        batch_size=case.batch_size,
+        batches_per_epoch=None,
+        lr=1e-3,
+        weight_decay=0.01,
+        lr_step=30,
+        lr_gamma=0.1,
+        augment_prob=0.1,
+        bfloat16=bfloat16,
+        channels_last=channels_last,
+        seed=(0,),
+    )
+
+
+def _plain(case: Case, folder: Path) -> float:
+    scans, seconds = chosen_scans(case, folder), []
+    model = models.build(case.model, 2)
+    parts = [rows for _, rows in scans.groupby("center", sort=False)] if case.arm else [scans]
+    batches = [plain.loader(rows["image"], rows["target"], case.size, case.batch_size, 0.1) for rows in parts]
+    clients = [copy.deepcopy(model) for _ in parts]
+    optimizers = [plain.optimizer_of(client) for client in clients]
+    mu = federated.strategy(case.arm).mu if case.arm else 0.0
+    for of_clients in ([[next(iter(batches[0]))]], batches):  # a warm-up of one batch, then all
+        started = time.perf_counter()
+        if case.arm and of_clients is batches:
+            plain.federated_round(model, clients, optimizers, batches, [len(rows) for rows in parts], mu)
+        else:
+            plain.train_epoch(clients[0], optimizers[0], of_clients[0], mu, model)
+        seconds.append(time.perf_counter() - started)
+    return seconds[-1] / (1 if case.arm else len(scans))
+
+
+def _ours(case: Case, folder: Path) -> float:
+    step = STEPS.index(case.step)
+    if step >= 2:
+        machine.prepare(0)
+    scans = chosen_scans(case, folder)
+    cubes = load_cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
+    data = training.Cases(torch.tensor(cubes.array).unsqueeze(1), torch.tensor(scans["target"].to_numpy()))
+    bfloat16 = machine.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
+    settings = settings_for(case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1)
+    model = models.build(case.model, 2)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last_3d)
+    places = {c: torch.tensor(rows.index.to_numpy()) for c, rows in scans.groupby("center", sort=False)}
+    everyone = torch.cat(list(places.values()))
+    warm_up = training.Learner("warm-up", model, everyone[: case.batch_size], settings)
+    training.train_epoch(model, warm_up, data, settings, (1,))
+    if case.arm:
+        started = time.perf_counter()  # drift of the clients and one test case included, which plain spares
+        next(federated.fit(model, places, [everyone[:1]], data, settings, federated.strategy(case.arm)))
+        return time.perf_counter() - started
+    learner = training.Learner("all", model, everyone, settings)
+    started = time.perf_counter()
+    training.train_epoch(model, learner, data, settings, (2,))
+    return (time.perf_counter() - started) / len(everyone)
+
+
+def _preprocessing(folder: Path, repeats: int, jobs: int) -> Iterator[tuple]:
+    scans, size = read(folder / "second"), 96
+    sides = {"plain": (_plain_cubes, scans, size), "ours": (_our_cubes, scans, size, jobs)}
+    measured = [{side: apart(*call)[0] for side, call in sides.items()} for _ in range(repeats)]
+    yield _row("preprocessing", "volumes/s", **{s: statistics.median(m[s] for m in measured) for s in sides})
+
+
+def _plain_cubes(scans: pd.DataFrame, size: int) -> float:
+    plain.cube(scans["image"].iloc[0], scans["mask"].iloc[0], size)  # a warm-up
+    started = time.perf_counter()
+    for scan in scans.itertuples():
+        plain.cube(scan.image, scan.mask, size)
+    return len(scans) / (time.perf_counter() - started)
+
+
+def _our_cubes(scans: pd.DataFrame, size: int, jobs: int) -> float:
+    machine.prepare(0)
+    with tempfile.TemporaryDirectory() as cache:
+        load_cubes(scans.head(1), size, cache, jobs)  # a warm-up
+        started = time.perf_counter()
+        load_cubes(scans, size, cache, jobs)
+        return len(scans) / (time.perf_counter() - started)

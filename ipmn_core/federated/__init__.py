@@ -1,0 +1,41 @@
+"""How weights are learned: equations, clients, rounds."""
+
+from ipmn_core.federated.rounds import (
+    STRATEGIES,
+    State,
+    Strategy,
+    Update,
+    add_proximal_gradient,
+    afresh,
+    aggregate,
+    drawn,
+    fault_of,
+    fit,
+    fit_local_only,
+    inner_products,
+    local_update,
+    strategy,
+    update_of,
+    weighted_average,
+    without_any_client,
+)
+
+__all__ = [
+    "STRATEGIES",
+    "State",
+    "Strategy",
+    "Update",
+    "add_proximal_gradient",
+    "afresh",
+    "aggregate",
+    "drawn",
+    "fault_of",
+    "fit",
+    "fit_local_only",
+    "inner_products",
+    "local_update",
+    "strategy",
+    "update_of",
+    "weighted_average",
+    "without_any_client",
+]

@@ -1,0 +1,1 @@
+"""The same rounds across machines, on Flower."""

@@ -1,0 +1,124 @@
+"""The paper, audited from its own numbers: what tables 1-3 and the text say of each other, without any data.
+
+Every function reads only `paper/*.csv`. Table 2 and the text's AUCs are in percent, all else in fractions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ipmn_core.metrics import scores, tables
+from ipmn_core.metrics.inference import hanley_mcneil
+
+CELL = ["center", "modality"]
+N_FOLDS = 4  # of the binary task, table 3
+HALF_DIGIT = 0.5e-4  # table 3 is printed to 4 decimals
+
+
+def _read(name: str) -> pd.DataFrame:
+    return pd.read_csv(Path(__file__).parents[1] / "paper" / f"{name}.csv")
+
+
+def ledger() -> pd.DataFrame:
+    """Where text, tables and code of the paper disagree: columns where, text, tables_or_code, here.
+
+    Question: what does a reader of the text alone get wrong, and what does this package do instead?
+    Source: the text and tables 1-3 of the paper, its released code.
+    """
+    return _read("ledger")
+
+
+def text_against_table() -> pd.DataFrame:
+    """Three-class AUC in percent: columns model, modality, text, table, difference (text less table).
+
+    Question: are the AUCs in the text those of table 2? Source: section on results, table 2.
+    """
+    stated = _read("text").rename(columns={"auc": "text"})
+    printed = tables.paper(2)[["model", "modality", "auc_mean"]].rename(columns={"auc_mean": "table"})
+    both = stated.merge(printed, on=["model", "modality"], validate="one_to_one")
+    return both.assign(difference=(both["text"] - both["table"]).round(2))
+
+
+def _in_folds(count: int) -> np.ndarray:
+    """How many of a center's `count` scans fall in each fold (4,): StratifiedKFold deals them in turn."""
+    return np.array([len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)])
+
+
+def global_accuracy() -> pd.DataFrame:
+    """Global ACC of table 3: columns modality, method, printed, from_centers, difference, bound.
+
+    Question: is the printed global ACC the mean of the centers', weighted by their scans? Source: table 3,
+    weights from table 1. `difference` is printed less from_centers. It need not be zero, for folds differ by
+    a case at each center and numbers are rounded; `bound` is the most that this explains, given the printed
+    standard deviations (Cauchy-Schwarz inequality over folds).
+    """
+    table3, rows = tables.paper(3), []
+    printed = table3[table3["center"] == scores.GLOBAL].set_index(["modality", "method"])["acc_mean"]
+    cells = table3.merge(tables.paper(1), on=CELL)  # table 1 has no global row
+    for run, centers in cells.groupby(["modality", "method"]):
+        n, mean, std = (centers[name].to_numpy() for name in ("total", "acc_mean", "acc_std"))
+        sizes = np.stack([_in_folds(total) for total in n])
+        weights, share = sizes / sizes.sum(axis=0), n / n.sum()  # (centers, folds), (centers,)
+        bound = abs((weights.mean(axis=1) - share) @ mean) + weights.std(axis=1) @ std + 2 * HALF_DIGIT
+        rows.append((*run, printed[run], share @ mean, printed[run] - share @ mean, bound))
+    columns = ["modality", "method", "printed", "from_centers", "difference", "bound"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _counts() -> pd.DataFrame:
+    """Scans (n) and high-risk scans of table 1 by center and modality, those of all centers last."""
+    counts = tables.paper(1)[[*CELL, "total", "high_risk"]].rename(columns={"total": "n"})
+    pooled = counts.groupby("modality", as_index=False)[["n", "high_risk"]].sum()
+    return pd.concat([counts, pooled.assign(center=scores.GLOBAL)], ignore_index=True)
+
+
+def majority_class() -> pd.DataFrame:
+    """ACC of always answering the larger class, beside table 3's: a row a center (and global) and modality.
+
+    Columns center, modality, n, high_risk, majority (mean over the four folds, as table 3 prints means), a
+    column a method, beaten_by: how many methods exceed the majority, all to the 4 decimals printed.
+
+    Question: which ACC needs a network? Source: tables 1 and 3, high risk against the rest. FedAvg at EMC T1
+    and FedProx 0.3 at IU T2 are the majority's own 0.8079 ± 0.0202 and 0.7781 ± 0.0285. The global row
+    answers "not high risk" everywhere (0.7715 and 0.7679); answering each center's own majority takes
+    knowledge of the center and earns 0.7776 and 0.7817 of all scans.
+    """
+    counts, table3 = _counts(), tables.paper(3)
+    larger = np.maximum(counts["high_risk"], counts["n"] - counts["high_risk"])
+    shares = [_in_folds(right) / _in_folds(n) for right, n in zip(larger, counts["n"], strict=True)]
+    methods = list(table3["method"].unique())
+    printed = table3.pivot(index=CELL, columns="method", values="acc_mean")[methods].reset_index()
+    table = counts.assign(majority=np.mean(shares, axis=1).round(4)).merge(
+        printed, on=CELL, validate="one_to_one"
+    )
+    return table.assign(beaten_by=table[methods].gt(table["majority"], axis=0).sum(axis=1))
+
+
+def prevalence_auc() -> pd.DataFrame:
+    """Pooled AUC of scoring each scan by its center's share of high risk: columns modality, auc.
+
+    Question: what does the global AUC of table 3 reward in a network that knows the hospital and nothing of
+    the disease? Source: table 1. Caveat: pooled over all scans and with each prevalence known exactly, while
+    the paper pools within a fold.
+    """
+    rows = []
+    for modality, counts in tables.paper(1).groupby("modality"):
+        prevalence = np.repeat(counts["high_risk"] / counts["total"], counts["total"])
+        y = np.concatenate([np.arange(c.total) < c.high_risk for c in counts.itertuples()]).astype(int)
+        rows.append((modality, scores.auc(y, np.stack([1 - prevalence, prevalence], axis=1))))
+    return pd.DataFrame(rows, columns=["modality", "auc"])
+
+
+def intervals() -> pd.DataFrame:
+    """95 % intervals of AUC: columns center, method, modality, auc, positives, negatives, low, high.
+
+    Question: how far could each AUC be from the truth for want of cases alone? Source: table 3 with table 1's
+    counts, Hanley and McNeil 1982. Caveat: a printed AUC is a mean over folds while the counts are of all
+    folds together, and no interval covers the choice of the epoch on the test fold.
+    """
+    table = tables.paper(3)[["center", "method", "modality", "auc_mean"]].rename(columns={"auc_mean": "auc"})
+    table = table.merge(_counts(), on=CELL, how="left", validate="many_to_one")
+    table = table.assign(positives=table["high_risk"], negatives=table["n"] - table["high_risk"])
+    low, high = hanley_mcneil(table["auc"], table["positives"], table["negatives"])
+    return table.drop(columns=["n", "high_risk"]).assign(low=low, high=high)

@@ -1,0 +1,76 @@
+"""How much the centers of a federation differ: drift and direction of their updates, gain of each center."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from ipmn_core.metrics import inference, scores
+from ipmn_core.names import CENTERS
+
+ROUND = ["modality", "arm", "fold", "round"]
+
+
+def drift(updates: pd.DataFrame) -> pd.DataFrame:
+    """Client drift ||w_k - w_t||: how far each client's weights left the global model's, in every round.
+
+    `updates` holds inner products of the clients' updates (`runs.updates`), over all parameters without
+    BatchNorm's buffers. Columns modality, arm, fold, round, client, distance. FedProx penalises just
+    this distance, Eq. (3); a center of few cases makes fewer steps, so compare a client across arms first.
+    """
+    own = updates[updates["client"] == updates["other"]]
+    return own[[*ROUND, "client"]].assign(distance=np.sqrt(own["inner_product"])).reset_index(drop=True)
+
+
+def cosines(updates: pd.DataFrame) -> pd.DataFrame:
+    """Cosine between the updates of two clients, mean over rounds and folds: do they pull the same way?
+
+    Columns modality, arm, client, other, cosine, clients in the order of the centers. 1: the same direction,
+    0: nothing in common, below 0: what helps one undoes the other. NaN where a client did not move.
+    """
+    length = drift(updates)
+    pairs = updates.merge(length, on=[*ROUND, "client"]).merge(
+        length.rename(columns={"client": "other"}), on=[*ROUND, "other"], suffixes=("", "_other")
+    )
+    product = pairs["distance"] * pairs["distance_other"]
+    pairs["cosine"] = pairs["inner_product"] / product.where(product > 0)
+    mean = pairs.groupby(["modality", "arm", "client", "other"], sort=False, as_index=False)["cosine"].mean()
+    rank = {center: k for k, center in enumerate(CENTERS)}
+    order = mean.assign(a=mean["client"].map(rank), b=mean["other"].map(rank))
+    return mean.loc[order.sort_values(["modality", "arm", "a", "b"]).index].reset_index(drop=True)
+
+
+def gain(selected: pd.DataFrame, over=("centralized", "local_only")) -> pd.DataFrame:
+    """What each center gains by each federated arm over other ways to train: differences of its AUC.
+
+    Columns modality, arm, over, center, n, positives, difference, low, high, undefined: AUC of the arm less
+    that of `over`, scores of the center's test cases pooled over folds, with DeLong's paired 95 % interval.
+    `selected` holds one epoch a run; its binary rows count. An `over` that was not trained is left out; where
+    a number is NaN `undefined` says why. Raises ValueError if a run has several epochs or two arms were not
+    tested on the same cases.
+    """
+    binary = scores.one_epoch(selected[selected["task"] == "binary"])
+    rows = []
+    for modality, frame in binary.groupby("modality"):
+        arms = dict(list(frame.groupby("arm", sort=False)))
+        federated = [arm for arm in arms if arm not in ("centralized", "local_only")]
+        centers = [center for center in CENTERS if center in set(frame["center"])]
+        for reference, arm in product((arm for arm in over if arm in arms), federated):
+            pairs = inference.paired(arms[arm], arms[reference])
+            for center in (*centers, scores.GLOBAL):
+                here = pairs if center == scores.GLOBAL else pairs[pairs["center"] == center]
+                rows.append((modality, arm, reference, center, *_difference(here)))
+    columns = ["n", "positives", "difference", "low", "high", "undefined"]
+    table = pd.DataFrame(rows, columns=["modality", "arm", "over", "center", *columns])
+    mixed = (table["over"] == "local_only") & (table["center"] == scores.GLOBAL)
+    table.loc[mixed, ["difference", "low", "high"]] = np.nan
+    table.loc[mixed, "undefined"] = "no common scale: local_only has a model a center"
+    return table
+
+
+def _difference(pairs: pd.DataFrame) -> tuple:
+    """n, positives, difference of AUC, its interval and why one is NaN, of the cases of two arms."""
+    y = pairs["y_true"].to_numpy()
+    difference, low, high, *_ = inference.delong_test(y, pairs["prob_1"], pairs["prob_1_reference"])
+    undefined = scores.absent_classes(y, 2) or inference.no_delong(y, 2, "interval")
+    return len(y), int(y.sum()), difference, low, high, undefined

@@ -1,0 +1,174 @@
+"""From numbers to tables 1-3 of the paper: CSV, Markdown and LaTeX, each also beside the paper's numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from ipmn_core import data, disk
+from ipmn_core.names import display_name
+
+KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
+NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
+COUNTS = ["no_risk", "low_risk", "high_risk", "total"]
+UNDEFINED = "n/a"
+PAPER = "_paper"  # suffix of the paper's columns
+
+
+def paper(n: int) -> pd.DataFrame:
+    """The paper's table `n` (1, 2 or 3): counts, percent, fractions, in the columns of `table1` to `table3`.
+
+    Raises ValueError for another number.
+    """
+    if n not in KEYS:
+        raise ValueError(f"The paper has no table {n!r}: choose 1, 2 or 3.")
+    return pd.read_csv(Path(__file__).parents[1] / "paper" / f"table{n}.csv")
+
+
+def table1(scans: pd.DataFrame) -> pd.DataFrame:
+    """Scans per center, modality and class: columns center, modality, no_risk, low_risk, high_risk, total."""
+    return data.table1(scans)
+
+
+def complexity(counted: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """MACs (10^9) and parameters (10^6) of each model as printed, ours and the paper's."""
+    theirs = paper(2).groupby("model").first()
+    columns = {"MACs (G)": (0, "macs_g"), "Params (M)": (1, "params_m")}
+    printed = pd.DataFrame({"Model": [display_name(name) for name in counted]})
+    for heading, (i, column) in columns.items():
+        printed[heading] = [f"{numbers[i]:.2f}" for numbers in counted.values()]
+        printed[f"{heading} (paper)"] = _fixed(theirs[column].reindex(list(counted)), 2).to_numpy()
+    return printed
+
+
+def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """The 3-class benchmark in percent, rounded to 2 decimals, in the paper's row order.
+
+    Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
+    `metrics.over_folds` (its global three_class rows count); `complexity` gives each model's MACs (10^9) and
+    parameters (10^6). Raises KeyError for a model without them.
+    """
+    rows = summary[(summary["task"] == "three_class") & (summary["center"] == "global")]
+    unknown = sorted(set(rows["arm"]) - set(complexity))
+    if unknown:
+        raise KeyError(f"No MACs and parameters of {', '.join(unknown)}: add them to `complexity`.")
+    table = rows.rename(columns={"arm": "model"}).assign(
+        macs_g=[round(complexity[model][0], 2) for model in rows["arm"]],
+        params_m=[round(complexity[model][1], 2) for model in rows["arm"]],
+        **(100 * rows[NUMBERS]).round(2),
+    )
+    return _in_paper_order(table[["model", "macs_g", "params_m", "modality", *NUMBERS]], 2)
+
+
+def table3(summary: pd.DataFrame) -> pd.DataFrame:
+    """The binary task by center and globally, fractions rounded to 4 decimals, in the paper's row order.
+
+    Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std; `summary` comes from
+    `metrics.over_folds` (its binary rows count). `local_only` stays outside: it is no method of the paper.
+    """
+    table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
+    table = table.rename(columns={"arm": "method"})
+    return _in_paper_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
+
+
+def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
+    """Keys of the paper's table `n` in its order, then those that only `table` has."""
+    return paper(n).set_index(KEYS[n]).index.union(table.set_index(KEYS[n]).index, sort=False)
+
+
+def _in_paper_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The same rows, those of the paper first and in its order."""
+    keyed = table.set_index(KEYS[n], drop=False)
+    present = _order(table, n).intersection(keyed.index, sort=False)
+    return keyed.loc[present].reset_index(drop=True)
+
+
+def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """Table `n` with the paper's numbers in columns of suffix `_paper`.
+
+    A row that one side lacks is NaN there. Rows keep the paper's order; those only in `table` come last.
+    """
+    ours, theirs, order = table.set_index(KEYS[n]), paper(n).set_index(KEYS[n]), _order(table, n)
+    both = ours.reindex(order).join(theirs[list(ours)].reindex(order).add_suffix(PAPER)).reset_index()
+    return both.astype({column: "Int64" for column in both if column.removesuffix(PAPER) in COUNTS})
+
+
+def as_printed(table: pd.DataFrame) -> pd.DataFrame:
+    """Table 1, 2 or 3 as a reader expects it: all strings, a row a center, a model, or a center and method.
+
+    Modalities stand side by side; "58.69 ± 4.28" is mean ± standard deviation; an undefined number is "n/a".
+    With the paper's columns (see `beside_paper`) each cell is followed by the paper's.
+    """
+    keys = [key for key in ("center", "model", "method") if key in table]
+    sides = [side for side in ("", PAPER) if f"total{side}" in table or f"acc_mean{side}" in table]
+    printed = table[keys].drop_duplicates().set_index(keys)
+    if "model" in table:
+        per_model = table.groupby("model").first()  # MACs and parameters are the same for both modalities
+        for column, heading in (("macs_g", "MACs (G)"), ("params_m", "Params (M)")):
+            for side in sides:
+                printed[_heading(heading, side)] = _fixed(per_model[column + side], 2)
+    for modality in sorted(table["modality"].unique()):
+        rows = table[table["modality"] == modality].set_index(keys)
+        for heading, side, text in _cells(rows, sides):
+            printed[_heading(f"{display_name(modality)} {heading}", side)] = text
+    printed = printed.fillna(UNDEFINED).reset_index()
+    names = {key: printed[key].map(display_name) for key in keys}
+    return printed.assign(**names).rename(columns={key: key.capitalize() for key in keys})
+
+
+def _cells(rows: pd.DataFrame, sides: list[str]):
+    """Heading, side (ours or the paper's) and texts of each printed column of one modality's rows."""
+    if "total" in rows:
+        return [(n.replace("_", " "), side, _fixed(rows[n + side], 0)) for n in COUNTS for side in sides]
+    digits = 2 if "macs_g" in rows else 4  # table 2 is in percent, table 3 in fractions
+    return [
+        (metric.upper(), side, _mean_std(rows, metric, side, digits))
+        for metric in ("acc", "auc")
+        for side in sides
+    ]
+
+
+def _heading(text: str, side: str) -> str:
+    return f"{text} (paper)" if side == PAPER else text
+
+
+def _fixed(numbers: pd.Series, digits: int) -> pd.Series:
+    """Numbers as text with so many decimals, "n/a" for NaN."""
+    return numbers.map(lambda number: UNDEFINED if pd.isna(number) else f"{number:.{digits}f}")
+
+
+def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Series:
+    """Mean ± standard deviation as text, "n/a" where the mean is undefined."""
+    mean, std = (_fixed(rows[f"{metric}_{name}{side}"], digits) for name in ("mean", "std"))
+    return (mean + " ± " + std).where(mean != UNDEFINED, UNDEFINED)
+
+
+def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
+    """Paths of `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed), now in `folder`.
+
+    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Text
+    that a spreadsheet would run as a formula is escaped in the CSV. Each file is replaced whole, so a reader
+    never meets half of one.
+    """
+    printed = as_printed(table)
+    texts = {
+        "csv": data.for_spreadsheet(table).to_csv(index=False, na_rep=UNDEFINED),
+        # numbers are strings already: without disable_numparse 1.30 becomes 1.3
+        "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
+        "tex": _latex(printed),
+    }
+    return [_replace(Path(folder) / f"{stem}.{suffix}", text) for suffix, text in texts.items()]
+
+
+def _latex(printed: pd.DataFrame) -> str:
+    """A booktabs tabular in plain ASCII, for any pdflatex."""
+    n_names = printed.columns.isin(["Center", "Model", "Method"]).sum()
+    layout = "l" * n_names + "r" * (printed.shape[1] - n_names)
+    style = printed.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    tabular = style.to_latex(hrules=True, column_format=layout)
+    return "% needs \\usepackage{booktabs}\n" + tabular.replace("±", r"$\pm$").replace("μ", r"$\mu$")
+
+
+def _replace(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return disk.write(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))

@@ -1,0 +1,78 @@
+"""Against the truth, which only the phantom has: the oracle and a guideline's rule as arms among others."""
+
+import numpy as np
+import pandas as pd
+
+from ipmn_core.metrics.scores import ARM, GLOBAL, RUN, by_fold
+
+CHANCE = 0.5
+
+
+def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """The arms `oracle` and `guideline`, predictions of the same test cases in the same folds.
+
+    The oracle answers with each patient's true class probabilities given the findings: no image can tell
+    more. The guideline answers for high risk (binary task) with its class 0, 1, 2, as 0, 1/2, 1. `selected`
+    holds one epoch a run; `truth` has one row a patient (`cohort.truth`): patient_id, prob_0, prob_1, prob_2,
+    guideline. Empty if `truth` is, as for real data. Raises ValueError naming cases without a patient there.
+    """
+    if truth.empty:
+        return selected.iloc[:0]
+    first = selected.drop_duplicates([*[key for key in RUN if key != "arm"], "case_id"])
+    cases = first.drop(columns=first.filter(regex="^prob_").columns).reset_index(drop=True)
+    patients = truth.assign(patient=truth["patient_id"].str.casefold()).drop_duplicates("patient")
+    known = patients.set_index("patient").reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
+    missing = cases.loc[known["prob_0"].isna(), "case_id"].unique()
+    if len(missing):
+        raise ValueError(
+            f"{len(missing)} cases have no patient in the phantom's truth, such as {', '.join(missing[:5])}: "
+            "pass the truth.csv that was written with this cohort."
+        )
+    binary = (cases["task"] == "binary").to_numpy()
+    prob = known[["prob_0", "prob_1", "prob_2"]].to_numpy()
+    return pd.concat(
+        [
+            _arm("oracle", cases[~binary], prob[~binary]),
+            _arm("oracle", cases[binary], _two(prob[binary, 2])),
+            _arm("guideline", cases[binary], _two(known["guideline"].to_numpy()[binary] / 2)),
+        ],
+        ignore_index=True,
+    )
+
+
+def _two(high_risk: np.ndarray) -> np.ndarray:
+    return np.column_stack([1 - high_risk, high_risk])
+
+
+def _arm(name: str, cases: pd.DataFrame, prob: np.ndarray) -> pd.DataFrame:
+    columns = {f"prob_{k}": prob[:, k] for k in range(prob.shape[1])}
+    return cases.assign(arm=name, epoch=1, **columns)
+
+
+def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """AUC of the oracle and the guideline over all `scans`, pooled: columns task, modality, arm, auc.
+
+    What can be known at all, before any training. Empty for real data, where `truth` is.
+    """
+    cases = scans.assign(arm="", fold=0, seed=0, epoch=1)
+    tasks = {"binary": (scans["label"] == 2).astype(int), "three_class": scans["label"]}
+    both = pd.concat([cases.assign(task=task, y_true=y) for task, y in tasks.items()])
+    known = by_fold(reference_arms(both, truth))
+    return known.loc[known["center"] == GLOBAL, ["task", "modality", "arm", "auc"]].reset_index(drop=True)
+
+
+def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
+    """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
+
+    `decomposed` is `within.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
+    pooled, within, pooled_closed, within_closed; below chance is negative, `undefined` says why a number is
+    NaN: as in `decompose`, or "no oracle".
+    """
+    table = decomposed[[*ARM, "undefined", "pooled", "within"]]
+    oracle = table[table["arm"] == "oracle"].drop(columns=["arm", "undefined"])
+    table = table.merge(oracle, on=["task", "modality"], how="left", suffixes=("", "_oracle"))
+    for scope in ("pooled", "within"):
+        table[f"{scope}_closed"] = (table[scope] - CHANCE) / (table.pop(f"{scope}_oracle") - CHANCE)
+    none = ~table.set_index(["task", "modality"]).index.isin(oracle.set_index(["task", "modality"]).index)
+    table["undefined"] = np.where(none, "no oracle", table["undefined"])
+    return table.sort_values(["task", "modality"], kind="stable", ignore_index=True)

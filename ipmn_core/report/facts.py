@@ -1,0 +1,162 @@
+"""What the report says beside its chapters: tables beside the paper's, settings, effort, versions."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import tokenize
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from nbformat import NotebookNode
+
+from ipmn_core import data, runs
+from ipmn_core.metrics import tables
+from ipmn_core.names import display_name
+from ipmn_core.params import Params
+from ipmn_core.runs import probes
+
+CAPTIONS = {
+    1: "Scans of each center and class.",
+    2: "Three classes: ACC and macro AUC in percent, mean ± standard deviation over folds.",
+    3: "High risk against the rest: ACC and AUC, mean ± standard deviation over folds.",
+}
+PICTURES = {2: "table2", 3: "forest_beside_paper"}  # figures of a profile that show a table
+PACKAGES = ("ipmn", "numpy", "pandas", "scipy", "scikit-learn", "nibabel", "matplotlib", "nbconvert")
+MEANINGS = {  # of the settings whose comment, where they are set, does not say it, or that have none
+    "modalities": "which scans: t1, t2",
+    "three_class_folds": "folds of the three-class task",
+    "binary_folds": "folds of the binary task",
+    "three_class_models": "networks of the three-class task",
+    "binary_model": "network of the binary task",
+    "arms": "methods of the binary task",
+    "batch_size": "cases in a step of training",
+    "lr": "learning rate of AdamW",
+    "weight_decay": "weight decay of AdamW",
+    "lr_gamma": "what the rate is multiplied by every lr_step epochs",
+    "seed": "of everything that is drawn by chance",
+}
+
+
+def parameters(notebook: NotebookNode) -> dict[str, Any]:
+    """What papermill executed a notebook with."""
+    return json.loads(json.dumps(notebook.metadata.get("papermill", {}).get("parameters", {})))
+
+
+def result(folder: Path, n: int) -> dict[str, Any]:
+    """Table `n` beside the paper's, as printed: `columns`, and rows in `groups` of their first name."""
+    path = folder / "tables" / f"table{n}_beside_paper.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `ipmn run` writes it")
+    printed = tables.as_printed(data.from_spreadsheet(pd.read_csv(path)))
+    columns, first, n_names = list(printed), printed.columns[0], len(tables.KEYS[n]) - 1
+    groups = printed.groupby(first, sort=False)
+    return {
+        "n": n,
+        "caption": CAPTIONS[n],
+        "names": n_names,
+        "columns": columns[:n_names] + columns[n_names::2],
+        "groups": [(name, [_row(row, n_names) for row in rows.to_numpy()]) for name, rows in groups],
+        "picture": _picture(folder / "figures" / f"{PICTURES.get(n)}.png"),
+    }
+
+
+def _row(row: Sequence[str], n_names: int) -> tuple[list[str], list[str], list[str]]:
+    """Names after the first, our numbers, and the paper's."""
+    return list(row[1:n_names]), list(row[n_names::2]), list(row[n_names + 1 :: 2])
+
+
+def _picture(path: Path) -> str:
+    """The PNG at `path` as an address that needs no request, empty if there is none."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else ""
+
+
+def settings(notebook: NotebookNode) -> list[tuple[str, str, str, str]]:
+    """Name, value, default and meaning of each setting that `notebook` was executed with."""
+    cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    said = {**(_comments(cells[0]) if cells else {}), **MEANINGS}
+    made, defaults = parameters(notebook), Params().model_dump(mode="json")
+    return [
+        (key, _yaml(made.get(key, default)), _yaml(default), said.get(key, "").replace("None", "null"))
+        for key, default in defaults.items()
+    ]
+
+
+def _comments(source: str) -> dict[str, str]:
+    """The comment at the end of each assignment."""
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    lines = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: lines[node.end_lineno] for node in assigned if node.end_lineno in lines}
+
+
+def _yaml(value: Any) -> str:
+    """A value as it stands in a profile."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def read_records(p: Params) -> list[dict[str, Any]]:
+    """The records (`run.json`) of the runs and probes that the profile asks for, of those that are there.
+
+    Raises ValueError for one that is not whole.
+    """
+    asked = [run for task in runs.TASKS for run in (*runs.grid(p, task), *probes.grid(p, task))]
+    found = []
+    for path in sorted(runs.folder_of(p, run) / "run.json" for run in asked):
+        if not path.is_file():
+            continue
+        try:
+            found.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not whole; delete that folder, `ipmn run` repeats the run"
+            ) from error
+    return found
+
+
+def effort(records: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
+    """Task, arm, number of runs and their seconds together."""
+    rows = pd.DataFrame([{**run["settings"], **run} for run in records], columns=["task", "arm", "seconds"])
+    together = rows.groupby(["task", "arm"], sort=False)["seconds"].agg(["size", "sum"])
+    return [
+        (task.replace("_", "-"), display_name(arm), int(size), f"{seconds:.0f}")
+        for (task, arm), (size, seconds) in together.iterrows()
+    ]
+
+
+def facts(notebooks: list[NotebookNode], records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the results were made of, where, when and with which versions."""
+    made = [notebook.metadata.get("papermill", {}) for notebook in notebooks]
+    ended = max(str(one.get("end_time") or "") for one in made)
+    trained = [run for run in records if "device" in run["settings"]]
+    precision = {True: "bfloat16 (autocast)", False: "float32"}
+    facts = {
+        "data (SHA-256 of cubes, cases and labels)": {run["data"] for run in records},
+        "cohort": {run["cohort"] for run in records if run.get("cohort")},
+        "processor": {run["device"] for run in trained},
+        "computed on, in": {
+            f"{run['settings']['device']}, {precision[run['settings']['bfloat16']]}" for run in trained
+        },
+        "runs and probes": {f"{len(records)}, {sum(run['seconds'] for run in records):.0f} seconds together"},
+        "notebooks executed": {f"{ended[:16].replace('T', ' ')} UTC"},
+        **{
+            f"{name} (training)": {run["versions"][name] for run in trained}
+            for name in ("python", "torch", "monai")
+        },
+        **{f"{name} (this page)": {_version(name)} for name in PACKAGES},
+    }
+    return [(name, "; ".join(sorted(map(str, values))) or "unknown") for name, values in facts.items()]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source folder
+        return "not installed"

@@ -1,0 +1,375 @@
+"""Whatever lies in a sheet, a volume or a profile: an answer or an error for people, and nothing lost."""
+
+import datetime
+import gzip
+import pickle
+import re
+import struct
+
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipmn_core import cli, params, phantom, views
+from ipmn_core.data import (
+    ScanError,
+    case_name,
+    for_spreadsheet,
+    from_spreadsheet,
+    inspect,
+    load_cubes,
+    load_image,
+    load_roi,
+    read,
+    scanner_facts,
+    to_cube,
+    volume_problems,
+)
+from ipmn_core.names import CENTERS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def floats_of_every_size():
+    """Training, in an earlier test of this process, may have set tiny numbers to zero."""
+    import torch
+
+    torch.set_flush_denormal(False)
+
+
+settings.register_profile(
+    "fixed",  # the same examples on every machine
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+fixed = settings.get_profile("fixed")
+
+# Label sheets
+
+HEADERS = ["Patient ID", "Age", "Sex", "Center", "Scanner", "Risk assessment"]
+NAMES = [
+    *["nyu_1", "NYU_1", " nyu_1 ", "nyu_1.nii.gz", "nyu_1_0000", "CAD_3", "mca_05", "IU_2", "EMC_01_002"],
+    *["ahn05", "northwestern_0001", "nyu_mca_7", "ucsf_1", "../nyu_1", "nyu_ß", "NYU_SS", "nyu_é", "nyu_é"],
+    *[
+        "=cmd|nyu_1",
+        "+nyu_1",
+        "-nyu_1",
+        "@nyu_1",
+        "nyu_\u200b1",
+        "nyu 1",
+        ".nii.gz",
+        "_0000",
+        "NA",
+        "İU_2",
+        "",
+    ],
+]
+LABELS = [
+    0,
+    1,
+    2,
+    0.0,
+    2.0,
+    "1",
+    " 2 ",
+    "1.0",
+    3,
+    -1,
+    1.5,
+    "high",
+    "０",
+    "",
+    " ",
+    "NA",
+    "none",
+    "#REF!",
+    "=1+1",
+]
+ANY_CELL = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.floats(allow_nan=False, allow_infinity=False, width=32),
+    st.datetimes(datetime.datetime(1950, 1, 1), datetime.datetime(2050, 1, 1)),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12),
+)
+NAME_CELL = st.one_of(st.sampled_from(NAMES), st.sampled_from(NAMES), ANY_CELL)
+LABEL_CELL = st.one_of(st.sampled_from(LABELS), st.sampled_from(LABELS), ANY_CELL)
+ROWS = st.lists(st.tuples(NAME_CELL, LABEL_CELL), max_size=12)
+
+
+def write_first_release(root, rows, headers=HEADERS):
+    """A T1 sheet with rows (name, label), and a file for every name that can be one."""
+    folder = root / "t1_clean_ROI"
+    folder.mkdir(parents=True)
+    cells = [[name, 60, "F", "", "", label] for name, label in rows]
+    sheet = pd.DataFrame([headers, *cells], dtype=object)
+    sheet.to_excel(root / "IPMN_labels_t1_total.xlsx", header=False, index=False)
+    for name in {case_name(name) for name, _ in rows}:
+        if name and "/" not in name:
+            (folder / f"{name}.nii.gz").touch()
+
+
+def is_blank(cell):
+    """By pandas's own list of what is missing, a second opinion."""
+    words = {"", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none"}
+    return pd.isna(cell) or str(cell).strip().casefold() in words
+
+
+@fixed
+@given(rows=ROWS)
+def test_every_labelled_row_is_a_scan_or_named_in_a_problem(tmp_path_factory, rows):
+    root = tmp_path_factory.mktemp("sheet")
+    write_first_release(root, rows)
+    scans, problems = inspect(root)
+    errors = problems[problems["severity"] == "error"]
+    told = {
+        int(number)
+        for row in errors.itertuples()
+        for text in re.findall(r"rows? ([\d and]+)", f"{row.where}: {row.problem}")
+        for number in re.findall(r"\d+", text)
+    }
+    used = {case.casefold() for case in scans["case_id"]}
+    for number, (name, label) in enumerate(rows, start=2):
+        if not is_blank(label):
+            own = "" if is_blank(name) else case_name(name).casefold()
+            assert (number in told) != (own in used), (number, name, label)
+    assert set(scans["label"]) <= {0, 1, 2} and set(scans["center"]) <= set(CENTERS)
+    assert not scans["case_id"].str.casefold().duplicated().any()
+    blank = sum(is_blank(label) for name, label in rows if not is_blank(name))
+    assert scans.attrs["unlabelled"]["t1"] == blank
+
+
+HEADER = st.one_of(st.sampled_from([*HEADERS, "patient", "RISK", "T1", "name", "PatientID", ""]), ANY_CELL)
+
+
+@fixed
+@given(
+    headers=st.one_of(st.permutations(HEADERS), st.lists(HEADER, min_size=0, max_size=8)),
+    columns=st.sampled_from(["header", "position"]),
+)
+def test_headers_renamed_moved_or_doubled_are_found_or_refused_by_name(tmp_path_factory, headers, columns):
+    root = tmp_path_factory.mktemp("headers")
+    (root / "t1_clean_ROI").mkdir()
+    for name in ("nyu_1", "mca_2"):
+        (root / "t1_clean_ROI" / f"{name}.nii.gz").touch()
+    sheet = root / "IPMN_labels_t1_total.xlsx"
+    at = {header: i for i, header in enumerate(headers)}
+    cells = [
+        [name if i == at.get("Patient ID") else 1 for i in range(len(headers))] for name in ("nyu_1", "mca_2")
+    ]
+    pd.DataFrame([headers, *cells], dtype=object).to_excel(sheet, header=False, index=False)
+    scans, problems = inspect(root, columns)
+    if len(scans):
+        assert scans["case_id"].tolist() == ["nyu_1", "mca_2"] and scans["label"].tolist() == [1, 1]
+    else:
+        errors = problems[problems["severity"] == "error"]
+        assert errors["where"].str.contains("IPMN_labels_t1_total.xlsx").any()
+    if sorted(headers, key=str) == sorted(HEADERS) and columns == "header":
+        assert len(scans) == 2
+
+
+# Volumes
+
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "c8", "c16"]
+DTYPES += [[("R", "u1"), ("G", "u1"), ("B", "u1")]]
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, 1.0, -1.0, np.nan, np.inf, 1e-40, 1e38, -3e38]), st.floats(width=32)
+)
+
+
+@st.composite
+def volumes(draw):
+    """The bytes of a NIfTI file, some of its header's numbers at random."""
+    shape, dtype = tuple(draw(SIZES)), np.dtype(draw(st.sampled_from(DTYPES)))
+    if draw(st.integers(0, 3)):  # mostly
+        shape = (4, 3, 2)
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    noise = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, n_bytes, np.uint8)
+    data = np.frombuffer(noise.tobytes(), dtype).reshape(shape)
+    if draw(st.booleans()) and not dtype.names:
+        data = (data.view() * 0 + draw(st.integers(0, 2))).astype(dtype)
+        data.flat[0] = draw(st.integers(0, 2))
+    with np.errstate(all="ignore"):
+        raw = bytearray(nib.Nifti1Image(data, np.diag([1.4, 1.2, 3, 1]), dtype=dtype).to_bytes())
+    places = {  # name: (offset, layout) in the header
+        "dim": (40, "8h"),
+        "pixdim": (76, "8f"),
+        "scaling": (112, "2f"),
+        "form": (252, "2h"),
+        "sform": (280, "12f"),
+    }
+    for name in draw(st.sets(st.sampled_from([*places]), max_size=1)):
+        start, layout = places[name]
+        number = NUMBERS if layout.endswith("f") else st.integers(-2, 32767)
+        n = int(layout[:-1])
+        raw[start : start + struct.calcsize("<" + layout)] = struct.pack(
+            "<" + layout, *draw(st.lists(number, min_size=n, max_size=n))
+        )
+    return bytes(raw)
+
+
+MASK = np.zeros((4, 3, 2), np.uint8)
+MASK[1:4, 1:, :] = 1
+MASK = nib.Nifti1Image(MASK, np.diag([1.4, 1.2, 3, 1])).to_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@settings(fixed, max_examples=80)
+@given(image=volumes(), mask=st.one_of(st.none(), st.just(MASK), volumes()))
+def test_a_volume_gives_a_cube_in_0_to_1_or_an_error_of_the_package(tmp_path_factory, image, mask):
+    folder = tmp_path_factory.mktemp("volumes")
+    (folder / "i.nii.gz").write_bytes(gzip.compress(image, 1))
+    if mask:
+        (folder / "m.nii.gz").write_bytes(gzip.compress(mask, 1))
+    row = {
+        "case_id": "AHN01",
+        "image": str(folder / "i.nii.gz"),
+        "mask": str(folder / "m.nii.gz") if mask else "",
+    }
+    problems = volume_problems(pd.DataFrame([row]), jobs=1)
+    assert problems["remedy"].str.len().gt(0).all()
+    try:
+        roi = load_roi(row["image"], row["mask"], row["case_id"])
+    except ScanError as error:
+        assert str(error).startswith("AHN01: ") and str(folder) in str(error)
+        assert "error" in set(problems["severity"])
+        return
+    assert "error" not in set(problems["severity"])
+    assert 0 < np.prod(roi.header.get_zooms()) < np.inf or "warning" in set(problems["severity"])
+    cube = to_cube(np.asanyarray(roi.dataobj), 8)
+    assert np.isfinite(cube).all() and cube.min() >= 0 and cube.max() <= 1
+    assert nib.as_closest_canonical(roi).shape
+
+
+@settings(fixed, max_examples=80)
+@given(data=st.data())
+def test_a_file_with_a_byte_changed_or_cut_off_is_read_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("damage") / "i.nii.gz"
+    noise = np.random.default_rng(0).integers(0, 99, (6, 5, 4)).astype(np.int16)
+    raw = bytearray(nib.Nifti1Image(noise, np.diag([1.4, 1.2, 3, 1])).to_bytes())
+    if packed := data.draw(st.booleans()):
+        raw = bytearray(gzip.compress(raw))
+    end = data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw))))
+    place = data.draw(st.integers(0, len(raw) - 1))
+    raw[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw[:end] if packed else gzip.compress(raw[:end]))
+    try:
+        voxels = np.asanyarray(load_image(path, "AHN01").dataobj)
+    except ScanError as error:
+        assert str(error).startswith(f"AHN01: {path} ")
+        return
+    if packed and place >= 10:  # beyond gzip's own header, whose time and name are not summed
+        assert np.array_equal(voxels, noise)
+
+
+def with_secret(image):
+    """Bytes of a file whose header holds text wherever it can."""
+    for field in ("descrip", "aux_file", "intent_name", "db_name", "data_type"):
+        image.header[field] = b"DOE^JANE"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
+    raw = image.to_bytes()
+    assert raw.count(b"DOE^JANE") == 6
+    return raw
+
+
+def test_text_of_a_header_is_in_no_message_no_warning_no_file_and_no_image(tmp_path, capfd, caplog):
+    root, affine = tmp_path / "cohort", np.diag([-1.0, -1, 1, 1])  # so that there is a warning, too
+    write_first_release(root, [("nyu_1", 0), ("nyu_2", 1), ("nyu_3", 2)])
+    noise = np.random.default_rng(0).random((6, 5, 4), np.float32)
+    whole = with_secret(nib.Nifti1Image(noise, affine))
+    sick = with_secret(nib.Nifti1Image(noise * np.nan, affine))
+    for name, raw in (("nyu_1", whole), ("nyu_2", whole[:-40]), ("nyu_3", sick)):
+        (root / "t1_clean_ROI" / f"{name}.nii.gz").write_bytes(gzip.compress(raw))
+    assert cli.main(["check", str(root)]) == 1
+    scans = read(root)
+    for case in ("nyu_2", "nyu_3"):
+        with pytest.raises(ScanError) as error:
+            load_cubes(scans[scans["case_id"] == case], 32, tmp_path / "out")
+        assert "DOE" not in str(error.value)
+    with pytest.warns(UserWarning) as told:
+        load_cubes(scans.head(1), 32, tmp_path / "out")
+    scanner_facts(scans.head(1)).to_csv(tmp_path / "out" / "facts.csv")
+    image, _, roi = views.scan_volumes(scans.iloc[0])
+    nib.save(roi, tmp_path / "out" / "roi.nii")
+    views.show_slice(plt.subplots()[1], image, 1).figure.savefig(tmp_path / "out" / "figure.svg")
+    plt.close("all")
+    written = [path.read_bytes() for path in (tmp_path / "out").iterdir()]
+    said = "".join([*capfd.readouterr(), caplog.text, *(str(w.message) for w in told)])
+    assert len(written) == 4 and "header extensions" in said and "spacing unknown" in said
+    assert "DOE" not in said and not any(b"DOE" in content for content in written)
+    assert b"DOE" not in pickle.dumps((image, roi))
+
+
+# Settings
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.dates(),
+    st.binary(max_size=4),
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(SCALARS, inner, max_size=3))
+)
+KEYS = st.one_of(st.sampled_from([*params.Params.model_fields]), st.text(max_size=8), SCALARS)
+
+
+@fixed
+@given(values=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
+def test_any_value_of_any_key_is_a_setting_or_refused_by_its_key(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("params") / "a.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    try:
+        p = params.load(path)
+    except params.ParamsError as error:
+        assert str(error).startswith(f"{path}: ")
+        return
+    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        kept = getattr(p, key)
+        assert kept == (tuple(value) if isinstance(value, list) else value), key
+    assert p.folder.name == p.profile
+
+
+@fixed
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_any_text_is_a_profile_or_refused_by_its_file(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("text") / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(params.ParamsError, match=re.escape(str(path))):
+        params.load(path)
+
+
+# Spreadsheets
+
+
+@fixed
+@given(st.lists(st.text(st.sampled_from("=+-@\t\r\n'a1 "), max_size=4), min_size=1, max_size=4))
+def test_every_text_comes_back_from_a_spreadsheet_where_none_is_a_formula(texts):
+    table = pd.DataFrame([texts], columns=texts)
+    escaped = for_spreadsheet(table)
+    for text in (*escaped.columns, *escaped.iloc[0]):
+        assert not text.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    pd.testing.assert_frame_equal(from_spreadsheet(escaped), table)
+
+
+@pytest.mark.parametrize("layout", ["first", "second"])
+def test_no_cell_of_the_phantoms_sheets_is_a_formula(tmp_path, layout):
+    phantom.write_sheets(phantom.patients(0), layout, tmp_path / "cohort")
+    sheets = [pd.read_excel(path, header=None, dtype=object) for path in (tmp_path / "cohort").glob("*.xlsx")]
+    sheets.append(pd.read_csv(tmp_path / "cohort" / "truth.csv", header=None, dtype=object))
+    assert len(sheets) == {"first": 3, "second": 2}[layout]
+    for sheet in sheets:
+        texts = [cell for cell in sheet.to_numpy().ravel() if isinstance(cell, str)]
+        assert texts and not [text for text in texts if re.match(r"[=+@\t\r\n]|-\D", text)]

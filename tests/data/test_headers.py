@@ -1,0 +1,141 @@
+"""What is read of a NIfTI file: nibabel's voxels, its damage, and what its header leaves open."""
+
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ipmn_core.data import headers
+
+AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0.1, 6.0, 30], [0, 0, 0, 1]], float)
+LOST = np.diag([-1.0, -1, 1, 1])  # as in the data set's AHN05
+SECRET = b"DOE^JANE"
+PIXDIM, SROW = 76, 280  # their places in a NIfTI-1 header
+
+
+def content(affine=AFFINE, dtype="f4", kind=nib.Nifti1Image, endian="<", **fields):
+    """A volume's bytes; `fields` of its header are set after nibabel has set its own."""
+    data = np.arange(4 * 3 * 2).reshape(4, 3, 2).astype(dtype)
+    header = kind.header_class(endianness=endian)
+    header.set_data_dtype(dtype)
+    image = kind(data, affine, header)
+    for name, value in fields.items():
+        image.header[name] = value
+    return image.to_bytes()
+
+
+def saved(path, raw):
+    path.write_bytes(gzip.compress(raw) if path.name.lower().endswith("gz") else raw)
+    return path
+
+
+def with_zooms(raw, *zooms):
+    return raw[: PIXDIM + 4] + struct.pack("<3f", *zooms) + raw[PIXDIM + 16 :]
+
+
+def with_first_row(raw, *row):
+    return raw[:SROW] + struct.pack("<4f", *row) + raw[SROW + 16 :]
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dtype": dtype} for dtype in ("u1", "i2", "u4", "i8", "f4", "f8")),
+        {"kind": nib.Nifti2Image},
+        {"endian": ">", "dtype": "i2"},
+    ],
+)
+@pytest.mark.parametrize("scaling", [(np.nan, np.nan), (1, 0), (0.5, -3), (0, 7)])
+def test_voxels_and_affine_are_those_of_nibabel(tmp_path, name, options, scaling):
+    raw = bytearray(content(**options))
+    if options.get("kind") is nib.Nifti2Image:
+        raw[176:192] = struct.pack("<2d", *scaling)
+    else:
+        raw[112:120] = struct.pack(options.get("endian", "<") + "2f", *scaling)
+    path = saved(tmp_path / name, bytes(raw))
+    voxels, header = headers.read(path)
+    expected = nib.load(path)
+    theirs = np.asanyarray(expected.dataobj)
+    assert voxels.dtype == theirs.dtype and np.array_equal(voxels, theirs)
+    assert np.array_equal(header.affine, expected.affine) and header.doubt == "" and header.text == ()
+
+
+def test_damage_that_only_the_checksum_sees_is_seen(tmp_path):
+    noise = np.random.default_rng(0).random((20, 20, 20))  # more than what nibabel reads to know the format
+    path = saved(tmp_path / "a.nii.gz", nib.Nifti1Image(noise, AFFINE).to_bytes())
+    raw = bytearray(path.read_bytes())
+    raw[-8] ^= 1  # the checksum itself
+    path.write_bytes(raw)
+    np.asanyarray(nib.load(path).dataobj)  # as always
+    with pytest.raises(OSError, match="CRC"):
+        headers.read(path)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\x1f\x8b", gzip.compress(b""), gzip.compress(b"x" * 5000), gzip.compress(content())[:90]],
+    ids=["empty", "two bytes", "nothing packed", "something else", "half"],
+)
+def test_half_a_file_or_something_else_is_no_volume(tmp_path, raw):
+    (tmp_path / "a.nii.gz").write_bytes(raw)
+    with pytest.raises((OSError, EOFError)):
+        headers.read(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_no_room_is_made_for_voxels_that_the_file_cannot_hold(tmp_path, name):
+    raw = bytearray(content())
+    raw[42:48] = struct.pack("<3h", 3000, 3000, 3000)  # 100 GB in float32
+    with pytest.raises(OSError, match="promises 108000000000 bytes of voxels"):
+        headers.read(saved(tmp_path / name, bytes(raw)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "doubt"),
+    [
+        (content(LOST), "1 x 1 x 1 mm without turn and origin"),
+        (content(np.eye(4)), "1 x 1 x 1 mm without turn and origin"),
+        (with_zooms(content(), 0, 1.2, 6), "0 x 1.2 x 6 mm"),
+        (with_zooms(content(), 1.4, 1.2, np.nan), "1.4 x 1.2 x nan mm"),
+        (with_zooms(content(), np.inf, 1.2, 6), "inf x 1.2 x 6 mm"),
+        (with_first_row(content(), 0, 0, 0, 0), "cannot be inverted"),
+        (with_first_row(content(), np.nan, 0, 0, 0), "cannot be inverted"),
+    ],
+)
+def test_a_spacing_that_is_in_doubt_says_why(tmp_path, raw, doubt):
+    header = headers.read(saved(tmp_path / "a.nii.gz", raw))[1]
+    assert doubt in header.doubt
+    nib.Nifti1Image(np.zeros((2, 2, 2)), header.affine)  # raises for an affine that cannot be inverted
+
+
+def test_one_millimeter_with_an_origin_and_a_negative_zoom_are_in_no_doubt(tmp_path):
+    moved = LOST + np.array([[0, 0, 0, 80]] + [[0] * 4] * 3)
+    for raw in (content(moved), with_zooms(content(), -1.4, 1.2, 6)):
+        assert headers.read(saved(tmp_path / "a.nii.gz", raw))[1].doubt == ""
+
+
+@pytest.mark.parametrize("field", ["descrip", "aux_file", "intent_name", "db_name", "data_type"])
+def test_text_in_a_field_is_named_and_never_kept(tmp_path, field):
+    header = headers.read(saved(tmp_path / "a.nii.gz", content(**{field: SECRET})))[1]
+    assert header.text == (field,) and SECRET.decode() not in repr(header)
+    blank = headers.read(saved(tmp_path / "b.nii.gz", content(**{field: b"  \0"})))[1]
+    assert blank.text == ()
+
+
+def test_extensions_are_named_and_never_kept(tmp_path):
+    image = nib.Nifti1Image.from_bytes(content())
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", SECRET))
+    header = headers.read(saved(tmp_path / "a.nii.gz", image.to_bytes()))[1]
+    assert header.text == ("extensions",) and SECRET.decode() not in repr(header)
+
+
+def test_headers_are_apart_beyond_the_rounding_of_float32(tmp_path):
+    rounded = AFFINE.astype(np.float32).astype(float)
+    one, two, other = (
+        headers.read(saved(tmp_path / "a.nii.gz", content(affine)))[1]
+        for affine in (AFFINE, rounded, AFFINE + np.diag([0, 0.01, 0, 0]))
+    )
+    assert not headers.apart(one, two) and headers.apart(one, other)

@@ -1,0 +1,318 @@
+import pickle
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.transforms import CropForeground, Resize, ScaleIntensity
+
+from ipmn_core.data import (
+    PROBLEM_COLUMNS,
+    ScanError,
+    bounding_box,
+    load_cubes,
+    load_image,
+    load_roi,
+    scanner_facts,
+    to_cube,
+    volume_problems,
+)
+
+AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0.1, 6.0, 30], [0, 0, 0, 1]], float)
+
+
+def volume(seed=0, shape=(24, 20, 8)):
+    """An image and a mask that leaves a margin on every side."""
+    rng = np.random.default_rng(seed)
+    image, mask = rng.gamma(2, 100, shape).astype(np.float32), np.zeros(shape, np.uint8)
+    mask[5:17, 4:15, 2:7] = rng.random((12, 11, 5)) < 0.6
+    return image, mask
+
+
+def save(folder, name, data, affine=AFFINE):
+    path = folder / f"{name}.nii.gz"
+    nib.save(nib.Nifti1Image(data, affine), path)
+    return str(path)
+
+
+def scans_of(folder, n=3, shape=(24, 20, 8)):
+    rows = []
+    for k in range(n):
+        image, mask = volume(k, shape)
+        rows.append(
+            (f"AHN{k:02d}", save(folder, f"i{k}", image), save(folder, f"m{k}", mask), "AHN", "t1", k)
+        )
+    return pd.DataFrame(rows, columns=["case_id", "image", "mask", "center", "modality", "label"])
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_cube_is_monais_scale_and_resize_to_storage_precision(size):
+    image, mask = volume()
+    roi = np.where(mask, image, 0)[bounding_box(mask)]
+    expected = Resize((size,) * 3, mode="area")(ScaleIntensity()(torch.from_numpy(roi)[None]))[0]
+    ours = to_cube(roi, size)
+    assert ours.dtype == np.float16
+    np.testing.assert_allclose(
+        ours.astype(np.float32), expected.numpy(), atol=2**-11
+    )  # half a float16 step at 1
+
+
+def test_the_box_is_monais_tight_foreground_box():
+    _, mask = volume()
+    cropped = CropForeground(select_fn=lambda x: x > 0, allow_smaller=True)(mask[None])
+    assert mask[bounding_box(mask)].shape == tuple(cropped.shape[1:])
+    assert mask[bounding_box(mask)].sum() == mask.sum()
+
+
+def test_an_roi_saved_as_nifti_lies_where_it_was_in_the_image(tmp_path):
+    image, mask = volume()
+    roi = load_roi(save(tmp_path, "image", image), save(tmp_path, "mask", mask))
+    nib.save(roi, tmp_path / "roi.nii.gz")
+    back = nib.load(tmp_path / "roi.nii.gz")
+    voxel = np.array([3, 2, 1, 1])
+    corner = np.array([s.start for s in bounding_box(mask)] + [0])
+    np.testing.assert_allclose(back.affine @ voxel, AFFINE @ (voxel + corner), atol=1e-4)  # float32 header
+    assert np.array_equal(np.asanyarray(back.dataobj) != 0, mask[bounding_box(mask)] != 0)
+
+
+def test_a_clean_roi_is_taken_as_it_is(tmp_path):
+    image, _ = volume()
+    roi = load_roi(save(tmp_path, "roi", image))
+    assert np.array_equal(np.asanyarray(roi.dataobj), image)
+
+
+def broken(kind):
+    image, mask = volume()
+    if kind == "nan":
+        image[0, 0, 0] = np.nan
+    elif kind == "infinite":
+        image[6, 6, 3] = np.inf
+    elif kind == "constant":
+        image[:] = 0
+    elif kind == "4d":
+        image = np.stack([image, image], -1)
+    elif kind == "one slice":
+        image, mask = image[:, :, :1], mask[:, :, :1]
+    elif kind == "other shape":
+        mask = mask[:, :, :-1]
+    elif kind == "empty":
+        mask[:] = 0
+    elif kind == "two organs":
+        mask[0, 0, 0] = 2
+    elif kind == "fractions":
+        mask = mask * 0.5
+    elif kind == "zero and two":
+        mask = mask * 2
+    elif kind == "complex":
+        image = image * 1j
+    elif kind == "colour":
+        image = np.zeros(image.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    elif kind == "beyond float32":
+        image = image * np.float64(1e300)
+    elif kind == "constant in float32":
+        image = 1e6 + image * np.float64(1e-9)
+    return image, mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "1 voxel.* NaN or infinite"),
+        ("infinite", "1 voxel.* NaN or infinite"),
+        ("constant", "one single value"),
+        ("4d", "expected one 3D volume"),
+        ("one slice", "at least two slices"),
+        ("other shape", r"mask .*\(24, 20, 7\).*\(24, 20, 8\)"),
+        ("empty", "is empty"),
+        ("two organs", "other than 0 and 1"),
+        ("fractions", "other than 0 and 1"),
+        ("zero and two", "other than 0 and 1"),
+        ("complex", "complex64; expected one 3D volume of real numbers"),
+        ("colour", "expected one 3D volume of real numbers"),
+        ("beyond float32", r"values up to .*e\+30"),
+    ],
+)
+def test_an_unusable_scan_is_named_before_anything_is_cached(tmp_path, kind, message):
+    scans = scans_of(tmp_path, 2)
+    image, mask = broken(kind)
+    scans.loc[1, ["image", "mask"]] = save(tmp_path, "bad_i", image), save(tmp_path, "bad_m", mask)
+    with pytest.raises(ScanError, match=f"AHN01: .*{message}"):
+        load_cubes(scans, 32, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    scans = scans_of(tmp_path, 1)
+    with open(scans.loc[0, "image"], "rb+") as file:
+        file.truncate(2000)
+    with pytest.raises(ScanError, match=r"AHN00: .*i0\.nii\.gz cannot be read"):
+        load_cubes(scans, 32, tmp_path / "cache")
+
+
+def test_a_roi_that_is_constant_in_the_precision_of_cubes_is_named(tmp_path):
+    image, _ = broken("constant in float32")
+    assert image.dtype == np.float64 and image.min() < image.max()
+    with pytest.raises(ScanError, match=r"AHN01: .*i\.nii\.gz gives an ROI of one single value, 1000000"):
+        load_roi(save(tmp_path, "i", image), case="AHN01")
+
+
+def test_nearly_whole_mask_values_are_rounded(tmp_path):
+    image, mask = volume()
+    exact = load_roi(save(tmp_path, "i", image), save(tmp_path, "m", mask))
+    near = load_roi(save(tmp_path, "i", image), save(tmp_path, "n", mask * np.float32(0.999)))
+    above = load_roi(save(tmp_path, "i", image), save(tmp_path, "a", mask * np.float32(1.001)))
+    for rounded in (near, above):
+        assert np.array_equal(np.asanyarray(exact.dataobj), np.asanyarray(rounded.dataobj))
+
+
+def test_cubes_follow_the_scans_and_do_not_depend_on_the_workers(tmp_path):
+    scans = scans_of(tmp_path)
+    one = load_cubes(scans, 32, tmp_path / "one", jobs=1)
+    two = load_cubes(scans, 32, tmp_path / "two", jobs=2)
+    assert one.array.shape == (3, 32, 32, 32) and isinstance(one.array, np.memmap)
+    assert np.array_equal(one.array, two.array) and one.key == two.key
+    for k in range(3):
+        roi = load_roi(scans.loc[k, "image"], scans.loc[k, "mask"])
+        assert np.array_equal(one.array[k], to_cube(np.asanyarray(roi.dataobj), 32))
+
+
+def test_the_cache_is_used_and_a_changed_file_or_size_renews_it(tmp_path):
+    scans, cache = scans_of(tmp_path), tmp_path / "cache"
+    first = load_cubes(scans, 32, cache)
+    written = [path.stat().st_mtime_ns for path in cache.iterdir()]
+    assert load_cubes(scans, 32, cache).key == first.key
+    assert [path.stat().st_mtime_ns for path in cache.iterdir()] == written
+    save(tmp_path, "i1", volume(9)[0])
+    second = load_cubes(scans, 32, cache)
+    assert second.key != first.key and not np.array_equal(second.array[1], first.array[1])
+    assert np.array_equal(second.array[0], first.array[0])
+    assert load_cubes(scans, 48, cache).key != second.key
+
+
+def test_facts_give_spacing_in_mm_and_the_median_of_the_roi(tmp_path):
+    scans = scans_of(tmp_path)
+    facts = scanner_facts(scans)
+    image, mask = volume(1)
+    assert facts.loc[1, "in_plane_mm"] == pytest.approx(1.4)
+    assert facts.loc[1, "slice_mm"] == pytest.approx(6.0)
+    assert facts.loc[1, "roi_median"] == pytest.approx(np.median(image[mask == 1]))
+
+
+# What is wrong with the volumes
+
+
+def problems_of(scans):
+    """Severity, where and problem of each; every one has a remedy."""
+    problems = volume_problems(scans)
+    assert list(problems.columns) == PROBLEM_COLUMNS and problems["remedy"].str.len().gt(0).all()
+    return [tuple(row[:3]) for row in problems.itertuples(index=False)]
+
+
+def with_text(path, **fields):
+    """The file at `path`, the fields of its header filled."""
+    image = nib.load(path)
+    image = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    for field, text in fields.items():
+        if field == "extension":
+            image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text))
+        else:
+            image.header[field] = text
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["nan", "constant", "4d", "one slice", "other shape", "empty", "two organs", "complex", "beyond float32"],
+)
+def test_every_error_that_training_ends_with_is_listed_with_its_file(tmp_path, kind):
+    scans = scans_of(tmp_path, 3)
+    image, mask = broken(kind)
+    scans.loc[1, ["image", "mask"]] = save(tmp_path, "bad_i", image), save(tmp_path, "bad_m", mask)
+    with pytest.raises(ScanError) as error:
+        load_cubes(scans, 32, tmp_path / "cache")
+    ((severity, where, problem),) = problems_of(scans)
+    assert severity == "error" and "bad_" in where and f"AHN01: {where} {problem}; " in str(error.value)
+
+
+def test_sound_volumes_have_no_problem_whatever_the_number_of_threads(tmp_path, capsys):
+    scans = scans_of(tmp_path)
+    assert volume_problems(scans, progress=True, jobs=2).empty
+    assert "3/3" in capsys.readouterr().err
+    assert volume_problems(scans.head(0)).empty
+
+
+def test_a_lost_spacing_is_a_warning_and_told_once_when_cubes_are_built(tmp_path):
+    scans = scans_of(tmp_path)
+    for k in (0, 2):
+        image, mask = volume(k)
+        scans.loc[k, "image"] = save(tmp_path, f"i{k}", image, np.diag([-1.0, -1, 1, 1]))
+        scans.loc[k, "mask"] = save(tmp_path, f"m{k}", mask, np.diag([-1.0, -1, 1, 1]))
+    rows = problems_of(scans)
+    assert [row[:2] for row in rows] == [("warning", scans.loc[k, "image"]) for k in (0, 2)]
+    assert all(row[2].startswith("spacing unknown: its header has voxels of 1 x 1 x 1 mm") for row in rows)
+    with pytest.warns(UserWarning) as told:
+        load_cubes(scans, 32, tmp_path / "cache", jobs=2)
+    (text,) = [str(w.message) for w in told]
+    first = scans.loc[0, "image"]
+    assert text == f"spacing unknown: 2 of 3 scans, the first {first}; `ipmn check` names them all"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_cubes(scans, 32, tmp_path / "cache")  # from the cache: told before
+        load_cubes(scans_of(tmp_path / "cache"), 32, tmp_path / "cache")  # nothing to tell
+
+
+def test_an_image_and_a_mask_in_different_places_are_a_warning_and_used_voxel_by_voxel(tmp_path):
+    scans = scans_of(tmp_path, 2)
+    scans.loc[1, "mask"] = save(tmp_path, "moved", volume(1)[1], AFFINE + np.diag([0, 0, 0.5, 0]))
+    ((severity, where, problem),) = problems_of(scans)
+    assert (severity, where) == ("warning", scans.loc[1, "image"])
+    assert problem.startswith("image and mask in different places: ") and "moved.nii.gz differ" in problem
+    with pytest.warns(UserWarning, match="different places: 1 of 2 scans"):
+        moved = load_cubes(scans, 32, tmp_path / "cache").array
+    assert np.array_equal(moved, load_cubes(scans_of(tmp_path, 2), 32, tmp_path / "cache").array)
+
+
+def test_text_in_headers_is_counted_by_folder_even_of_a_scan_that_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    scans = pd.concat([scans_of(tmp_path), scans_of(tmp_path / "other")], ignore_index=True)
+    with_text(scans.loc[0, "image"], descrip=b"DOE^JANE 1950")
+    with_text(scans.loc[0, "mask"], intent_name=b"DOE^JANE", aux_file=b"DOE^JANE")
+    save(tmp_path, "i1", volume()[0] * np.nan)
+    with_text(scans.loc[1, "image"], db_name=b"DOE^JANE", extension=b"DOE^JANE")
+    rows = volume_problems(scans)  # reads no mask of an image that is refused
+    assert [f"{row.severity} {row.where}: {row.problem}" for row in rows.itertuples()][1:] == [
+        f"warning {tmp_path}: 1 of 5 files have header extensions: they may hold patient data",
+        f"note {tmp_path}: 3 of 5 files have text in their header (descrip, aux_file, intent_name, db_name): "
+        "it may hold patient data",
+    ]
+    assert not rows.to_string().count("DOE")
+
+
+def test_nothing_that_is_loaded_carries_text_of_the_file(tmp_path):
+    row = scans_of(tmp_path, 1).loc[0]
+    fields = {"descrip": b"DOE^JANE", "aux_file": b"DOE^JANE", "extension": b"DOE^JANE"}
+    with_text(row["image"], **fields, intent_name=b"DOE^JANE", db_name=b"DOE^JANE")
+    with_text(row["mask"], **fields)
+    assert b"DOE^JANE" in nib.load(row["image"]).to_bytes()  # it is there
+    image = load_image(row["image"], "AHN00")
+    roi = load_roi(row["image"], row["mask"], "AHN00")
+    for loaded in (image, roi, nib.as_closest_canonical(roi)):
+        assert b"DOE" not in loaded.to_bytes() and b"DOE" not in pickle.dumps(loaded)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">u8", "<f8"])
+def test_a_volume_of_eight_bytes_a_voxel_is_read_as_any_other(tmp_path, dtype):
+    voxels = np.arange(24 * 20 * 8).reshape(24, 20, 8)
+    nib.save(nib.Nifti1Image(voxels, AFFINE, dtype=np.dtype(dtype)), tmp_path / "i.nii.gz")
+    for loaded in (
+        load_image(tmp_path / "i.nii.gz", ""),
+        load_roi(tmp_path / "i.nii.gz"),
+    ):
+        assert np.array_equal(loaded.dataobj, voxels)
+
+
+def test_an_error_keeps_its_parts_between_processes():
+    error = pickle.loads(pickle.dumps(ScanError("AHN01", "a.nii", "is empty", "draw it")))
+    assert str(error) == "AHN01: a.nii is empty; draw it"

@@ -1,0 +1,207 @@
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ipmn_core import models
+from ipmn_core.federated import machine
+from ipmn_core.params import Params
+from ipmn_core.runs import spread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# On a CPU without bfloat16 units, where training refuses it, ResNet-34 would take minutes.
+IN_BFLOAT16 = [name for name in models.MODELS if name != "resnet34" or machine.has_bfloat16(CPU)]
+
+
+def cubes(channels_last=False):
+    x = torch.rand(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    return x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+
+
+def caught_convolutions(model):
+    """A list that each convolution's next call joins with its input and output, which keep gradients."""
+    caught = []
+
+    def catch(layer, inputs, output):
+        inputs[0].retain_grad()
+        output.retain_grad()
+        caught.append((layer, inputs[0], output))
+        return output.clone()  # the activation after it may work in place
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.register_forward_pre_hook(lambda layer, inputs: inputs[0].clone())  # this layer's alone
+            layer.register_forward_hook(catch)
+    return caught
+
+
+def steps(x):
+    """The strides of all axes that have more than one place: how a tensor lies in memory."""
+    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+
+
+# Under torch.autocast alone, oneDNN 3.12 (torch 2.13) fails this on a CPU with AVX512-BF16: weight gradients
+# are off by 0.8 of their norm, or infinite, in 5 layers of ResNet-34, 24 of DenseNet-121 and, channels last,
+# 3 each of ShuffleNet-V2 and MobileNet-V2.
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_every_convolution_gives_the_gradients_of_float32_to_the_precision_of_bfloat16(name, channels_last):
+    model, x = models.build(name, 3).train(), cubes(channels_last).requires_grad_()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last_3d)
+    caught = caught_convolutions(model)
+    torch.manual_seed(0)  # of dropout
+    with machine.autocast(CPU, True):
+        logits = model(x)
+    F.cross_entropy(logits.float(), torch.tensor([0, 2])).backward()
+    assert len(caught) == sum(isinstance(layer, nn.Conv3d) for layer in model.modules())
+    for layer, x, y in caught:
+        how = layer.stride, layer.padding, layer.dilation, layer.groups
+        given, weight, gradient = x.detach().float(), layer.weight.detach(), y.grad.float()
+        bias = None if layer.bias is None else layer.bias.detach()
+        for mine, exact in (
+            (y.detach(), F.conv3d(given, weight, bias, *how)),
+            (layer.weight.grad, nn.grad.conv3d_weight(given, weight.shape, gradient, *how)),
+            (x.grad, nn.grad.conv3d_input(given.shape, weight, gradient, *how)),
+        ):
+            # every factor is rounded by up to 2^-9 of itself; the largest difference measured was 0.004 by
+            # oneDNN on AVX512-BF16, 0.021 by torch's own kernels, which serve a CPU without it
+            assert (mine.float() - exact).norm() <= 0.04 * exact.norm(), (layer, tuple(x.shape))
+        # on a CPU the fused AdamW pairs weight and gradient as they lie in memory, whatever their strides
+        assert steps(layer.weight.grad) == steps(layer.weight) or layer.kernel_size == (1, 1, 1), layer
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_a_network_in_bfloat16_answers_nearly_as_in_float32(name):
+    model = models.build(name, 3).eval()
+    with torch.inference_mode():
+        exact = model(cubes())
+        with machine.autocast(CPU, True):
+            rough = model(cubes())
+        with machine.autocast(CPU, False):
+            assert torch.equal(model(cubes()), exact)
+    assert rough.dtype == torch.bfloat16
+    # rounding by up to 2^-9 in each of up to 120 layers; the largest difference measured was 0.009
+    assert 0 < (rough.float() - exact).norm() < 0.03 * exact.norm()
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_average_pooling_keeps_type_and_layout(dtype, layout):
+    x = torch.rand(2, 8, 4, 4, 4).to(dtype, memory_format=layout)
+    with machine.autocast(CPU, dtype == torch.bfloat16):
+        pooled = F.avg_pool3d(x, 2, 2)
+    assert pooled.dtype == dtype and pooled.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(pooled.float(), F.avg_pool3d(x.float(), 2, 2), rtol=2**-8, atol=0)
+
+
+@LAYOUTS
+def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
+    model, seen = models.build("densenet121", 3).to(memory_format=layout), []
+    for name, layer in model.named_modules():
+        if re.search(r"denseblock[2-4].*norm1$", name):  # what meets the concatenations after the pooling
+            layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    with torch.inference_mode(), machine.autocast(CPU, True):
+        model(cubes().contiguous(memory_format=layout))
+    assert len(seen) == 12 + 24 + 16
+    assert {x.dtype for x in seen} == {torch.bfloat16}  # under torch.autocast alone: float32, contiguous
+    if machine.has_bfloat16(CPU):  # elsewhere torch's own convolutions return contiguous volumes
+        assert all(x.is_contiguous(memory_format=layout) for x in seen)
+
+
+@pytest.mark.parametrize(("amx", "avx512", "able"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, True)])
+def test_a_cpu_with_amx_or_avx512_has_bfloat16(monkeypatch, amx, avx512, able):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    assert machine.has_bfloat16(CPU) == able
+
+
+def test_a_torch_that_cannot_say_so_has_no_bfloat16(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not machine.has_bfloat16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "model", "used"),
+    [
+        ("float32", CPU, "densenet121", False),
+        ("float32", GPU, "densenet121", False),
+        ("auto", CPU, "densenet121", True),
+        ("auto", CPU, "resnet34", True),
+        ("auto", CPU, "mobilenetv2", False),
+        ("auto", CPU, "shufflenetv2", False),
+        ("auto", CPU, "efficientnetb0", False),
+        ("auto", GPU, "mobilenetv2", True),
+        ("bfloat16", CPU, "densenet121", True),
+        ("bfloat16", CPU, "mobilenetv2", True),
+        ("bfloat16", GPU, "mobilenetv2", True),
+    ],
+)
+def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, precision, device, model, used):
+    p = Params(precision=precision)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
+    assert machine.uses_bfloat16(p, device, model) == used
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
+    if precision == "bfloat16":
+        with pytest.raises(ValueError, match=rf"this {device.type} has no bfloat16 .* set `precision"):
+            machine.uses_bfloat16(p, device, model)
+    else:
+        assert not machine.uses_bfloat16(p, device, model)
+
+
+def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.device_of(Params(device="auto")) == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=r"cuda was asked for, torch sees 0 GPU.*`cpu`"):
+        machine.device_of(Params(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.device_of(Params(device="auto")) == GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.device_of(Params(device="cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=r"cuda:2 was asked for, torch sees 2 GPU"):
+        machine.device_of(Params(device="cuda:2"))
+
+
+def test_threads_are_those_asked_for_and_0_leaves_them():
+    machine.prepare(2)
+    assert torch.get_num_threads() == 2
+    machine.prepare(0)
+    assert torch.get_num_threads() == 2
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096  # bytes
+
+
+def keep_and_release():
+    machine.prepare(1)
+    machine.release_memory()  # what earlier tests left
+    start, size = resident(), 2**27
+    x = torch.ones(size // 4)
+    del x
+    assert resident() - start > 0.9 * size
+    machine.release_memory()
+    assert resident() - start < 0.1 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory, read from /proc")
+def test_freed_memory_is_kept_for_the_next_step_until_it_is_released():
+    assert spread.alone(keep_and_release, ()) is None
+
+
+def test_one_thread_is_for_the_block_alone_even_if_it_fails():
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError), machine.one_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError
+    assert torch.get_num_threads() == before

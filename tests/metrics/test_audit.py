@@ -1,0 +1,249 @@
+import inspect
+import itertools
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+
+from ipmn_core.metrics import audit, tables
+from ipmn_core.names import CENTERS, MODALITIES
+
+ROOT = Path(__file__).parents[2]
+FUNCTIONS = [f for name, f in inspect.getmembers(audit, inspect.isfunction) if f.__module__ == audit.__name__]
+PUBLIC = [f for f in FUNCTIONS if not f.__name__.startswith("_")]
+HEADING = "### Where text, tables and code of the paper disagree"
+CELLS = list(itertools.product(CENTERS, MODALITIES))
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """(n, high risk) of table 1 by (center, modality)."""
+    return {(c.center, c.modality): (c.total, c.high_risk) for c in tables.paper(1).itertuples()}
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """Rows of table 3 by (center, modality, method)."""
+    return {(c.center, c.modality, c.method): c for c in tables.paper(3).itertuples()}
+
+
+@pytest.fixture(scope="module")
+def majority():
+    return audit.majority_class().set_index(["center", "modality"])
+
+
+def majority_by_fold(n, high_risk, first):
+    """ACC of the larger class in each of scikit-learn's folds; a case of class `first` comes first."""
+    y = np.sort(np.arange(n) < high_risk)[:: -1 if first else 1].astype(int)
+    larger = int(2 * high_risk > n)
+    return np.array([(y[test] == larger).mean() for _, test in StratifiedKFold(4).split(y, y)])
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
+def test_every_audit_is_a_frame_without_gaps_that_names_its_question_and_source(function):
+    frame = function()
+    assert len(frame) and frame.notna().all(axis=None)
+    assert "Question:" in function.__doc__ and "Source:" in function.__doc__
+
+
+def test_readmes_disagreements_are_the_ledger_row_by_row():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(HEADING)[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    ledger = audit.ledger()
+    assert list(ledger) == ["where", "text", "tables_or_code", "here"]
+    assert rows == ledger.to_numpy().tolist() and len(rows) == 8
+
+
+def test_every_file_of_the_papers_numbers_is_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["ipmn_core.paper"]
+    files = [path for path in (ROOT / "ipmn_core" / "paper").iterdir() if path.is_file()]
+    assert {"ledger.csv", "text.csv", "table1.csv", "table2.csv", "table3.csv"} == {p.name for p in files}
+    assert "ipmn_core.paper" in settings["packages"]
+    assert all(any(path.match(pattern) for pattern in patterns) for path in files)
+
+
+def test_table_1_adds_up():
+    table1 = tables.paper(1)
+    assert (table1[["no_risk", "low_risk", "high_risk"]].sum(axis=1) == table1["total"]).all()
+    assert table1.groupby("modality")["total"].sum().to_dict() == {"t1": 652, "t2": 655}
+
+
+def test_the_texts_aucs_are_those_that_the_ledger_quotes():
+    table = audit.text_against_table().set_index(["model", "modality"])
+    row = audit.ledger().iloc[0]
+    for model in ("densenet121", "resnet34", "shufflenetv2"):
+        for column, quoted in (("text", row["text"]), ("table", row["tables_or_code"])):
+            t1, t2 = (f"{table.loc[(model, m), column] / 100:.4f}" for m in MODALITIES)
+            assert f"{t1}/{t2}" in quoted
+    assert table["difference"].to_dict() == {
+        ("densenet121", "t1"): 0.73,
+        ("densenet121", "t2"): -0.17,
+        ("resnet34", "t1"): 1.71,
+        ("resnet34", "t2"): 0.46,
+        ("shufflenetv2", "t1"): 3.66,
+        ("shufflenetv2", "t2"): 4.67,
+    }
+
+
+def test_the_ledgers_other_figures_are_those_of_table_2():
+    table2, ledger = tables.paper(2), audit.ledger()
+    assert table2["model"].nunique() == 5 and ledger["here"][1] == "five"
+    models = table2.set_index(["model", "modality"])
+    for modality in MODALITIES:
+        mobile, shuffle = models.loc[("mobilenetv2", modality)], models.loc[("shufflenetv2", modality)]
+        assert mobile["params_m"] > shuffle["params_m"] and mobile["auc_mean"] < shuffle["auc_mean"]
+    assert (mobile["params_m"], shuffle["params_m"]) == (2.36, 1.30)
+
+
+def test_only_ddof_0_fits_the_printed_deviations_of_the_centers(counts, printed):
+    # all ways to get some of a fold's cases right, in folds of known size, that round to the printed mean
+    possible = {0: 0, 1: 0}
+    for (center, modality, _), row in printed.items():
+        if center != "global":
+            n, _ = counts[center, modality]
+            shares = [np.arange(size + 1) / size for size in (n // 4 + (k < n % 4) for k in range(4))]
+            a, b, c, d = np.ix_(*shares)
+            mean = (a + b + c + d) / 4
+            at = np.nonzero(np.abs(mean - row.acc_mean) <= 0.5e-4 + 1e-9)
+            ways = np.stack([share[i] for share, i in zip(shares, at, strict=True)])
+            for ddof in possible:
+                near = np.abs(ways.std(axis=0, ddof=ddof) - row.acc_std) <= 0.5e-4 + 1e-9
+                possible[ddof] += bool(near.any())
+    assert possible == {0: 56, 1: 1}
+    assert "all 56 ±" in audit.ledger().iloc[-1]["tables_or_code"]
+
+
+def test_global_accuracies_are_the_size_weighted_centers(counts, printed):
+    table = audit.global_accuracy()
+    assert len(table) == 8 and (table["difference"].abs() <= table["bound"]).all()
+    assert table["difference"].abs().max() < 0.00025  # a sixth of one case of 652
+    for row in table.itertuples():
+        right = total = 0.0
+        for center in CENTERS:
+            n, _ = counts[center, row.modality]
+            right, total = right + n * printed[center, row.modality, row.method].acc_mean, total + n
+        assert row.from_centers == pytest.approx(right / total, abs=1e-12)
+        assert row.printed == printed["global", row.modality, row.method].acc_mean
+        assert row.difference == pytest.approx(row.printed - right / total, abs=1e-12)
+
+
+def random_table3(rng, counts):
+    """Table 3 as printed when right answers are drawn at random, center by center and fold by fold."""
+    rows = []
+    for modality, method in itertools.product(MODALITIES, tables.paper(3)["method"].unique()):
+        n = [counts[center, modality][0] for center in CENTERS]
+        sizes = np.array([[total // 4 + (k < total % 4) for k in range(4)] for total in n])
+        right = rng.binomial(sizes, rng.uniform(0.4, 0.95, size=(7, 1)))
+        pooled = right.sum(axis=0) / sizes.sum(axis=0)
+        for center, acc in zip([*CENTERS, "global"], [*(right / sizes), pooled], strict=True):
+            rows.append((center, method, modality, acc.mean().round(4), acc.std().round(4)))
+    return pd.DataFrame(rows, columns=["center", "method", "modality", "acc_mean", "acc_std"])
+
+
+def test_the_bound_holds_for_any_right_answers_and_is_not_lax(counts, monkeypatch):
+    rng, table1, used = np.random.default_rng(0), tables.paper(1), []
+    for _ in range(20):
+        table3 = random_table3(rng, counts)
+        monkeypatch.setattr(tables, "paper", {1: table1, 3: table3}.get)
+        audited = audit.global_accuracy()
+        used += (audited["difference"].abs() / audited["bound"]).tolist()
+    assert 0.3 < max(used) <= 1
+    assert audited["bound"].max() < 0.003  # two cases of 652
+
+
+@pytest.mark.parametrize("center, modality", CELLS)
+def test_the_majoritys_accuracy_is_its_mean_over_scikit_learns_folds(center, modality, counts, majority):
+    row = majority.loc[(center, modality)]
+    assert (row["n"], row["high_risk"]) == counts[center, modality]
+    for first in (0, 1):  # the order of a center's labels is unknown and makes no difference
+        assert row["majority"] == round(majority_by_fold(*counts[center, modality], first).mean(), 4)
+
+
+def test_the_global_majority_is_one_answer_for_all_centers(counts, majority):
+    for modality, one_answer, own_answers in (("t1", 0.7715, 0.7776), ("t2", 0.7679, 0.7817)):
+        cells = [counts[center, modality] for center in CENTERS]
+        total, high = sum(n for n, _ in cells), sum(h for _, h in cells)
+        row = majority.loc[("global", modality)]
+        assert (row["n"], row["high_risk"]) == (total, high)
+        assert row["majority"] == one_answer == round((total - high) / total, 4)
+        assert round(sum(max(h, n - h) for n, h in cells) / total, 4) == own_answers
+    assert majority.loc[("global", "t1"), "fedprox_0.3"] == 0.7526 < 0.7715
+
+
+def test_majority_rows_count_the_methods_that_exceed_them(printed, majority):
+    methods = ["centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"]
+    assert list(majority.columns) == ["n", "high_risk", "majority", *methods, "beaten_by"]
+    for (center, modality), row in majority.iterrows():
+        accuracies = [printed[center, modality, method].acc_mean for method in methods]
+        assert row[methods].tolist() == accuracies
+        assert row["beaten_by"] == sum(acc > row["majority"] for acc in accuracies)
+
+
+def test_no_method_beats_the_majority_at_northwestern_and_three_more_cells(majority):
+    unbeaten = majority.index[majority["beaten_by"] == 0].tolist()
+    assert unbeaten == [("NU", "t1"), ("NU", "t2"), ("MCA", "t2"), ("IU", "t1"), ("EMC", "t2")]
+    assert majority.loc[("IU", "t1"), "fedavg"] == majority.loc[("IU", "t1"), "majority"]  # a tie there
+    assert majority.loc[("global", "t1"), "beaten_by"] == 3
+    assert majority.loc[("global", "t2"), "beaten_by"] == 4
+
+
+def test_two_printed_accuracies_are_the_majoritys_own_in_mean_and_deviation(counts, printed):
+    own = []
+    for (center, modality, method), row in printed.items():
+        if center != "global":
+            acc = majority_by_fold(*counts[center, modality], first=0)
+            if (row.acc_mean, row.acc_std) == (round(acc.mean(), 4), round(acc.std(), 4)):
+                own.append((center, modality, method, row.acc_mean, row.acc_std))
+    assert sorted(own) == [
+        ("EMC", "t1", "fedavg", 0.8079, 0.0202),
+        ("IU", "t2", "fedprox_0.3", 0.7781, 0.0285),
+    ]
+
+
+@pytest.mark.parametrize("modality, expected", [("t1", 0.7226), ("t2", 0.7359)])
+def test_prevalence_alone_earns_the_auc_of_every_pair_counted(modality, expected, counts):
+    auc = audit.prevalence_auc().set_index("modality").loc[modality, "auc"]
+    assert round(auc, 4) == expected
+    cells = [counts[center, modality] for center in CENTERS]
+    won = pairs = 0.0
+    for (n, high), (m, other) in itertools.product(cells, cells):  # a positive of one, a negative of another
+        n_pairs = high * (m - other)
+        won += n_pairs * (1.0 if high / n > other / m else 0.5 if high / n == other / m else 0.0)
+        pairs += n_pairs
+    assert auc == pytest.approx(won / pairs, abs=1e-12)
+    y = [label for n, high in cells for label in [1] * high + [0] * (n - high)]
+    assert auc == pytest.approx(
+        roc_auc_score(y, [high / n for n, high in cells for _ in range(n)]), abs=1e-12
+    )
+
+
+def test_intervals_are_those_of_hanley_and_mcneil_written_out(counts, printed):
+    table = audit.intervals()
+    assert " ".join(table) == "center method modality auc positives negatives low high"
+    assert table[["center", "method", "modality"]].equals(tables.paper(3)[["center", "method", "modality"]])
+    for row in table.itertuples():
+        cells = [counts[c, row.modality] for c in CENTERS if row.center in (c, "global")]
+        n_pos = sum(high for _, high in cells)
+        n_neg = sum(n for n, _ in cells) - n_pos
+        assert (row.positives, row.negatives) == (n_pos, n_neg)
+        a = printed[row.center, row.modality, row.method].auc_mean
+        more = (n_pos - 1) * (a / (2 - a) - a * a) + (n_neg - 1) * (2 * a * a / (1 + a) - a * a)
+        half = 1.959964 * ((a * (1 - a) + more) / (n_pos * n_neg)) ** 0.5
+        # the quantile of the normal distribution is written to 6 decimals
+        assert row.low == pytest.approx(max(a - half, 0), abs=1e-6)
+        assert row.high == pytest.approx(min(a + half, 1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "center, modality, low, high", [("AHN", "t1", 0.34, 1.0), ("global", "t2", 0.78, 0.87)]
+)
+def test_centralized_intervals_are_those_a_reviewer_would_quote(center, modality, low, high):
+    table = audit.intervals().set_index(["center", "method", "modality"])
+    row = table.loc[(center, "centralized", modality)]
+    assert (round(row["low"], 2), round(row["high"], 2)) == (low, high)

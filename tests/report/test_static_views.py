@@ -1,0 +1,675 @@
+import base64
+import hashlib
+import json
+import zlib
+from importlib.resources import files
+from io import BytesIO
+
+import bs4
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import confusion_matrix
+
+from ipmn_core import metrics
+from ipmn_core.data import load_roi, to_cube
+from ipmn_core.metrics import by_center
+from ipmn_core.names import CENTERS, LABEL_NAMES
+from ipmn_core.report import static_views
+from ipmn_core.views import scan_volumes, widest_slice
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
+ORIENTATIONS = ["RAS", "LPS", "SAR", "PIR"]
+MM = (0.8, 1.3, 5.0)  # to the right, to the front, to the head
+SIZE = 16  # edge of the cubes
+HOSTILE = '</script><!--<img src="x" onerror="window.hacked=1"><script>window.hacked=1</script>&amp;$x$'
+
+
+# ---- material
+
+
+def stored(folder, orientation, case="NYU1"):
+    """A cohort row whose files are stored in `orientation`; brightest to the right, front and head."""
+    rng = np.random.default_rng(0)
+    data, mask = rng.uniform(50, 100, (20, 16, 6)).astype(np.float32), np.zeros((20, 16, 6), np.uint8)
+    mask[4:18, 3:14, 1:5] = 1
+    mask[4:8, 3:6, :] = 0  # so that no mirror image is the same
+    data[15:18, 11:14, 3:5] = 900
+    affine = np.diag((*MM, 1))
+    affine[:3, 3] = -40, 20, 7
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
+    )
+    paths = [str(folder / f"{orientation}_{name}.nii.gz") for name in ("image", "mask")]
+    for path, voxels in zip(paths, (data, mask), strict=True):
+        nib.save(nib.Nifti1Image(voxels, affine).as_reoriented(turn), path)
+    row = {"case_id": case, "center": "NYU", "modality": "t2", "label": 2}
+    return pd.Series({**row, "image": paths[0], "mask": paths[1]})
+
+
+def three_class(n=24, seed=1):
+    """Predictions of one three-class arm, one epoch, two folds."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 3
+    prob = rng.multinomial(8, (0.3, 0.3, 0.4), n) / 8  # with many ties
+    frame = pd.DataFrame({"case_id": [f"case{k}" for k in range(n)], "center": np.resize(CENTERS[:2], n)})
+    frame = frame.assign(modality="t2", task="three_class", arm="densenet121", fold=np.arange(n) % 2, seed=0)
+    return frame.assign(epoch=3, y_true=y, **{f"prob_{k}": prob[:, k] for k in range(3)})
+
+
+@pytest.fixture(scope="module")
+def tables(binary_predictions):
+    """What the explorer takes: both tasks, an arm more whose models are a center's own, intervals."""
+    alone = binary_predictions[binary_predictions["arm"] == "centralized"].assign(arm="local_only")
+    predictions = pd.concat([binary_predictions, alone, three_class()], ignore_index=True)
+    predictions["case_id"] = predictions["case_id"].replace(_worst_at_nyu(predictions), HOSTILE)
+    selected = by_center.by_rules(predictions)
+    return selected, by_center.summary(selected, n_resamples=50)
+
+
+def _worst_at_nyu(predictions):
+    rows = predictions[(predictions["arm"] == "centralized") & (predictions["modality"] == "t2")]
+    return by_center.most_wrong(rows[rows["center"] == "NYU"])["case_id"].iloc[0]
+
+
+def data_of(view):
+    """The JSON of a view, found as a browser finds it: the text of its one script."""
+    (script,) = bs4.BeautifulSoup(view, "html.parser").find_all("script")
+    assert script["type"] == "application/json"
+    return json.loads(script.string)
+
+
+def unpacked(text, shape):
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape, order="F")
+
+
+def mask_of(item):
+    bits = np.unpackbits(unpacked(item["mask"], -1), bitorder="little")[: np.prod(item["shape"])]
+    return bits.reshape(item["shape"], order="F").astype(bool)
+
+
+def rows_of(selected, view, arm, rule="best_test", center=None):
+    """The rows that the explorer shows for a view's task and modality."""
+    rows = selected[(selected["task"] == view["task"]) & (selected["modality"] == view["modality"])]
+    rows = rows[(rows["arm"] == arm) & (rows["rule"] == rule)]
+    return rows if center is None else rows[rows["center"] == center]
+
+
+# ---- the viewer's data
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_volumes_are_the_windowed_image_and_the_mask_in_ras_whatever_is_stored(tmp_path, orientation):
+    scan = stored(tmp_path, orientation)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    image, mask, _ = scan_volumes(scan)
+    volume = np.asanyarray(image.dataobj)
+    low, high = np.percentile(volume, (1, 99.5))
+    shown = unpacked(item["voxels"], item["shape"])
+    np.testing.assert_allclose(shown, np.interp(volume, (low, high), (0, 255)), atol=0.5 + 1e-3)
+    np.testing.assert_array_equal(mask_of(item), mask)
+    np.testing.assert_allclose(item["spacing"], MM, rtol=1e-6)
+    assert item["window"] == [low, high] and item["whole"] == item["shape"] == [20, 16, 6]
+    assert (np.argwhere(shown == 255) >= (15, 11, 3)).all()  # the marker: right, front, head
+    assert dict(item["facts"])["axes"] == orientation and dict(item["facts"])["units"] == "unknown"
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_cube_is_the_networks_turned_to_ras(tmp_path, orientation):
+    scan = stored(tmp_path, orientation)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    roi = load_roi(scan["image"], scan["mask"])
+    cube = to_cube(np.asanyarray(roi.dataobj), SIZE).astype(float)
+    turned = nib.apply_orientation(cube, nib.io_orientation(nib.load(scan["image"]).affine))
+    # a sum in another order may differ in float16's last bit, 0.06 of 255
+    np.testing.assert_allclose(unpacked(item["cube"], (SIZE,) * 3), 255 * turned, atol=0.6)
+    assert item["box"] == [[4, 14], [3, 11], [1, 4]]
+
+
+def test_the_first_look_is_inside_the_pancreas_in_its_widest_slice(phantom_scans):
+    rows = phantom_scans[phantom_scans["label"] == 2].head(3)
+    for item in data_of(static_views.viewer(rows, SIZE))["cases"]:
+        mask = mask_of(item)
+        assert mask[tuple(item["at"])] and item["at"][2] == widest_slice(mask)
+
+
+def test_a_clean_roi_without_a_mask_has_no_outline_and_is_its_own_box(phantom_scans, tmp_path):
+    scan = phantom_scans.iloc[0].copy()
+    nib.save(load_roi(scan["image"], scan["mask"]), tmp_path / "roi.nii.gz")
+    scan["image"], scan["mask"] = str(tmp_path / "roi.nii.gz"), ""
+    (item,) = data_of(static_views.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    assert item["mask"] is None and item["box"] == [[0, n] for n in item["shape"]]
+    assert unpacked(item["voxels"], item["shape"])[tuple(item["at"])] > 0
+
+
+def test_a_large_image_is_cut_to_the_pancreas_and_averaged_until_it_fits():
+    box = (slice(100, 300), slice(200, 300), slice(0, 20))
+    spacing = (0.5, 0.5, 4.0)
+    cut, step = static_views.framing((400, 400, 30), spacing, box, 50_000)
+    assert cut == (slice(80, 320), slice(180, 320), slice(0, 23))  # 10 mm more, as far as the image goes
+    length = np.array([240, 140, 23])
+    assert step == (4, 4, 1) and np.prod(length // step) <= 50_000 < np.prod(length // (3, 3, 1))
+    whole, one = static_views.framing((400, 400, 30), spacing, box, 400 * 400 * 30)
+    assert whole == (slice(0, 400), slice(0, 400), slice(0, 30)) and one == (1, 1, 1)
+
+
+def test_what_is_cut_and_averaged_lies_where_it_lay(tmp_path, monkeypatch):
+    monkeypatch.setattr(static_views, "VOXELS", 300)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([stored(tmp_path, "LPS")]), SIZE))["cases"]
+    assert (
+        item["start"] == [0, 0, 0] and item["step"] == [3, 2, 1] and item["shape"] == [6, 8, 6]
+    )  # 10 mm is far
+    marker = np.argwhere(unpacked(item["voxels"], item["shape"]) > 200).mean(axis=0)
+    place = np.add(item["start"], (marker + 0.5) * item["step"] - 0.5)
+    np.testing.assert_allclose(place, (16, 12, 3.5), atol=1)
+    assert dict(item["facts"])["shown"].endswith("means of 3 × 2 × 1 voxels")
+
+
+def test_a_mask_thinner_than_the_blocks_is_no_obstacle(tmp_path, monkeypatch):
+    scan, mask = stored(tmp_path, "RAS"), np.zeros((20, 16, 6), np.uint8)
+    mask[:, 8, 2] = 1
+    nib.save(nib.Nifti1Image(mask, nib.load(scan["image"]).affine), scan["mask"])
+    monkeypatch.setattr(static_views, "VOXELS", 300)
+    (item,) = data_of(static_views.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    assert not mask_of(item).any() and len(item["at"]) == 3
+
+
+def test_averages_are_the_means_of_blocks():
+    volume = np.random.default_rng(0).integers(0, 255, (7, 6, 3)).astype(np.uint8)
+    means = static_views.averaged(volume, (2, 3, 1))
+    assert means.shape == (3, 2, 3)
+    for i, j, k in np.ndindex(means.shape):
+        assert means[i, j, k] == np.rint(volume[2 * i : 2 * i + 2, 3 * j : 3 * j + 3, k].mean())
+
+
+def test_seven_cases_take_less_than_two_megabytes(phantom_scans):
+    for modality in ("t1", "t2"):
+        rows = phantom_scans[(phantom_scans["modality"] == modality) & (phantom_scans["label"] == 2)]
+        assert len(rows) == 7 and len(static_views.viewer(rows, 32)) < 2e6
+
+
+def test_a_viewer_without_scans_is_refused(phantom_scans):
+    with pytest.raises(ValueError, match="no scan to show"):
+        static_views.viewer(phantom_scans.head(0), SIZE)
+
+
+# ---- the explorer's data
+
+
+def test_probabilities_come_back_as_the_networks_gave_them(tables):
+    selected, _ = tables
+    data = data_of(static_views.explorer(*tables))
+    for view in data["views"]:
+        for scored in view["scores"]:
+            rows = rows_of(selected, view, view["arms"][scored["arm"]]["name"], scored["rule"])
+            table = np.frombuffer(base64.b64decode(scored["p"]), "<f4").reshape(-1, len(view["classes"]))
+            place = [view["cases"]["id"].index(case) for case in rows["case_id"]]
+            _, prob = metrics.y_and_prob(rows)
+            np.testing.assert_array_equal(table[place], np.float32(prob))
+            assert np.isfinite(table).all(axis=1).sum() == len(rows)
+
+
+def test_rows_of_the_summary_keep_their_place_and_say_why_they_are_undefined(tables):
+    _, summary = tables
+    data = data_of(static_views.explorer(*tables))
+    (view,) = (v for v in data["views"] if (v["task"], v["modality"]) == ("binary", "t2"))
+    assert [arm["name"] for arm in view["arms"]] == ["centralized", "fedprox_0.1", "local_only"]
+    assert view["centers"] == ["NYU", "MCF", "AHN", "Global"]
+    rows = {tuple(row[:4]): row[4:] for row in view["summary"]}
+    here = summary[(summary["task"] == "binary") & (summary["modality"] == "t2")]
+    assert len(rows) == len(here)
+    assert rows[0, "last", "auc", 2][0] is None and "high-risk" in rows[0, "last", "auc", 2][3]
+    (mcf,) = here[
+        (here["arm"] == "fedprox_0.1")
+        & (here["rule"] == "last")
+        & (here["metric"] == "acc")
+        & (here["center"] == "MCF")
+    ].itertuples()
+    assert rows[1, "last", "acc", 1][:3] == [round(v, 3) for v in (mcf.mean, mcf.low, mcf.high)]
+
+
+def test_a_demo_of_results_takes_less_than_400_kilobytes():
+    arms = [("binary", arm) for arm in ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")]
+    arms += [("three_class", f"network{k}") for k in range(5)]
+    frames = [
+        three_class(100, seed=k).assign(task=task, arm=arm, modality=modality, rule=rule)
+        for k, (task, arm) in enumerate(arms)
+        for modality in ("t1", "t2")
+        for rule in metrics.RULES
+    ]
+    selected = pd.concat(frames, ignore_index=True)
+    binary = selected["task"] == "binary"
+    selected.loc[binary, ["y_true", "prob_1", "prob_2"]] = (
+        selected[binary]
+        .assign(y_true=lambda t: t["y_true"] == 2, prob_1=lambda t: 1 - t["prob_0"], prob_2=np.nan)[
+            ["y_true", "prob_1", "prob_2"]
+        ]
+        .astype(float)
+    )
+    keys = selected[["task", "modality", "arm", "rule"]].drop_duplicates()
+    cells = pd.MultiIndex.from_product([(*CENTERS, "global"), ("acc", "auc")], names=["center", "metric"])
+    summary = keys.merge(cells.to_frame(index=False), how="cross")
+    summary = summary.assign(mean=2 / 3, low=1 / 3, high=0.9876, undefined="")
+    assert len(selected) == 6000 and len(static_views.explorer(selected, summary)) < 400e3
+
+
+def test_rows_that_cannot_be_right_are_refused(tables):
+    selected, summary = tables
+    with pytest.raises(ValueError, match="no results to show"):
+        static_views.explorer(selected.head(0), summary)
+    with pytest.raises(ValueError, match="stands twice"):
+        static_views.explorer(pd.concat([selected, selected.tail(1)]), summary)
+    other = selected.tail(1).assign(arm="resnet34", y_true=lambda t: (t["y_true"] + 1) % 3)
+    with pytest.raises(ValueError, match="two labels or centers"):
+        static_views.explorer(pd.concat([selected, other]), summary)
+    with pytest.raises(ValueError, match="not finite"):
+        static_views.explorer(selected.assign(prob_1=selected["prob_1"].where(selected.index > 0)), summary)
+
+
+def test_no_name_ends_the_script_or_becomes_an_element(tmp_path, tables):
+    scan = stored(tmp_path, "RAS", HOSTILE)
+    scan["center"] = HOSTILE
+    selected, summary = tables
+    renamed = {"center": lambda t: t["center"].replace("NYU", HOSTILE)}
+    for view in (
+        static_views.viewer(pd.DataFrame([scan]), SIZE),
+        static_views.explorer(selected.assign(**renamed), summary.assign(**renamed)),
+    ):
+        soup = bs4.BeautifulSoup(view, "html.parser")
+        assert [tag.name for tag in soup.find_all(True)] == ["div", "img", "script"]
+        assert not set("<>&") & set(soup.script.string) and view.isascii()
+        assert HOSTILE in json.dumps(data_of(view)).replace('\\"', '"')
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A Chromium without a network; the test skips where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    browser = pytest.importorskip("browser")  # beside this file
+    path = browser.chromium()
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, phantom_scans, tables):
+    """The rows of a viewer, and a page that holds it and an explorer under the report's policy, as a file."""
+    folder = tmp_path_factory.mktemp("page")
+    mirror = stored(folder, "LPS", HOSTILE)
+    phantoms = phantom_scans[(phantom_scans["modality"] == "t2") & (phantom_scans["label"] == 2)].head(2)
+    scans = pd.concat([pd.DataFrame([mirror]), phantoms], ignore_index=True)
+    script, style = ((files("ipmn_core.report") / f"views.{kind}").read_text() for kind in ("js", "css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_views, "VOXELS", 20_000)  # so that the phantoms are cut and averaged
+        views = static_views.explorer(*tables) + static_views.viewer(scans, SIZE)
+    (folder / "page.html").write_text(
+        f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{style}</style></head>'
+        f"<body>{views}<script>{script}</script></body></html>",
+        encoding="utf-8",
+    )
+    return scans, folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def window(chromium, shown):
+    """The page in one window for all tests, and what it said and asked for."""
+    context = chromium.new_context(viewport={"width": 900, "height": 900}, offline=True)
+    page, noise = context.new_page(), []
+    page.on("console", lambda line: noise.append(line.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: noise.append(request.url) if request.url[:5] != "data:" else None)
+    page.goto(shown[1].as_uri())
+    page.wait_for_selector(".ipmn-view canvas")
+    yield page, noise
+    context.close()
+
+
+@pytest.fixture
+def page(window):
+    """The page, live, as it opens."""
+    page, noise = window
+    noise.clear()
+    page.reload()
+    page.wait_for_selector(".ipmn-view canvas")
+    page.wait_for_selector(".ipmn-view .forest")
+    noise[:] = [line for line in noise if line != page.url]
+    yield page
+    assert noise == [] and page.evaluate("window.hacked") is None
+
+
+def pixels(page, kind="image"):
+    """The canvases of the image or the cube, axial, coronal, sagittal: (H, W, 3), 0 to 255."""
+    found = page.locator(f"canvas[aria-label*='plane of the {kind}']").all()
+    texts = (canvas.evaluate("canvas => canvas.toDataURL()").partition(",")[2] for canvas in found)
+    pictures = (plt.imread(BytesIO(base64.b64decode(text))) for text in texts)
+    return [np.rint(picture[..., :3] * 255).astype(int) for picture in pictures]
+
+
+def sliders(page):
+    """Positions of the sliders in the order of the voxel's indices: sagittal, coronal, axial."""
+    names = ("sagittal", "coronal", "axial")
+    return [int(page.get_by_label(name, exact=True).input_value()) for name in names]
+
+
+def move(page, name, value):
+    page.get_by_label(name, exact=True).evaluate(
+        "(range, value) => { range.value = value; range.dispatchEvent(new Event('input')) }", value
+    )
+
+
+def click(page, plane, x, y, kind="image"):
+    """A click at a share of a canvas' width and height."""
+    canvas = page.locator(f"canvas[aria-label^='{plane} plane of the {kind}']")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+
+def flat(volume, at):
+    """The three planes through voxel `at` from their top left, as radiologists see them."""
+    i, j, k = at
+    return [volume[::-1, ::-1, k].T, volume[::-1, j, ::-1].T, volume[i, ::-1, ::-1].T]
+
+
+def at_centers(picture, shape):
+    """The color of each voxel, read at the pixel in its middle: (rows, columns, 3)."""
+    rows, columns = (
+        ((np.arange(n) + 0.5) * length / n).astype(int)
+        for n, length in zip(shape, picture.shape[:2], strict=True)
+    )
+    return picture[np.ix_(rows, columns)]
+
+
+def test_the_canvases_show_the_voxels_radiologically_and_true_to_millimetres(page, shown):
+    item = data_of(static_views.viewer(shown[0], SIZE))["cases"][0]
+    volume, size = unpacked(item["voxels"], item["shape"]), np.multiply(item["shape"], MM)
+    page.get_by_label("outline").uncheck()
+    pictures = pixels(page)
+    for picture, expected, (down, across) in zip(
+        pictures, flat(volume, item["at"]), ((1, 0), (2, 0), (2, 1)), strict=True
+    ):
+        assert picture.shape[1] / picture.shape[0] == pytest.approx(size[across] / size[down], rel=0.01)
+        colors = at_centers(picture, expected.shape)
+        grey = (colors == colors[..., :1]).all(axis=2)  # not the cross-hair
+        same = np.abs(colors[..., 0] - expected) <= 1
+        assert grey.mean() > 0.75 and same[grey].mean() > 0.9  # letters hide some
+        assert not grey[-1 - item["at"][down]].any()
+
+
+def test_the_patients_right_front_and_head_are_on_the_left_and_on_top(page):
+    move(page, "axial", 4)
+    move(page, "coronal", 12)
+    move(page, "sagittal", 16)
+    for kind in ("image", "cube"):
+        for picture in pixels(page, kind):
+            colors = picture.min(axis=2)
+            colors = np.where(np.ptp(picture, axis=2) < 3, colors, 0)
+            height, width = colors.shape
+            rows, columns = np.nonzero(colors > 240)
+            inner = (abs(columns / width - 0.5) < 0.42) & (abs(rows / height - 0.5) < 0.42)  # no letters
+            assert columns[inner].mean() < 0.4 * width and rows[inner].mean() < 0.45 * height
+
+
+def test_the_letters_say_so(page):
+    """They are drawn; the canvases' names are made of the same."""
+    for kind in ("image", "cube"):
+        names = page.locator(f"canvas[aria-label*='plane of the {kind}']").evaluate_all(
+            "all => all.map(c => c.ariaLabel)"
+        )
+        ends = ("R on the left, A on top", "R on the left, H on top", "A on the left, H on top")
+        assert [end in name for end, name in zip(ends, names, strict=True)] == [True] * 3
+
+
+def test_every_slider_changes_its_picture(page):
+    for name, least in (("axial", 3), ("coronal", 3), ("sagittal", 5), ("window", 90), ("level", 10)):
+        before, cube = pixels(page), pixels(page, "cube")
+        move(page, name, least)
+        assert any((a != b).any() for a, b in zip(before, pixels(page), strict=True)), name
+        moved = any((a != b).any() for a, b in zip(cube, pixels(page, "cube"), strict=True))
+        assert moved == (name not in ("window", "level"))
+
+
+def test_a_key_moves_a_slice_and_the_label_says_slice_and_millimetres(page):
+    move(page, "axial", 1)
+    page.get_by_label("axial", exact=True).press("ArrowRight")
+    said = page.get_by_label("axial", exact=True).get_attribute("aria-valuetext")
+    assert said == "slice 3 of 6, 10.0 mm from the foot end"
+    assert page.get_by_text(said).is_visible()
+
+
+def test_a_click_moves_the_cross_hair_in_the_other_planes(page):
+    before = pixels(page)
+    click(page, "axial", 2.5 / 20, 4.5 / 16)  # third column from the right side, fifth row from the front
+    assert sliders(page)[:2] == [17, 11]
+    assert all((a != b).any() for a, b in zip(before, pixels(page), strict=True))
+    click(page, "sagittal", 12.5 / 16, 1.5 / 6)
+    assert sliders(page) == [17, 3, 4]
+
+
+def test_the_cross_hair_is_the_same_place_in_the_cube(page):
+    click(page, "axial", 4.5 / SIZE, 11.5 / SIZE, kind="cube")  # cells 11 and 4 from the left and the back
+    i, j, _ = sliders(page)
+    assert i == 4 + int(11.5 / SIZE * 14) and j == 3 + int(
+        4.5 / SIZE * 11
+    )  # the ROI's box: 14 x 11 from 4, 3
+    assert not page.get_by_text("lies outside").is_visible()
+    move(page, "axial", 0)
+    assert page.get_by_text("lies outside").is_visible()
+
+
+def test_the_outline_runs_round_the_mask(page, shown):
+    _, mask, _ = scan_volumes(shown[0].iloc[0])
+    move(page, "axial", 2)
+    with_it = pixels(page)[0]
+    page.get_by_label("outline").uncheck()
+    changed = np.argwhere((pixels(page)[0] != with_it).any(axis=2))
+    inside = np.argwhere(flat(mask, (0, 0, 2))[0])
+    scale = np.array(with_it.shape[:2]) / (16, 20)
+    np.testing.assert_allclose(changed.min(axis=0), inside.min(axis=0) * scale, atol=3)
+    np.testing.assert_allclose(changed.max(axis=0) + 1, (inside.max(axis=0) + 1) * scale, atol=3)
+
+
+def test_another_case_is_shown_with_its_own_facts(page, shown):
+    before = pixels(page)
+    page.get_by_label("case").select_option(index=1)
+    name = shown[0].iloc[1]["case_id"]
+    page.locator("dd", has_text=name).wait_for()
+    after = pixels(page)
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(before, after, strict=True))
+    assert page.get_by_label("case").locator("optgroup").count() == shown[0]["center"].nunique()
+
+
+def test_a_cut_and_averaged_image_keeps_its_numbers_and_its_place_in_the_cube(page):
+    text = page.locator("[data-view=viewer] script").text_content()
+    item = json.loads(text)["cases"][1]
+    assert max(item["start"]) > 0 and max(item["step"]) > 1
+    page.get_by_label("case").select_option(index=1)
+    page.locator("dd", has_text=item["case"]).wait_for()
+    move(page, "sagittal", 7)
+    place = item["start"][0] + 7.5 * item["step"][0] - 0.5
+    said = page.get_by_label("sagittal", exact=True).get_attribute("aria-valuetext")
+    mm = f"{place * item['spacing'][0]:.1f} mm from the left"
+    assert said == f"slice {int(place) + 1} of {item['whole'][0]}, {mm}"
+    click(page, "axial", 7.5 / SIZE, 0.5, kind="cube")  # cell 8 from the left
+    start, length = item["box"][0]
+    middle = start + 8.5 / SIZE * length
+    assert sliders(page)[0] == int((middle - item["start"][0]) / item["step"][0])
+
+
+def test_a_hostile_name_is_text(page):
+    assert page.get_by_label("case").locator("option").first.inner_text().startswith(HOSTILE)
+    assert page.locator("dd", has_text="onerror").inner_text() == f"NYU {HOSTILE}, T2"
+    assert page.locator("img").count() == 0
+
+
+def test_the_picture_stays_where_scripts_do_not_run_or_data_are_damaged(chromium, shown, tmp_path):
+    still = chromium.new_context(java_script_enabled=False, offline=True).new_page()
+    still.goto(shown[1].as_uri())
+    assert [image.is_visible() for image in still.locator(".ipmn-view img").all()] == [True, True]
+    text = shown[1].read_text(encoding="utf-8").replace('"voxels":"', '"voxels":"AAAA', 1)
+    (tmp_path / "damaged.html").write_text(text, encoding="utf-8")
+    page = chromium.new_context(offline=True).new_page()
+    page.goto((tmp_path / "damaged.html").as_uri())
+    page.wait_for_selector(".ipmn-view .forest")
+    assert page.locator("[data-view=viewer] img").is_visible() and page.locator("canvas").count() == 0
+    for tab in (still, page):
+        tab.context.close()
+
+
+def choose(page, **chosen):
+    for label, option in chosen.items():
+        page.get_by_label(label.replace("_", " "), exact=True).select_option(option)
+
+
+def cells(page, caption):
+    """Rows of the table of that caption, as texts."""
+    rows = page.locator("table", has_text=caption).locator("tbody tr").all()
+    return [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows]
+
+
+NAMES = {"Centralized": "centralized", "FedProx (μ=0.1)": "fedprox_0.1", "Local only": "local_only"}
+
+
+@pytest.mark.parametrize("center", ["NYU", "AHN", "Global"])
+@pytest.mark.parametrize("modality", ["t1", "t2"])
+def test_the_legend_has_the_auc_and_the_matrix_the_counts(page, tables, modality, center):
+    choose(page, modality=modality, center=center, epoch="last")
+    view, where = {"task": "binary", "modality": modality}, None if center == "Global" else center
+    found = {NAMES[name]: auc for name, auc, _ in cells(page, "AUC of the curve")}
+    assert list(found) == list(NAMES.values())
+    for arm, auc in found.items():
+        expected = metrics.auc(*metrics.y_and_prob(rows_of(tables[0], view, arm, "last", where)))
+        if arm == "local_only" and center == "Global":
+            assert auc == "n/a, see below" and page.get_by_text("share no scale").is_visible()
+        elif np.isnan(expected):
+            assert auc == "n/a: one class only"
+        else:
+            assert float(auc) == pytest.approx(expected, abs=5.01e-4)  # three decimals
+    for name, arm in NAMES.items():
+        choose(page, method_on_the_right=name)
+        y, prob = metrics.y_and_prob(rows_of(tables[0], view, arm, "last", where))
+        counts = confusion_matrix(y, prob.argmax(axis=1), labels=[0, 1]).tolist()
+        assert [list(map(int, row[1:])) for row in cells(page, "rows: true class")] == counts
+
+
+def test_three_classes_have_their_own_arms_and_counts_and_high_risk_against_the_rest(page, tables):
+    choose(page, task="three classes")
+    rows = rows_of(tables[0], {"task": "three_class", "modality": "t2"}, "densenet121")
+    y, prob = metrics.y_and_prob(rows)
+    ((name, auc, _),) = cells(page, "AUC of the curve")
+    expected = metrics.auc(y == 2, np.column_stack([1 - prob[:, 2], prob[:, 2]]))
+    assert name == "DenseNet-121" and float(auc) == pytest.approx(expected, abs=5.01e-4)
+    counts = confusion_matrix(y, prob.argmax(axis=1)).tolist()
+    assert [list(map(int, row[1:])) for row in cells(page, "rows: true class")] == counts
+    heights = page.locator(".histogram .bar").evaluate_all(
+        "bars => bars.map(bar => bar.height.baseVal.value)"
+    )
+    bins = np.concatenate([np.histogram(prob[y == k, 2], np.linspace(0, 1, 21))[0] for k in range(3)])
+    np.testing.assert_allclose(np.array(heights) / max(heights), bins / bins.max(), atol=1e-6)
+    guides = page.locator(".forest .guide")  # chance, of an AUC only
+    assert guides.count() == page.locator(".forest .row").count() > 0
+    choose(page, metric="accuracy")
+    assert guides.count() == 0
+    assert (
+        page.locator(".forest").get_attribute("aria-label") == "accuracy, all test cases, with 95 % interval"
+    )
+
+
+def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, tables):
+    choose(page, modality="t1")
+    wrong = by_center.most_wrong(rows_of(tables[0], {"task": "binary", "modality": "t1"}, "centralized"))
+    expected = [
+        [case.case_id, case.center, *(LABEL_NAMES[True][k] for k in (case.y_true, case.predicted))]
+        for case in wrong.itertuples()
+    ]
+    found = cells(page, "cases most wrong")
+    assert [row[:4] for row in found] == expected
+    np.testing.assert_allclose([float(row[4]) for row in found], wrong["probability"], atol=5.01e-4)
+    choose(page, center="NYU", method_on_the_right="FedProx (μ=0.1)")
+    for modality in ("t1", "t2"):
+        choose(page, modality=modality)
+        here = {"task": "binary", "modality": modality}
+        wrong = by_center.most_wrong(rows_of(tables[0], here, "centralized", center="NYU"))
+        assert [row[0] for row in cells(page, "cases most wrong")] == wrong["case_id"].tolist()
+
+
+def test_a_case_that_the_viewer_holds_opens_there(page):
+    choose(page, modality="t2", center="NYU")
+    page.get_by_label("case", exact=True).select_option(index=2)
+    (button,) = page.get_by_role("button", name="show").all()
+    assert button.get_attribute("aria-label") == f"show {HOSTILE}"
+    button.click()
+    page.locator("dd", has_text="onerror").wait_for()
+    assert page.get_by_label("case", exact=True).evaluate("list => list.value") == "0"
+    assert page.locator("[data-view=viewer]").evaluate("view => view.getBoundingClientRect().top") < 450
+
+
+def test_a_row_of_the_plot_chooses_its_center_by_mouse_and_by_key(page):
+    title = page.locator("h4", has_text="ROC")
+    assert title.inner_text() == "ROC, all centers: high risk against the rest"
+    page.get_by_role("button", name="MCF", exact=True).click()
+    assert title.inner_text() == "ROC, MCF: high risk against the rest"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    assert title.inner_text() == "ROC, NYU: high risk against the rest"
+    assert page.get_by_role("button", name="NYU", exact=True).get_attribute("aria-pressed") == "true"
+    assert page.get_by_label("center", exact=True).locator("option:checked").inner_text() == "NYU"
+
+
+def test_the_plot_shows_the_summary_and_says_what_is_undefined(page, tables):
+    choose(page, modality="t2", metric="AUC", epoch="last")
+    _, summary = tables
+    rows = summary[
+        (summary["task"] == "binary") & (summary["modality"] == "t2") & (summary["rule"] == "last")
+    ]
+    rows = rows[(rows["metric"] == "auc") & (rows["center"] == "MCF")].set_index("arm")
+    row = page.get_by_role("button", name="MCF", exact=True)
+    points = row.locator("rect:not(.ground)").evaluate_all("all => all.map(r => r.x.baseVal.value + 3.5)")
+    np.testing.assert_allclose((np.array(points) - 90) / 740, rows.loc[NAMES.values(), "mean"], atol=1e-3)
+    assert "n/a: no high-risk case" in page.get_by_role("button", name="AHN", exact=True).text_content()
+    choose(page, metric="accuracy")
+    assert "n/a" not in page.locator(".forest").text_content()
+
+
+def test_an_arm_that_is_not_wanted_has_no_mark_and_no_curve(page):
+    assert page.locator(".roc .curve").count() == 2  # `local_only` has none of all centers
+    page.get_by_role("checkbox", name="Centralized").uncheck()
+    assert page.locator(".roc .curve").count() == 1
+    assert [row[0] for row in cells(page, "AUC of the curve")] == ["FedProx (μ=0.1)", "Local only"]
+    for name in ("FedProx (μ=0.1)", "Local only"):
+        page.get_by_role("checkbox", name=name).uncheck()
+    assert page.locator(".roc .curve").count() == 0 and page.locator(".forest .row").count() == 4
+
+
+def test_every_control_has_a_name(page):
+    unnamed = "all => all.filter(c => !c.labels?.length).map(c => c.outerHTML)"
+    assert page.locator(".ipmn-view :is(input, select)").evaluate_all(unnamed) == []
+    assert page.locator(".ipmn-view :is(button, [role=button], [role=img]):not([aria-label])").count() == 0
+
+
+def test_nothing_is_wider_than_a_page_of_900_pixels(page):
+    assert page.evaluate("document.documentElement.scrollWidth") <= 900
+
+
+# ---- headers that others wrote
+
+
+def test_a_unit_that_is_none_of_niftis_is_unknown(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    plain = tmp_path / "plain.nii"
+    nib.save(nib.load(scan["image"]), plain)
+    content = bytearray(plain.read_bytes())
+    content[123] = 5  # xyzt_units
+    plain.write_bytes(content)
+    (item,) = data_of(static_views.viewer(scan.to_frame().T.assign(image=str(plain)), SIZE))["cases"]
+    assert dict(item["facts"])["units"] == "unknown"
