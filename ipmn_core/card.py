@@ -15,8 +15,8 @@ import pandas as pd
 from ipmn_core import data, metrics, predict, runs
 from ipmn_core.metrics import inference, tables
 from ipmn_core.names import display_name
-from ipmn_core.predict import PredictError, Trained
 from ipmn_core.runs import records
+from ipmn_core.runs.trained import CLASSES, PredictError, Trained, centers, find, load, weights
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -45,7 +45,7 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
     """`target`, a new folder: the models of an arm's folds and their card, `README.md`; whole or absent.
 
     Each `fold<k>/` has `model.pt`, which loads without unpickling code, `run.json`, and `splits.csv` with
-    hashed case ids. Raises FileExistsError if there is a target, else as `model_card` and `predict.load`.
+    hashed case ids. Raises FileExistsError if there is a target, else as `model_card` and `load`.
     """
     target = Path(target)
     if os.path.lexists(target):
@@ -53,7 +53,7 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
     text = model_card(arm_folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        for one in predict.find(arm_folder):
+        for one in find(arm_folder):
             folder = partial / f"fold{one.fold}"
             folder.mkdir(parents=True)
             for name in ("model.pt", "run.json"):
@@ -63,7 +63,7 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
             splits[["case_sha256", "center", "role"]].sort_values("case_sha256").to_csv(
                 folder / "splits.csv", index=False
             )
-            _check_weights(predict.find(folder)[0])
+            _check_weights(find(folder)[0])
         (partial / "README.md").write_text(text)
         os.replace(partial, target)
     finally:
@@ -74,8 +74,8 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
 def _check_weights(one: Trained) -> None:
     """Raises PredictError unless every network in `one` loads."""
     of_centers = one.arm == runs.LOCAL_ONLY
-    for center in predict.centers(predict.weights(one.weights)) if of_centers else [None]:
-        predict.load(one, center)
+    for center in centers(weights(one.weights)) if of_centers else [None]:
+        load(one, center)
 
 
 def model_card(arm_folder: str | Path) -> str:
@@ -84,7 +84,7 @@ def model_card(arm_folder: str | Path) -> str:
     A pure function of the files in the folds' run folders. Raises PredictError for folds that do not belong
     together or lack a file, PredictionsError for predictions that cannot be right.
     """
-    trained = predict.find(arm_folder)
+    trained = find(arm_folder)
     found = _records(trained)
     settings, tested = found[0]["settings"], _predictions(trained, "test")
     selected = metrics.select(metrics.check(tested, source=str(arm_folder)))
@@ -99,7 +99,7 @@ def model_card(arm_folder: str | Path) -> str:
         "Licence and citation": HANDING_ON,
     }
     names = dict.fromkeys(display_name(settings[key]) for key in ("model", "arm", "modality"))
-    classes = ", ".join(f"{k} {name}" for k, name in enumerate(predict.CLASSES[settings["task"]]))
+    classes = ", ".join(f"{k} {name}" for k, name in enumerate(CLASSES[settings["task"]]))
     head = (
         f"# {', '.join(names)}\n\n**{predict.NOTICE}**\n\nRisk of pancreatic cysts (IPMN) in MRI: {classes}."
     )
@@ -218,7 +218,7 @@ def _limits(found: list[dict[str, Any]], selected: pd.DataFrame) -> list[str]:
         said.append(f"{len(found)} of {settings['folds']} folds are here: not every case was tested.")
     if settings["arm"] == runs.LOCAL_ONLY:
         said.append("One model a center, each tested on the cases of its own center alone.")
-    high = (selected["y_true"] == len(predict.CLASSES[settings["task"]]) - 1).groupby(selected["center"])
+    high = (selected["y_true"] == len(CLASSES[settings["task"]]) - 1).groupby(selected["center"])
     fewest, cases = high.sum().idxmin(), high.size()
     count = f"{high.sum()[fewest]} high-risk case(s) among {cases[fewest]} tested"
     return [*said, f"Small centers: {fewest} has {count}; one case more or less moves its figures."]

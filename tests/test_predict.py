@@ -14,7 +14,8 @@ from test_runs import profile
 
 from ipmn_core import cli, metrics, models, predict, runs
 from ipmn_core.data import ScanError, load_cubes, load_roi, to_cube
-from ipmn_core.predict import PredictError
+from ipmn_core.runs import trained as trained_models
+from ipmn_core.runs.trained import PredictError
 
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
 
@@ -252,7 +253,7 @@ def test_weights_may_be_wrapped_as_others_save_them(tmp_path):
     parallel = {f"module.{key}": value for key, value in state.items()}
     for content in (state, parallel, {"epoch": 3, "state_dict": parallel}, {"model": state}):
         torch.save(content, tmp_path / "weights.pt")
-        found = predict.weights(tmp_path / "weights.pt")
+        found = trained_models.weights(tmp_path / "weights.pt")
         assert list(found) == list(state) and all(torch.equal(found[key], state[key]) for key in state)
 
 
