@@ -16,18 +16,25 @@ from torch import nn
 
 from ipmn_core import data, params
 from ipmn_core.federated import machine
+from ipmn_core.names import class_names
 from ipmn_core.runs.run import LOCAL_ONLY
-from ipmn_core.runs.trained import CLASSES, PredictError, Trained, find, load
+from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 NOTICE = "Not for clinical use: a research model without external validation."
-LONGEST_MM = 250  # an ROI that is longer is hardly a pancreas of 12 to 15 cm, rather a whole image
+LONGEST_MM = 250  # a longer ROI is probably a whole image: a pancreas is 120 to 150 mm long
+ROLES = {  # warnings by what a run used a case for
+    "train": "{case} was trained on by {names}: this is no test",
+    "validation": "{case} was held out of the training of {names} for validation: this is no test either",
+    "test": "{case} was a test case of {names}, whose epoch was chosen on the test cases: this is optimistic",
+    "unknown": "the training cases of {names} are unknown; if {case} was one, this is no test",
+}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of one case: `folds` has a row a network, columns model, weights (a path) and classes.
+    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
 
-    `center` is whose networks were asked (arm `local_only`), else None; `warnings` are sentences.
+    `center` is the center whose networks were used (arm `local_only`), else None; `warnings` are sentences.
     """
 
     case: str
@@ -49,25 +56,25 @@ def predict(
     device: str = "cpu",
     case: str | None = None,
 ) -> Prediction:
-    """The probabilities that the trained networks in `folders` (see `find`) give a scan, in float32.
+    """Predict a scan with the trained networks in `folders` (see `trained.find`), in float32.
 
-    `image` with its pancreas `mask`, or a clean ROI without. `center`: whose networks to ask, for the arm
+    `image` with its pancreas `mask`, or a clean ROI without. `center`: whose networks to use, for the arm
     `local_only`. `size`: edge of the cubes, for bare weights. `case`: its name in the cohort, by default the
-    file's; with it the prediction says whether the case was trained on. Raises PredictError or ScanError.
+    file's; from it the warnings say whether the case was trained on. Raises PredictError or ScanError.
     """
     where = machine.device_of(params.validate({"device": device, "size": size}, "predict"))
     trained = find(folders, size)
     _refuse_mixed(trained, center)
     case = case or data.case_name(Path(image).name)
     roi = data.load_roi(image, mask, case)
-    cube = data.to_cube(np.asanyarray(roi.dataobj), trained[0].size)
+    of = trained[0]
+    cube = data.to_cube(np.asanyarray(roi.dataobj), of.size)
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
-    folds = names.join(pd.DataFrame(prob, columns=list(CLASSES[trained[0].task])))
-    said = (*_said_of_roi(roi), *_said_of_case(case, trained, center))
-    of = trained[0]
-    return Prediction(case, of.task, of.modality, of.size, center, str(where), folds, said)
+    folds = names.join(pd.DataFrame(prob, columns=list(class_names(of.task))))
+    warnings = (*_roi_warnings(roi), *_case_warnings(case, trained, center))
+    return Prediction(case, of.task, of.modality, of.size, center, str(where), folds, warnings)
 
 
 def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
@@ -93,25 +100,18 @@ def _probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndar
     return prob
 
 
-def _said_of_roi(roi: nib.Nifti1Image) -> list[str]:
+def _roi_warnings(roi: nib.Nifti1Image) -> list[str]:
     longest = float(np.max(np.multiply(roi.shape, roi.header.get_zooms())))
-    if longest <= LONGEST_MM:
-        return []
-    return [f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"]
+    text = f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"
+    return [text] if longest > LONGEST_MM else []
 
 
-def _said_of_case(case: str, trained: list[Trained], center: str | None) -> list[str]:
-    """Sentences on what the networks have seen of a case, by its name."""
+def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:
+    """Warnings about networks that have seen the case, by its name."""
     names = {}
     for one in trained:
         names.setdefault(_role(case, one.weights.with_name("splits.csv"), center), []).append(one.name)
-    said = {
-        "train": "{case} was trained on by {names}: what they say of it is no test",
-        "validation": "{case} was held out of the training of {names} for validation: it is no test either",
-        "test": "{case} was a test case of {names}, whose epoch was chosen on the test cases: this flatters",
-        "unknown": "which cases {names} was trained on is not known; if {case} was one, this is no test",
-    }
-    return [text.format(case=case, names=", ".join(names[r])) for r, text in said.items() if r in names]
+    return [text.format(case=case, names=", ".join(names[r])) for r, text in ROLES.items() if r in names]
 
 
 def _role(case: str, path: Path, center: str | None) -> str:
@@ -119,7 +119,7 @@ def _role(case: str, path: Path, center: str | None) -> str:
     if not path.exists():
         return "unknown"
     try:
-        splits = data.from_spreadsheet(pd.read_csv(path, dtype=str))
+        splits = pd.read_csv(path, dtype=str, keep_default_na=False)
         ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
         mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
         return next(iter(splits.loc[mine, "role"]), "")
@@ -128,19 +128,19 @@ def _role(case: str, path: Path, center: str | None) -> str:
 
 
 def hashed(case_id: str) -> str:
-    """SHA-256 of a case's name in lower case, for files and sheets differ in case."""
+    """SHA-256 of a case's name in lower case, because files and sheets differ in case."""
     return hashlib.sha256(case_id.lower().encode()).hexdigest()
 
 
 def table(result: Prediction) -> pd.DataFrame:
-    """A row a model, then `mean` and `std` over them (ddof = 0): columns model and classes."""
+    """One row per model, then `mean` and `std` over them (ddof = 0): columns model and classes."""
     over = pd.DataFrame(over_models(result)).T.rename_axis("model").reset_index()
     return pd.concat([result.folds.drop(columns="weights"), over], ignore_index=True)
 
 
 def over_models(result: Prediction) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (ddof = 0) of each class over the models."""
-    prob = result.folds[list(CLASSES[result.task])]
+    prob = result.folds[list(class_names(result.task))]
     return {"mean": prob.mean().to_dict(), "std": prob.std(ddof=0).to_dict()}
 
 
@@ -159,15 +159,15 @@ def to_json(result: Prediction) -> str:
 
 
 def picture(result: Prediction, roi: nib.Nifti1Image, path: str | Path | None = None):
-    """A figure, written to `path` if given: the ROI's widest slice, a bar a class (mean), a dot a model.
+    """A figure, written to `path` if given: the ROI's widest slice, one bar per class, one dot per model.
 
-    `roi` as `preprocess.load_roi` gives it; it is turned as radiologists see it, its aspect is that in mm.
+    `roi` as `data.load_roi` gives it; shown radiologically, with the aspect ratio in mm.
     """
     import matplotlib.pyplot as plt
 
     from ipmn_core import views
 
-    classes, roi = list(CLASSES[result.task]), nib.as_closest_canonical(roi)
+    classes, roi = list(class_names(result.task)), nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     views.show_slice(left, roi, views.widest_slice(roi.dataobj)).set_title(f"{result.case}, ROI")
     prob = result.folds[classes]

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ipmn_core import data, models, phantom, predict, runs
+from ipmn_core import data, models, phantom, runs
 from ipmn_core.data import Cubes
 from ipmn_core.federated import machine
+from ipmn_core.names import class_names
 from ipmn_core.params import Params
-from ipmn_core.runs import Run, records
+from ipmn_core.runs import Run, records, trained
 
 EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
 
@@ -191,21 +192,19 @@ def of_run(
     unknown case or a phantom of another seed.
     """
     folder = records.whole(runs.folder_of(p, run), runs.protocol_of(p, run))
-    (trained,) = predict.find(folder)
-    asked = range(len(predict.CLASSES[run.task]))[asked]
+    (one,) = trained.find(folder)
+    asked = range(len(class_names(run.task)))[asked]
     rows = _rows(scans, run.modality, _test_cases(folder) if case_ids is None else case_ids)
     patients = _patients(data.read_truth(p))
     looks = []
     for k, scan in tqdm(rows.iterrows(), "cases", len(rows), unit="case", delay=2):
         patient = patients.get(scan["patient_id"].casefold())
         blank = _blank(scan, np.float32(cubes.array[k]), patient, p.seed)
-        looks.append(
-            replace(blank, task=run.task, modality=run.modality, network=trained.network, asked=asked)
-        )
+        looks.append(replace(blank, task=run.task, modality=run.modality, network=one.network, asked=asked))
     local = run.arm == runs.LOCAL_ONLY
     seen = {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
-        network = predict.load(trained, center).to(machine.device_of(p))
+        network = trained.load(one, center).to(machine.device_of(p))
         mine = [look for look in looks if center in (None, look.center)]
         seen |= {look.case_id: look for look in _seen(network, mine)}
     return [seen[look.case_id] for look in looks]
@@ -300,7 +299,7 @@ def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device =
     architecture, not what was learnt.
     """
     one = looks[0]
-    network = models.build(one.network, len(predict.CLASSES[one.task]), seed).eval()
+    network = models.build(one.network, len(class_names(one.task)), seed).eval()
     return _seen(network.to(device), looks)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ipmn_core.names import LABELS
-from ipmn_core.predict import CLASSES
+from ipmn_core.names import LABELS, class_names
 from ipmn_core.views.attention import Look
 from ipmn_core.views.planes import HEAT, show_heat
 
@@ -70,7 +69,7 @@ def by_class(looks: Sequence[Look]) -> Figure:
         below.set_title(in_words(look), fontsize=8)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
     figure.colorbar(scale, ax=axes[1], label="Grad-CAM (0 to 1)", pad=0.01)
-    asked = list(CLASSES[shown[0].task])[shown[0].asked]
+    asked = list(class_names(shown[0].task))[shown[0].asked]
     figure.suptitle(f"Grad-CAM of “{asked}”, layer {shown[0].layer}", fontsize=10)
     return figure
 
@@ -89,7 +88,7 @@ def _where(look: Look, cube: np.ndarray, heat: np.ndarray, lesion: np.ndarray | 
 
 def title(look: Look) -> str:
     """Case, class and probability of the class asked, on two lines."""
-    asked = list(CLASSES[look.task])[look.asked]
+    asked = list(class_names(look.task))[look.asked]
     return f"{look.center} {look.case_id}: {LABELS[look.label]}\nprobability of {asked} {look.prob:.2f}"
 
 
