@@ -6,12 +6,12 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from ipmn_core.views.attention import Look
 
 from ipmn_core import views
 from ipmn_core.metrics import by_center
 from ipmn_core.report import static_views
 from ipmn_core.views import figures
-from ipmn_core.views.attention import Look
 
 pytestmark = pytest.mark.filterwarnings("error")
 
