@@ -238,7 +238,7 @@ def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> 
 
 
 def _plane(ax: Axes, centers: Centers, paths: pd.DataFrame) -> None:
-    """Draw both centers' objectives, Eq. (1), as contours, their optima, every local step, the server's rounds.
+    """Draw both objectives, Eq. (1), as contours, their optima, every local step, the server's rounds.
 
     `paths` are of one mu.
     """

@@ -31,7 +31,18 @@ from ipmn_core.runs import Run, records, trained
 from ipmn_core.views.scans import HEAT, show_heat
 
 EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
-COLUMNS = ["case_id", "center", "label", "y_true", "prob", "in_pancreas", "in_pancreas_even", "expected", "share", "ratio"]
+COLUMNS = [
+    "case_id",
+    "center",
+    "label",
+    "y_true",
+    "prob",
+    "in_pancreas",
+    "in_pancreas_even",
+    "expected",
+    "share",
+    "ratio",
+]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def scanners(facts: pd.DataFrame) -> Figure:
 def training_curves(
     histories: pd.DataFrame, column: str, ylabel: str, xlabel: str, reference: float | None = None
 ) -> Figure:
-    """`column` of the histories over epochs: a panel per arm, a thin line per fold, a thick one their mean."""
+    """`column` of the histories by epoch: a panel per arm, a thin line per fold, a thick one their mean."""
     arms = list(dict.fromkeys(histories["arm"]))
     size = min(WIDTH, 1 + 2 * len(arms)), 2.3
     figure, axes = plt.subplots(1, len(arms), figsize=size, sharey=True, squeeze=False)
@@ -211,7 +211,10 @@ def against_paper(table: pd.DataFrame, metric: str = "auc") -> Figure:
 
 
 def overview(summary: pd.DataFrame, center: str = "") -> Figure:
-    """Means and 95 % intervals of one task, modality, rule and metric of `by_center.summary`, `center` shaded."""
+    """Means and 95 % intervals of all arms at all centers, `center` shaded.
+
+    `summary` holds one task, modality, rule and metric of `by_center.summary`.
+    """
     height = row_height(summary["arm"].nunique()) * summary["center"].nunique() + 0.8
     figure, ax = plt.subplots(figsize=(WIDTH, height))
     metric = summary["metric"].iloc[0].upper()

@@ -176,7 +176,7 @@ def optimism(table: pd.DataFrame) -> Figure:
 
 
 def drift(table: pd.DataFrame) -> Figure:
-    """Distance of each client from the global model over rounds: a panel per arm (across) and modality (down).
+    """Distance of each client from the global model by round: a panel per arm (across) and modality (down).
 
     From `heterogeneity.drift`: columns modality, arm, fold, round, client, distance. A color per client, a
     thin line per fold, a thick one their mean.

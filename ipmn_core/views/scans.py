@@ -244,7 +244,7 @@ def show_heat(ax: Axes, heat: np.ndarray | None, lesion: np.ndarray | None) -> N
 def prediction(result, roi: nib.Nifti1Image) -> Figure:
     """The widest slice of an ROI (`data.load_roi`) and, for each class, a bar (mean) and one dot per model.
 
-    `result` is a `predict.Prediction`: `case`, `task` and `folds`, one row per model and one column per class.
+    `result` is a `predict.Prediction`: `case`, `task` and `folds`, a row per model, a column per class.
     """
     classes, roi = list(class_names(result.task)), nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")

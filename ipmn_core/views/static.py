@@ -207,8 +207,8 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
 
 def _arm(name: str) -> dict:
     """How an arm is shown; references, which train no network, share colors with others and are dashed."""
-    color, reference = to_hex(color(name)), name in REFERENCES
-    return {"name": name, "label": display_name(name), "color": color, "reference": reference}
+    hue = to_hex(color(name))
+    return {"name": name, "label": display_name(name), "color": hue, "reference": name in REFERENCES}
 
 
 def _cases(rows: pd.DataFrame) -> pd.DataFrame:
