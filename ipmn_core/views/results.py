@@ -188,6 +188,7 @@ def forests(summary: pd.DataFrame, metric: str = "auc", paper: pd.DataFrame | No
     binary = _over_folds(summary[summary["task"] == "binary"], metric)
     if paper is not None:
         paper = _over_folds(paper.rename(columns={"method": "arm"}), metric)
+        binary = binary.assign(undefined="")  # a reason would cover the paper's values
     height = row_height(binary["arm"].nunique()) * binary["center"].nunique() + 0.5
     axes, shown = panels(binary, "modality", "task", height, sharex=True, sharey=True)
     for ax, rows in shown:
