@@ -22,8 +22,8 @@ def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
-def is_clean(figure):
-    """At most 9 inches wide, and no text that is drawn says nan, overlaps another or is below 8 points."""
+def is_clean(figure, width=style.WIDTH):
+    """At most `width` inches wide, and no text that is drawn says nan, overlaps another or is below 8 points."""
     drawn, draw = [], Text.draw
 
     def record(text, renderer):
@@ -39,7 +39,7 @@ def is_clean(figure):
     pairs = itertools.combinations(range(len(boxes)), 2)
     assert not [(names[a], names[b]) for a, b in pairs if boxes[a].overlaps(boxes[b])]
     assert not any("nan" in name.lower() for name in names)
-    return bool(drawn) and figure.get_size_inches()[0] <= 9
+    return bool(drawn) and figure.get_size_inches()[0] <= width
 
 
 def stored(folder, orientation, case="NYU1"):
