@@ -21,7 +21,15 @@ from ipmn_core.views.review import (
     reliability_diagrams,
     within_and_between,
 )
-from ipmn_core.views.scans import center_gallery, prediction, roi_and_cube, show_slice, slices
+from ipmn_core.views.scans import (
+    center_gallery,
+    prediction,
+    roi_and_cube,
+    scan_volumes,
+    show_slice,
+    slices,
+    widest_slice,
+)
 from ipmn_core.views.style import PALETTE, color, png, save, show, use_style
 from ipmn_core.views.widgets import attention_viewer, center_explorer, fedprox_by_hand, roi_viewer
 
@@ -51,11 +59,13 @@ __all__ = [
     "roi_and_cube",
     "roi_viewer",
     "save",
+    "scan_volumes",
     "scanners",
     "show",
     "show_slice",
     "slices",
     "training_curves",
     "use_style",
+    "widest_slice",
     "within_and_between",
 ]

@@ -23,7 +23,7 @@ def titles(figure):
 
 
 def is_clean(figure, width=style.WIDTH):
-    """At most `width` inches wide, and no text that is drawn says nan, overlaps another or is below 8 points."""
+    """At most `width` inches wide, and no drawn text says nan, overlaps another or is below 8 points."""
     drawn, draw = [], Text.draw
 
     def record(text, renderer):

@@ -2,9 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drawn import is_clean
 from matplotlib.colors import to_hex
 from sklearn.linear_model import LogisticRegression
-from drawn import is_clean
 
 from ipmn_core import federated
 from ipmn_core.federated import training

@@ -4,14 +4,12 @@ import re
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
-from ipmn_core.views.attention import Look
 
 from ipmn_core import views
 from ipmn_core.metrics import by_center
-from ipmn_core.report import static
-from ipmn_core.views import figures
+from ipmn_core.views import scans, static, style, widgets
+from ipmn_core.views.gradcam import Look
 
 pytestmark = pytest.mark.filterwarnings("error")
 
