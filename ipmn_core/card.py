@@ -15,7 +15,8 @@ import pandas as pd
 from ipmn_core import metrics, predict, runs
 from ipmn_core.metrics import inference, tables
 from ipmn_core.names import class_names, display_name
-from ipmn_core.runs import records
+from ipmn_core.runs import store
+from ipmn_core.runs.grid import MACHINE
 from ipmn_core.runs.trained import PredictError, Trained, centers, find, load, weights
 
 ROLES = ("train", "validation", "test")
@@ -112,10 +113,10 @@ def _records(trained: list[Trained]) -> list[dict[str, Any]]:
         if missing:
             lacks = f"{one.weights.with_name('run.json')} lacks {', '.join(sorted(missing))}"
             raise PredictError(f"{lacks}; restore it, or repeat the run")
-        own = ("fold", *records.MACHINE)
+        own = ("fold", "seed", *MACHINE)  # the seed is that of the profile, then the fold
         found.append(record)
         settings = {key: value for key, value in record["settings"].items() if key not in own}
-        shared.append(settings | {"data": record["data"]})
+        shared.append(settings | {"seed": record["settings"]["seed"][0], "data": record["data"]})
         differ = [key for key in {**shared[0], **shared[-1]} if shared[0].get(key) != shared[-1].get(key)]
         if differ:
             pair = f"{trained[0].weights.parent} and {one.weights.parent}"
@@ -131,7 +132,8 @@ def _predictions(trained: list[Trained]) -> pd.DataFrame:
             lacks = f"{folder} lacks predictions.parquet"
             raise PredictError(f"{lacks}: give the runs, not an export of them, or repeat them")
         settings = json.loads((folder / "run.json").read_text())["settings"]
-        frames.append(records.read_predictions(folder, settings, "test"))
+        protocol = {key: value for key, value in settings.items() if key not in MACHINE}
+        frames.append(store.read_predictions(folder, protocol))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -199,7 +201,7 @@ def _files(trained: list[Trained], found: list[dict[str, Any]], selected: pd.Dat
     for one, record in zip(trained, found, strict=True):
         row = {"file": f"fold{one.fold}/model.pt", "epoch": epochs[one.fold]}
         row["SHA-256"] = hashlib.sha256(one.weights.read_bytes()).hexdigest()
-        machine = {key: record["settings"].get(key) for key in records.MACHINE}
+        machine = {key: record["settings"].get(key) for key in MACHINE}
         machine |= {"processor": record["device"], "seconds": str(record["seconds"])}
         rows.append({**row, **record["versions"], **machine, "card by ipmn": version("ipmn")})
     return pd.DataFrame(rows)

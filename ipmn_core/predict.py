@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ipmn_core import data, params
-from ipmn_core.federated import machine
+from ipmn_core import data, federated, params
 from ipmn_core.names import class_names
-from ipmn_core.runs.run import LOCAL_ONLY
+from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 NOTICE = "Not for clinical use: a research model without external validation."
@@ -62,7 +61,7 @@ def predict(
     `local_only`. `size`: edge of the cubes, for bare weights. `case`: its name in the cohort, by default the
     file's; from it the warnings say whether the case was trained on. Raises PredictError or ScanError.
     """
-    where = machine.device_of(params.validate({"device": device, "size": size}, "predict"))
+    where = federated.device_of(params.validate({"device": device, "size": size}, "predict"))
     trained = find(folders, size)
     _refuse_mixed(trained, center)
     case = case or data.case_name(Path(image).name)

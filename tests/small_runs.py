@@ -7,12 +7,16 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from test_runs import profile
 from torch import nn
 
-from ipmn_core import models, runs
-from ipmn_core.data import load_cubes
+from ipmn_core import models, params, runs
+from ipmn_core.data import Cohort, load_cubes
 
+PROFILE = {
+    **{"profile": "t", "size": 32, "modalities": ["t2"], "three_class_folds": 2, "binary_folds": 2},
+    **{"three_class_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized", "local_only"]},
+    **{"epochs": 2, "rounds": 2, "inner_validation": 0.3, "threads": 1, "device": "cpu"},
+}
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
 
 
@@ -47,13 +51,9 @@ def train_small(folder):
     scans = pd.DataFrame(rows, columns=columns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "tiny", tiny)
-        small = {
-            "three_class_models": ["tiny"],
-            "binary_model": "tiny",
-            "arms": ["centralized", "local_only"],
-        }
-        p = profile(folder, modalities=["t2"], inner_validation=0.3, **small)
-        runs.train(p, ["binary", "three_class"], scans, load_cubes(scans, p.size, folder / "cache"))
+        p = params.validate({"outputs": str(folder), **PROFILE}, "test")
+        cubes = load_cubes(scans, p.size, folder / "cache")
+        runs.train(p, ["binary", "three_class"], Cohort(scans, cubes.array, cubes.key))
     return p.folder / "runs", scans
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ipmn_core import models
 from ipmn_core.names import TASKS, class_names
-from ipmn_core.runs.run import LOCAL_ONLY
+from ipmn_core.runs.grid import LOCAL_ONLY
 
 
 class PredictError(ValueError):

@@ -22,12 +22,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from ipmn_core import data, models, phantom, runs
+from ipmn_core import data, federated, models, phantom, runs
 from ipmn_core.data import Cohort
-from ipmn_core.federated import machine
 from ipmn_core.names import LABELS, class_names
 from ipmn_core.params import Params
-from ipmn_core.runs import Run, records, trained
+from ipmn_core.runs import Run, store, trained
 from ipmn_core.views.scans import HEAT, show_heat
 
 EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
@@ -192,7 +191,7 @@ def of_run(
     its own center's network. The lesion is that of the phantom's truth. Raises FileNotFoundError or
     StaleRunError without such a run, ValueError for an unknown case or a phantom of another seed.
     """
-    folder = records.whole(runs.folder_of(p, run), runs.protocol_of(p, run))
+    folder = store.whole(runs.folder_of(p, run), runs.run_settings(p, run).protocol())
     (one,) = trained.find(folder)
     if case_ids is None:
         splits = data.from_spreadsheet(pd.read_csv(folder / "splits.csv", dtype=str))
@@ -210,10 +209,10 @@ def of_run(
     for case in tqdm(case_ids, "cases", unit="case", delay=2):
         scan, cube = mine.loc[places[case]], np.float32(cohort.cubes[places[case]])
         patient = patients.get(scan["patient_id"].casefold())
-        looks.append(replace(_blank(scan, cube, patient, p.seed), **about))
+        looks.append(replace(_blank(scan, cube, patient, p.phantom_seed), **about))
     local, seen = run.arm == runs.LOCAL_ONLY, {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
-        network = trained.load(one, center).to(machine.device_of(p))
+        network = trained.load(one, center).to(federated.device_of(p))
         seen |= {x.case_id: x for x in _seen(network, [x for x in looks if center in (None, x.center)])}
     return [seen[look.case_id] for look in looks]
 
@@ -226,7 +225,7 @@ def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     layer = layer_of(network, len(cube))
     n = max(1, 2**20 // cube.size)  # 32 cubes of 32^3, one of 96^3, for a backward pass keeps every map
     small = cube.size <= 2**16  # voxels: threads would only wait for each other
-    with machine.one_thread() if small else contextlib.nullcontext():
+    with federated.one_thread() if small else contextlib.nullcontext():
         for start in tqdm(range(0, len(looks), n), "Grad-CAM", unit="batch", delay=2):
             some = looks[start : start + n]
             batch = np.stack([look.cube for look in some])
@@ -263,7 +262,7 @@ def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed:
     part, affine = data.crop(np.asanyarray(lesion.dataobj), lesion.affine, mask)
     if part.shape != roi.shape or not np.allclose(affine, roi.affine, atol=1e-3):
         text = f"{scan['case_id']}: its scan is elsewhere than seed {seed} puts it"
-        raise ValueError(f"{text}; set `seed` to that of the phantom's cohort, or write the cohort again")
+        raise ValueError(f"{text}; set `phantom_seed` to that of the phantom's cohort, or write the cohort again")
     for length in part.shape:  # as `data.to_cube`
         part = np.tensordot(part, data.area_weights(length, size), ([0], [1]))
     return part
