@@ -208,19 +208,6 @@ def test_a_run_that_is_not_complete_is_refused_and_named(fold, scan, damage, mes
         predict.predict(*scan, fold)
 
 
-def test_the_picture_shows_the_roi_upright_and_every_fold(arm, scan, tmp_path, house_style):
-    result, roi = predict.predict(*scan, arm), load_roi(*scan)
-    left, right = predict.picture(result, roi, tmp_path / "picture.png").axes
-    # stored from the patient's right to left (first axis -1.4 mm): shown as stored, the right on the left
-    np.testing.assert_array_equal(left.images[0].get_array(), np.asanyarray(roi.dataobj)[:, :, 3].T)
-    assert left.get_aspect() == pytest.approx(1.2 / 1.4)
-    means = list(predict.over_models(result)["mean"].values())
-    assert [bar.get_width() for bar in right.patches] == pytest.approx(means)
-    dots = [sorted(line.get_xdata()) for line in right.lines]
-    assert dots == [sorted(result.folds[name]) for name in ("not high risk", "high risk")]
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_command_prints_a_table_or_json_and_draws(arm, scan, tmp_path, capsys, house_style):
     asked = ["predict", scan[0], "--mask", scan[1], "--models", str(arm), "--device", "cpu"]
     result = predict.predict(*scan, arm)
