@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from ipmn_core.data import archive, cohort
+from ipmn_core.data import archive, releases
 from ipmn_core.data.archive import FetchError, in_bytes, printable
 
 NODE, API = "74vfs", "https://api.osf.io/v2"
@@ -346,6 +346,6 @@ def _receive(get, file, part, have, bar):
 
 def _cohort_folder(root):
     """The folder nearest to `root` that holds a label sheet; `root` if none does."""
-    sheets = [sheet for release in cohort.SHEETS.values() for sheet in release]
+    sheets = [sheet for release in releases.SHEETS.values() for sheet in release]
     folders = {path.parent for sheet in sheets for path in root.rglob(sheet)}
     return min(folders, key=lambda folder: (len(folder.parts), str(folder)), default=root)

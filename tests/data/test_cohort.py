@@ -242,14 +242,6 @@ def test_a_column_that_is_missing_or_ambiguous_is_an_error_and_positions_are_the
     assert data.read(tmp_path, columns="position")["label"].tolist() == [2]
 
 
-def test_positions_that_pass_by_the_header_are_a_warning(tmp_path):
-    first_release(tmp_path, headers=["Risk", "Age", "Sex", "Center", "Scanner", "Patient ID"])
-    save_sheet(tmp_path / "IPMN_labels_t2_total.xlsx", FIRST_HEADERS, [])
-    name, label = problems_of(tmp_path, "warning", columns="position")
-    assert "IPMN_labels_t1_total.xlsx" in name and "takes 'Risk', while a header says 'Patient ID'" in name
-    assert "takes 'Patient ID', while a header says 'Risk'" in label and "columns: header" in label
-
-
 @pytest.mark.parametrize(
     "headers", [["a", "T2", *"cdef", "Risk"], ["T1", "T1 date", *"cdef", "Risk"], [*"abcdefg"]]
 )

@@ -326,7 +326,7 @@ def test_a_killed_download_leaves_no_file_and_the_next_call_goes_on(server, tmp_
     at = server.put("/a.nii")
     server.faults[at] = [stall_after(2 * osf.PIECE)]
     code = f"""
-from ipmn_core import osf
+from ipmn_core.data import osf
 osf.fetch({str(tmp_path)!r}, lambda _: True, api="{server.origin}/v2", origins=("{server.origin}",))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
