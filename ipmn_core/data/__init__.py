@@ -1,6 +1,6 @@
 """From disk to cubes: the table of scans, folds, ROI cubes."""
 
-from ipmn_core.data.check import PROBLEM_COLUMNS, fold_problems, inspect, volume_problems, worst_first
+from ipmn_core.data.check import inspect, volume_problems, worst_first
 from ipmn_core.data.cohort import (
     Cohort,
     for_spreadsheet,
@@ -28,11 +28,9 @@ from ipmn_core.data.cubes import (
     to_cube,
 )
 from ipmn_core.data.folds import assign_folds, inner_validation
-from ipmn_core.data.releases import SCAN_COLUMNS, CohortError, case_name, center_of
+from ipmn_core.data.releases import CohortError, case_name
 
 __all__ = [
-    "PROBLEM_COLUMNS",
-    "SCAN_COLUMNS",
     "Cohort",
     "CohortError",
     "Cubes",
@@ -41,10 +39,8 @@ __all__ = [
     "assign_folds",
     "bounding_box",
     "case_name",
-    "center_of",
     "check_range",
     "crop",
-    "fold_problems",
     "for_spreadsheet",
     "from_spreadsheet",
     "in_one_cell",

@@ -4,14 +4,14 @@ Errors are what keeps a scan, or the cohort, from being used.
 """
 
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ipmn_core.data import headers, releases
-from ipmn_core.data.cubes import ScanError, load_roi
+from ipmn_core.data.cubes import ScanError, in_threads, load_roi
 from ipmn_core.data.folds import assign_folds, class_counts, task_label
 from ipmn_core.data.releases import SCAN_COLUMNS, CohortError
 
@@ -34,7 +34,7 @@ def inspect(root, columns="header") -> tuple[pd.DataFrame, pd.DataFrame]:
     scans.attrs["unlabelled"] = {m: blank for m, (blank, _) in listed.items()}
     problems += _disagreements(scans)
     for n_folds, binary in ((5, False), (4, True)):  # the paper's two experiments
-        problems += fold_problems(scans, n_folds, binary).itertuples(index=False, name=None)
+        problems += fold_problems(scans, n_folds, binary)
     if any(n for _, n in listed.values()):
         counts = " and ".join(f"{blank} of {n} {m} scans" for m, (blank, n) in listed.items())
         problems.append(("note", str(root), f"{counts} have no label", "none needed: they are left out"))
@@ -47,10 +47,8 @@ def worst_first(problems: pd.DataFrame) -> pd.DataFrame:
     return problems.loc[rank.sort_values(kind="stable").index].reset_index(drop=True)
 
 
-def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> pd.DataFrame:
-    """Problems of the paper's folds: centers that cannot be split, or of one class only (warnings), and
-    small classes (notes).
-    """
+def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> list[tuple[str, str, str, str]]:
+    """Centers that cannot be split into folds or have one class only (warnings), small classes (notes)."""
     problems = []
     for where, here in scans.groupby(scans["center"] + " " + scans["modality"], sort=False):
         counts = class_counts(task_label(here, binary), binary)
@@ -67,51 +65,43 @@ def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> pd.DataFra
         elif small:
             text = f"{small}: too few for one in each of {n_folds} folds"
             problems.append(("note", where, text, "none needed: measures that need the class are n/a there"))
-    return pd.DataFrame(problems, columns=PROBLEM_COLUMNS)
+    return problems
 
 
 def volume_problems(scans: pd.DataFrame, progress: bool = False, jobs: int = -1) -> pd.DataFrame:
-    """What is wrong with the volumes of `scans`, read by the code that training reads them with.
+    """Problems of the volumes of `scans` (`PROBLEM_COLUMNS`), read by the code that training reads them with.
 
-    Columns `PROBLEM_COLUMNS`. Errors: what training refuses. Warnings: spacing unknown, image and mask in
-    different places, header extensions. Notes: text in header fields, counted by folder, never repeated.
+    Errors: what training refuses. Warnings: spacing unknown, image and mask in different places, header
+    extensions. Notes: text in header fields, counted by folder, never repeated.
     """
-    rows = list(scans[["image", "mask", "case_id"]].itertuples(index=False, name=None))
-    errors = Parallel(n_jobs=jobs, backend="threading", return_as="generator")(
-        delayed(_error_of)(*row) for row in rows
-    )
-    errors = list(tqdm(errors, "reading volumes", len(rows), unit="scan", disable=not progress))
-    said = [headers.of(image, mask) for image, mask, _ in rows]
-    problems = [("error", *error.args[1:]) for error in errors if error]
-    problems += [("warning", *remark) for pair in said for remark in headers.remarks(pair)]
-    problems += _texts([header for pair in said for header in pair])
+    found = in_threads(jobs, _scan_problems, scans[["image", "mask", "case_id"]])
+    found = tqdm(found, "reading volumes", len(scans), unit="scan", disable=not progress)
+    problems = [problem for of_scan in found for problem in of_scan]
+    problems += _text_problems(filter(None, scans[["image", "mask"]].to_numpy().ravel()))
     return pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str)
 
 
-def _error_of(image, mask, case):
-    """The error that training would end with, None for a sound scan."""
+def _scan_problems(image, mask, case):
     try:
         load_roi(image, mask, case)
     except ScanError as error:
-        return error.with_traceback(None)  # its frames would keep the voxels
+        return [("error", *error.args[1:])]
+    return [("warning", *remark) for remark in headers.remarks(image, mask)]
 
 
-def _texts(said):
-    """A note, and a warning for extensions, for each folder with files whose headers hold text."""
+def _text_problems(files):
+    """One problem for each folder with files whose headers hold text; a warning if in extensions."""
     problems, folders = [], defaultdict(list)
-    for header in said:
-        folders[str(Path(header.path).parent)].append(set(header.text))
-    remedy = "nothing here copies or prints it; clear it before you pass files on"
+    for file in files:
+        with suppress(Exception):  # a file that cannot be read is an error already
+            folders[str(Path(file).parent)].append(headers.text_fields(file))
     for folder, texts in folders.items():
-        n_extended = sum(headers.EXTENSIONS in text for text in texts)
-        n_fields = sum(bool(text - {headers.EXTENSIONS}) for text in texts)
-        if n_extended:
-            problem = f"{n_extended} of {len(texts)} files have header extensions: they may hold patient data"
-            problems.append(("warning", folder, problem, remedy))
-        if n_fields:
-            fields = ", ".join(field for field in headers.TEXT_FIELDS if field in set.union(*texts))
-            problem = f"{n_fields} of {len(texts)} files have text in their header ({fields})"
-            problems.append(("note", folder, f"{problem}: it may hold patient data", remedy))
+        if fields := sorted(set().union(*texts)):
+            severity = "warning" if headers.EXTENSIONS in fields else "note"
+            n = f"{sum(map(bool, texts))} of {len(texts)} files"
+            problem = f"{n} have text in their header ({', '.join(fields)}): it may hold patient data"
+            remedy = "nothing here copies or prints it; clear it before you pass files on"
+            problems.append((severity, folder, problem, remedy))
     return problems
 
 

@@ -86,7 +86,8 @@ def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") 
     case = case or str(image)
     roi = load_image(image, case)
     if mask:
-        roi = nib.Nifti1Image(*crop(np.asanyarray(roi.dataobj), roi.affine, load_mask(mask, roi.shape, case)))
+        inside = load_mask(mask, roi.shape, case)
+        roi = nib.Nifti1Image(*crop(np.asanyarray(roi.dataobj), roi.affine, inside))
     check_range(np.asanyarray(roi.dataobj), image, mask, case)
     return roi
 
@@ -143,12 +144,12 @@ def scanner_facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
     """What the scanner left in each scan: one row per scan, columns case_id, center, modality, label,
     in_plane_mm, slice_mm, slices, and roi_median, the median stored intensity of the non-zero ROI voxels.
     """
-    rows = Parallel(n_jobs=jobs, backend="threading")(delayed(_facts_of)(s) for s in scans.itertuples())
-    return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(pd.DataFrame(rows))
+    facts = pd.DataFrame(in_threads(jobs, _facts_of, scans[["image", "mask", "case_id"]]))
+    return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(facts)
 
 
-def _facts_of(scan):
-    roi = nib.as_closest_canonical(load_roi(scan.image, scan.mask, scan.case_id))  # slices: the last axis
+def _facts_of(image, mask, case):
+    roi = nib.as_closest_canonical(load_roi(image, mask, case))  # slices along the last axis
     data, zooms = np.asanyarray(roi.dataobj), roi.header.get_zooms()
     median = float(np.median(data[data != 0]))
     return {"in_plane_mm": zooms[0], "slice_mm": zooms[2], "slices": data.shape[2], "roi_median": median}
@@ -161,26 +162,25 @@ def load_cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1
     Raises ScanError naming the case for the first scan that cannot be used; nothing is cached then. What else
     the headers leave open (see `check.volume_problems`) is counted in a warning when the cubes are built.
     """
-    rows = list(scans[["image", "mask", "case_id"]].itertuples(index=False, name=None))
-    key = _fingerprint(rows, size, jobs)
+    rows = scans[["image", "mask", "case_id"]]
+    files = [[path] for path in rows[["image", "mask"]].to_numpy().ravel()]
+    content = [RECIPE, size, list(in_threads(jobs, _hash_of, files))]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path = Path(folder) / f"cubes{size}_{key[:16]}.npy"
     if not path.exists():
         _build(path, rows, size, jobs)
     return Cubes(np.load(path, mmap_mode="r"), key)
 
 
-def _fingerprint(rows, size, jobs):
-    """A SHA-256 over the recipe, the size and the contents of every image and mask, in order."""
-    files = [path for image, mask, _ in rows for path in (image, mask)]
-    hashes = Parallel(n_jobs=jobs, backend="threading")(delayed(_file_hash)(path) for path in files)
-    return hashlib.sha256(json.dumps([RECIPE, size, hashes]).encode()).hexdigest()
+def in_threads(jobs, function, rows):
+    """An iterator over the results of `function(*row)` for each of `rows`, in order, by `jobs` threads."""
+    rows = rows.itertuples(index=False, name=None) if isinstance(rows, pd.DataFrame) else rows
+    calls = (delayed(function)(*row) for row in rows)
+    return Parallel(n_jobs=jobs, backend="threading", return_as="generator")(calls)
 
 
-def _file_hash(path):
-    if not path:
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def _build(path, rows, size, jobs):
@@ -190,22 +190,19 @@ def _build(path, rows, size, jobs):
     def cube_of(image, mask, case):
         return to_cube(np.asanyarray(load_roi(image, mask, case).dataobj), size)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), size, size, size)}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cubes = Parallel(n_jobs=jobs, backend="threading", return_as="generator")(
-        delayed(cube_of)(*row) for row in rows
-    )
     try:  # no memory map, which a full disk ends with a SIGBUS
         with disk.atomic(path) as tmp, open(tmp, "wb") as file:
-            shape = (len(rows), size, size, size)
-            layout = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, layout)
-            for cube in tqdm(cubes, "preprocessing", total=len(rows), unit="scan", mininterval=1):
+            cubes = in_threads(jobs, cube_of, rows)
+            for cube in tqdm(cubes, "preprocessing", len(rows), unit="scan", mininterval=1):
                 file.write(cube.tobytes())
     finally:
         torch.set_num_threads(threads)
-    remarks = [remark for image, mask, _ in rows for remark in headers.remarks(headers.of(image, mask))]
+    remarks = [r for scan in rows.itertuples() for r in headers.remarks(scan.image, scan.mask)]
     for kind, n in Counter(problem.partition(":")[0] for _, problem, _ in remarks).items():
         first = next(where for where, problem, _ in remarks if problem.startswith(kind))
         text = f"{kind}: {n} of {len(rows)} scans, the first {first}; `ipmn check` names them all"

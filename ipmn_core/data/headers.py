@@ -9,8 +9,6 @@ import gzip
 import logging
 import math
 import os
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -22,20 +20,6 @@ QUIET = logging.getLogger(__name__)  # nibabel would print every field of a head
 QUIET.disabled = True
 
 
-@dataclass(frozen=True)
-class Header:
-    """Affine (4, 4) of a file in mm, why its spacing is in doubt ("" if it is not), names of what holds text.
-
-    In doubt are a stored zoom that is zero or no number, and unit zooms without turn and origin, which is
-    what files have that lost theirs. An affine that cannot be inverted is replaced by the identity.
-    """
-
-    path: str
-    affine: np.ndarray
-    doubt: str
-    text: tuple[str, ...]
-
-
 def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels, scaled as the header says, and affine (4, 4) of a .nii or .nii.gz file.
 
@@ -43,8 +27,7 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     the errors of nibabel, gzip and zlib, and OSError if it is no NIfTI or too short for its header.
     """
     with _opened(path) as file:
-        header = _stored(file)
-        header.check_fix(QUIET)
+        header, _ = _header_of(file)
         packed = isinstance(file, gzip.GzipFile)
         n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
         if n_bytes > os.path.getsize(path) * (1032 if packed else 1):  # gzip packs at most 1032 to 1
@@ -55,15 +38,6 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, placing(header.get_best_affine())
 
 
-def of(*paths: str) -> list[Header]:
-    """The headers of those files that have one; an empty path is no file. No voxel is read."""
-    headers = []
-    for path in filter(None, paths):
-        with suppress(Exception), _opened(path) as file:  # `read` says what is wrong
-            headers.append(_described(path, _stored(file)))
-    return headers
-
-
 def placing(affine: np.ndarray) -> np.ndarray:
     """The affine (4, 4), or the identity if it cannot be inverted in the single precision of headers."""
     with np.errstate(over="ignore"):
@@ -71,16 +45,37 @@ def placing(affine: np.ndarray) -> np.ndarray:
     return affine if np.isfinite(single).all() and np.linalg.matrix_rank(single[:3, :3]) == 3 else np.eye(4)
 
 
-def remarks(headers: list[Header]) -> list[tuple[str, str, str]]:
-    """Where, problem and remedy of what the headers of a scan's image and, if given, mask leave open."""
+def spacing_doubt(path: str | Path) -> str:
+    """Why the voxel size of a file is in doubt, "" if it is not: a stored zoom that is zero or no number, an
+    affine that cannot be inverted, or unit zooms without turn and origin, as in files that lost theirs.
+    """
+    header, zooms = _header(path)
+    affine = header.get_best_affine()
+    if not all(math.isfinite(mm) and mm for mm in zooms):
+        return f"voxels of {' x '.join(f'{mm:g}' for mm in zooms)} mm"
+    if zooms == (1, 1, 1) and np.array_equal(np.abs(affine), np.eye(4)):
+        return "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
+    return "" if placing(affine) is affine else "an affine that cannot be inverted"
+
+
+def text_fields(path: str | Path) -> set[str]:
+    """Names of the header fields of a file, "extensions" included, that hold text."""
+    header, _ = _header(path)
+    fields = set(TEXT_FIELDS).intersection(header)  # NIfTI-2 lacks two
+    fields = {field for field in fields if header[field].item().strip(b"\0 \t\r\n")}
+    return fields | ({EXTENSIONS} if header.extensions else set())
+
+
+def remarks(image: str, mask: str) -> list[tuple[str, str, str]]:
+    """Where, problem and remedy of what the headers of a sound image and mask ("": none) leave open."""
     remarks = []
-    if headers and headers[0].doubt:
+    if doubt := spacing_doubt(image):
         remedy = "export it again with its spacing; the cubes do without"
-        remarks.append((headers[0].path, f"spacing unknown: its header has {headers[0].doubt}", remedy))
-    if len(headers) == 2 and not np.allclose(headers[0].affine, headers[1].affine, atol=1e-3):  # mm
-        problem = f"image and mask in different places: its affine and that of {headers[1].path} differ"
-        remedy = "see that the mask covers the pancreas: it is taken voxel by voxel"
-        remarks.append((headers[0].path, problem, remedy))
+        remarks.append((image, f"spacing unknown: its header has {doubt}", remedy))
+    affines = [placing(_header(path)[0].get_best_affine()) for path in (image, mask or image)]
+    if not np.allclose(*affines, atol=1e-3):  # mm
+        problem = f"image and mask in different places: its affine and that of {mask} differ"
+        remarks.append((image, problem, "see that the mask covers the pancreas: it is taken voxel by voxel"))
     return remarks
 
 
@@ -88,27 +83,19 @@ def _opened(path):
     return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
 
 
-def _stored(file):
-    """The header at the start of an open file as it is stored, nothing fixed."""
+def _header(path):
+    """The header of a file and its zooms as stored, which may be zero or no numbers."""
+    with _opened(path) as file:
+        return _header_of(file)
+
+
+def _header_of(file):
     start = file.read(nib.Nifti2Header.sizeof_hdr)
     file.seek(0)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(start):
-            return kind.from_fileobj(file, check=False)
+            header = kind.from_fileobj(file, check=False)
+            zooms = tuple(map(float, header["pixdim"][1:4]))
+            header.check_fix(QUIET)
+            return header, zooms
     raise OSError("it is no NIfTI file")
-
-
-def _described(path, header):
-    zooms = tuple(map(float, header["pixdim"][1:4]))
-    header.check_fix(QUIET)
-    affine, doubt = header.get_best_affine(), ""
-    if not all(math.isfinite(mm) and mm for mm in zooms):
-        doubt = f"voxels of {' x '.join(f'{mm:g}' for mm in zooms)} mm"
-    elif zooms == (1, 1, 1) and np.array_equal(np.abs(affine), np.eye(4)):
-        doubt = "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
-    elif placing(affine) is not affine:
-        doubt = "an affine that cannot be inverted"
-    fields = [
-        field for field in TEXT_FIELDS if field in list(header) and header[field].item().strip(b"\0 \t\r\n")
-    ]
-    return Header(str(path), placing(affine), doubt, (*fields, *[EXTENSIONS] * bool(header.extensions)))

@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -116,15 +114,6 @@ def cut_after(n):
     return lambda handler: handler.answer(200, BODY[:n], length=len(BODY))
 
 
-def stall_after(n):
-    def fault(handler):
-        handler.answer(200, BODY[:n], length=len(BODY))
-        handler.wfile.flush()
-        handler.server.release.wait(30)
-
-    return fault
-
-
 @pytest.fixture
 def serve():
     """A function that starts one more server."""
@@ -213,30 +202,15 @@ def test_every_file_of_all_pages_and_folders_is_downloaded_to_its_place(server, 
     assert len(names(tmp_path)) == 4 and (folder, unverified) == (tmp_path, [])
 
 
-def test_the_question_tells_number_sizes_licence_and_free_space(server, tmp_path):
-    server.put("/a.nii")
+def test_the_question_tells_sizes_license_and_free_space_and_a_no_downloads_nothing(server, tmp_path):
+    at = server.put("/a.nii")
     server.put("/b.nii", hashes=())
-    fetch(server, tmp_path, questions=(questions := []))
+    with pytest.raises(osf.FetchError, match="download cancelled"):
+        fetch(server, tmp_path / "data", answer=False, questions=(questions := []))
     assert "2 files, 600kB" in questions[0] and "600kB of 2 files" in questions[0]
-    assert "licence: CC-BY-NC 4.0" in questions[0] and "no checksum: b.nii" in questions[0]
+    assert "license: CC-BY-NC 4.0" in questions[0] and "no checksum: b.nii" in questions[0]
     free = float(re.search(r"free there: ([\d.]+)GB", questions[0]).group(1))
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "node", [{"data": {}}, {"data": {"embeds": {"license": {"errors": [{"detail": "Not found."}]}}}}]
-)
-def test_a_licence_that_osf_does_not_state_is_said_to_be_absent(server, tmp_path, node):
-    server.put("/a.nii")
-    server.node = node
-    fetch(server, tmp_path, questions=(questions := []))
-    assert "licence not stated; CC-BY-NC is expected, to be confirmed" in questions[0]
-
-
-def test_no_download_and_no_folder_without_a_yes(server, tmp_path):
-    at = server.put("/a.nii")
-    with pytest.raises(osf.FetchError, match="nothing was downloaded"):
-        fetch(server, tmp_path / "data", answer=False)
     assert server.ranges_of(at) == [] and not (tmp_path / "data").exists()
 
 
@@ -254,43 +228,39 @@ def test_too_little_room_for_download_and_unpacking_is_found_before_the_question
     server, tmp_path, monkeypatch
 ):
     at = server.put("/a.zip", zipped(("a", BODY)))
-    size = len(server.bodies[at])
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(3 * size - 1))
+    usage = namedtuple("usage", "free")(3 * len(server.bodies[at]) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(osf.FetchError, match="free; download and unpacking need about"):
         fetch(server, tmp_path, questions=(questions := []))
     assert questions == [] and server.ranges_of(at) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(3 * size))
-    fetch(server, tmp_path)
-    assert (tmp_path / "a").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("page", [{}, {"data": [{}], "links": {}}, {"data": 3, "links": {}}, []])
-def test_an_answer_of_another_form_than_documented_is_named(server, tmp_path, page):
-    server.faults[LISTING] = [lambda handler: handler.answer(200, json.dumps(page).encode())]
-    with pytest.raises(osf.FetchError, match=r"osfstorage/: not the answer that OSF documents"):
+def listing(page):
+    return lambda handler: handler.answer(200, json.dumps(page).encode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (listing({}), "osfstorage/: not the answer that OSF documents"),
+        (listing({"data": [{}], "links": {}}), "osfstorage/: not the answer that OSF documents"),
+        (listing({"data": [], "links": {}}), "lists no file"),
+        (listing({"data": [], "links": {"next": "https://example.org/2"}}), "leads to https://example.org/2"),
+        (status(404), "status 404; see https://osf.io/74vfs"),
+        (status(503, Retry_After="60"), "status 503; it asks to wait 60 s; .*goes on where it stop"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_named(server, tmp_path, monkeypatch, answer, text):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    server.faults[LISTING] = [answer] * (1 + osf.TRIES)
+    with pytest.raises(osf.FetchError, match=text):
         fetch(server, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"size": None}, {"size": -1}, {"size": True}, {"kind": "link"}])
+@pytest.mark.parametrize("changes", [{"size": None}, {"size": True}, {"kind": "link"}])
 def test_an_entry_without_a_size_or_of_another_kind_is_refused(server, tmp_path, changes):
     server.put("/a.nii", **changes)
     with pytest.raises(osf.FetchError, match="not the answer that OSF documents"):
-        fetch(server, tmp_path)
-
-
-def test_a_list_that_runs_in_a_circle_ends(server, tmp_path):
-    server.put("/a.nii")
-    server.put_folder("/again/", LISTING)
-    with pytest.raises(osf.FetchError, match="in a circle"):
-        fetch(server, tmp_path)
-
-
-def test_an_empty_storage_and_a_node_that_is_gone_are_named(server, tmp_path):
-    with pytest.raises(osf.FetchError, match="lists no file"):
-        fetch(server, tmp_path)
-    server.faults[LISTING] = [status(404)]
-    with pytest.raises(osf.FetchError, match=r"status 404; see https://osf.io/74vfs"):
         fetch(server, tmp_path)
 
 
@@ -305,40 +275,21 @@ def test_a_body_that_breaks_off_is_resumed_where_it_broke(server, tmp_path):
     assert (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_body_that_always_breaks_off_ends_in_an_error_and_the_next_call_goes_on(
-    server, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(osf, "BREAKS", 3)
+def test_a_killed_download_leaves_no_file_and_the_next_call_goes_on(server, tmp_path, monkeypatch):
     at = server.put("/a.nii")
-    broken = lambda handler: handler.answer(  # noqa: E731
-        206, length=9, headers={"Content-Range": f"bytes {osf.PIECE}-{len(BODY) - 1}/{len(BODY)}"}
-    )
-    server.faults[at] = [cut_after(osf.PIECE), broken, broken]
-    with pytest.raises(osf.FetchError, match=r"broke off .*goes on where it stopped"):
+    receive = osf._receive
+
+    def killed(get, file, part, have, bar):
+        part.write_bytes(BODY[: osf.PIECE])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(osf, "_receive", killed)
+    with pytest.raises(KeyboardInterrupt):
         fetch(server, tmp_path)
     assert names(tmp_path) == {"a.nii.partial"}
+    monkeypatch.setattr(osf, "_receive", receive)
     fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None] + 3 * [f"bytes={osf.PIECE}-"]
-    assert names(tmp_path) == {"a.nii"} and (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_killed_download_leaves_no_file_and_the_next_call_goes_on(server, tmp_path):
-    at = server.put("/a.nii")
-    server.faults[at] = [stall_after(2 * osf.PIECE)]
-    code = f"""
-from ipmn_core.data import osf
-osf.fetch({str(tmp_path)!r}, lambda _: True, api="{server.origin}/v2", origins=("{server.origin}",))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    part, end = tmp_path / "a.nii.partial", time.monotonic() + 15
-    while time.monotonic() < end and not (part.exists() and part.stat().st_size == 2 * osf.PIECE):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert names(tmp_path) == {"a.nii.partial"}
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={2 * osf.PIECE}-"]
-    assert (tmp_path / "a.nii").read_bytes() == BODY
+    assert server.ranges_of(at) == [f"bytes={osf.PIECE}-"] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
 def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
@@ -349,44 +300,13 @@ def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
     assert server.ranges_of(at) == ["bytes=14-"] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_page_in_place_of_the_file_does_not_cost_what_is_there(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY[:9])
-    server.faults[at] = [lambda handler: handler.answer(200, b"<html>Log in</html>")]
-    with pytest.raises(osf.FetchError, match=f"answers with 19 bytes, not {len(BODY)}; open it in a browser"):
+@pytest.mark.parametrize(("size", "found"), [(len(BODY) + 1, len(BODY)), (10, osf.PIECE)])
+def test_a_file_of_another_size_than_announced_is_refused(server, tmp_path, size, found):
+    at = server.put("/a.nii", size=size)
+    with pytest.raises(osf.FetchError, match=rf"a.nii: {size} bytes expected, {found} found"):
         fetch(server, tmp_path)
-    assert (tmp_path / "a.nii.partial").read_bytes() == BODY[:9]
-
-
-def test_a_complete_partial_is_verified_without_a_request(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY)
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [] and (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_file_shorter_than_announced_is_refused(server, tmp_path):
-    at = server.put("/a.nii", size=len(BODY) + 1)
-    with pytest.raises(osf.FetchError, match=rf"a.nii: {len(BODY) + 1} bytes expected, {len(BODY)} found"):
-        fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={len(BODY)}-"]  # the second was answered with 416
+    assert server.ranges_of(at)[1:] == [f"bytes={len(BODY)}-"] * (size > 10)  # that was answered with 416
     assert names(tmp_path) == set()
-
-
-def test_a_file_longer_than_announced_is_not_read_to_its_end(server, tmp_path):
-    server.put("/a.nii", size=10)
-    with pytest.raises(osf.FetchError, match=rf"10 bytes expected, {osf.PIECE} found"):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == set()
-
-
-def test_an_answer_with_another_range_than_asked_for_is_refused(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY[:5])
-    server.faults[at] = [lambda h: h.answer(206, BODY[9:], {"Content-Range": f"bytes 9-{len(BODY) - 1}/*"})]
-    with pytest.raises(osf.FetchError, match=r"'bytes 9-.*request for bytes 5- of .*delete .*a.nii.partial"):
-        fetch(server, tmp_path)
-    assert (tmp_path / "a.nii.partial").read_bytes() == BODY[:5]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
@@ -416,12 +336,6 @@ def test_a_file_in_the_way_is_neither_overwritten_nor_taken_for_osfs(server, tmp
     assert (tmp_path / "labels.xlsx").read_bytes() == b"new" and server.ranges_of(at) == []
 
 
-def test_two_calls_at_a_time_on_one_folder_are_refused(server, tmp_path):
-    server.put("/a.nii")
-    with osf._locked(tmp_path), pytest.raises(osf.FetchError, match="another `ipmn fetch` is at work"):
-        fetch(server, tmp_path)
-
-
 # Busy servers
 
 
@@ -437,18 +351,6 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(server, tmp_path, 
     assert waits == [7, osf.LONGEST_WAIT] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("code", osf.BUSY)
-def test_a_server_that_stays_busy_ends_in_an_error_after_so_many_tries(server, tmp_path, monkeypatch, code):
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    at = server.put("/a.nii")
-    server.faults[at] = [status(code, Retry_After="60")] * 20
-    with pytest.raises(
-        osf.FetchError, match=rf"status {code}; it asks to wait 60 s; .*goes on where it stop"
-    ):
-        fetch(server, tmp_path)
-    assert len(server.ranges_of(at)) == 1 + osf.TRIES
-
-
 def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(osf, "BACKOFF", 0)
     nobody = "http://127.0.0.1:9"
@@ -456,16 +358,6 @@ def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
         osf.FetchError, match=r"127.0.0.1:9/v2/nodes/.* cannot be reached .*check the network"
     ):
         osf.fetch(tmp_path, bool, api=f"{nobody}/v2", origins=(nobody,))
-
-
-def test_a_server_that_falls_silent_is_not_waited_for_for_ever(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(osf, "TIMEOUT", (1, 0.2))
-    at = server.put("/a.nii")
-    server.faults[at] = [stall_after(osf.PIECE)]
-    start = time.monotonic()
-    fetch(server, tmp_path)
-    assert time.monotonic() - start < 15  # the server would stay silent for 30 s
-    assert server.ranges_of(at) == [None, f"bytes={osf.PIECE}-"]
 
 
 # Origins
@@ -490,51 +382,30 @@ def test_a_redirect_to_any_other_origin_is_refused_with_both_urls(server, serve,
     assert other.asked == []
 
 
-def test_redirects_without_end_are_an_error(server, tmp_path):
-    at = server.put("/a.nii")
-    server.faults[at] = [redirect(at)] * 20
-    with pytest.raises(osf.FetchError, match="more than 10 redirects"):
-        fetch(server, tmp_path)
-
-
 @pytest.mark.parametrize(
     "url",
     [
-        "http://osf.io/download/1/",
-        "https://osf.io.example.org/",
-        "https://osf.io@example.org/",
-        "https://osf.io\\@example.org/",
-        "https://osf.io:444/",
-        "https://example.org#https://osf.io",
-        "//osf.io/",
-        "file:///etc/passwd",
-        " https://osf.io/",
-        None,
+        *["http://osf.io/download/1/", "https://osf.io.example.org/", "https://osf.io@example.org/", None],
+        *["https://osf.io\\@example.org/", "https://osf.io:444/", "https://example.org#https://osf.io"],
+        *["//osf.io/", "file:///etc/passwd", " https://osf.io/"],
     ],
 )
 def test_only_osfs_own_addresses_over_https_are_allowed(url):
     with pytest.raises(osf.FetchError, match=r"https://api.osf.io/v2 leads to "):
         osf._require_allowed(url, "https://api.osf.io/v2", osf.ORIGINS)
+    for own in ("https://osf.io/download/1/", "HTTPS://Files.DE-1.osf.io/v1?x=@", "https://osf.io"):
+        osf._require_allowed(own, osf.API, osf.ORIGINS)
 
 
-def test_osfs_own_addresses_are_allowed():
-    for url in ("https://osf.io/download/1/", "HTTPS://Files.DE-1.osf.io/v1?x=@", "https://osf.io"):
-        osf._require_allowed(url, osf.API, osf.ORIGINS)
-
-
-def test_links_in_the_apis_answers_are_held_to_the_origins_too(server, tmp_path):
-    server.put("/a.nii", download="http://example.org/a")
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://example.org/a"):
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_links_in_the_apis_answers_are_held_to_the_origins_too(server, tmp_path, where):
+    if where == "file":
+        server.put("/a.nii", download="http://x.example.org/a")
+    else:
+        server.put_folder("/f/", ".x.example.org/f/")
+    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://.*x.example.org/"):
         fetch(server, tmp_path, questions=(questions := []))
     assert questions == []
-    server.listings = {LISTING: []}
-    server.put_folder("/f/", "x.example.org/f/")
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://127.0.0.1:\d+x.example.org/f/"):
-        fetch(server, tmp_path)
-    page = {"data": [], "links": {"next": "https://example.org/2"}}
-    server.faults[LISTING] = [lambda handler: handler.answer(200, json.dumps(page).encode())]
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to https://example.org/2"):
-        fetch(server, tmp_path)
 
 
 # Names
@@ -551,16 +422,6 @@ def test_a_dangerous_name_in_the_list_is_refused_by_name(server, tmp_path, name)
         fetch(server, tmp_path / "data")
     assert f"has the name {name!r}" in str(refused.value)
     assert not (tmp_path / "data").exists() and str(refused.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    "pair", [("a/X.nii", "A/x.NII"), ("a", "A/b"), ("A/b", "a"), ("\u00e9", "e\u0301"), ("a", "a")]
-)
-def test_two_names_that_a_disk_could_take_for_one_are_refused(server, tmp_path, pair):
-    for name in pair:
-        server.put(f"/{name}")
-    with pytest.raises(osf.FetchError, match="not every disk can tell apart"):
-        fetch(server, tmp_path)
 
 
 # Archives
@@ -587,28 +448,21 @@ def test_an_archive_is_kept_and_unpacked_beside_itself(server, tmp_path, name, p
 BAD_ARCHIVES = {
     "up.zip": (zipped(("a", b"1"), ("../up", b"2")), "'../up', which has a part of dots only"),
     "up.tar": (tarred(("a", b"1"), ("b/../../up", b"2"), mode="w"), "'b/../../up', which has a part of dots"),
-    "up.folder.zip": (zipped(("../up/", b"")), "'../up/', which has a part of dots"),
     "absolute.zip": (zipped(("/tmp/up", b"1")), "'/tmp/up', which is absolute"),
-    "absolute.tgz": (tarred(("/tmp/up", b"1")), "'/tmp/up', which is absolute"),
     "backslash.zip": (zipped(("..\\up", b"1")), r"'..\\up', which has a backslash"),
     "drive.tar.gz": (tarred(("c:up", b"1")), "'c:up', which has a drive letter"),
     "own.zip": (zipped((".own.zip.unpacked", b"{}")), "which ends as files of this program do"),
     "twice.zip": (zipped(("a/B", b"1"), ("A/b", b"2")), "'A/b' and 'a/B', which not every disk"),
     "link.zip": (zipped(("a", b"1"), (zip_link("up"), b"/etc/passwd")), "'up', a link or a device"),
     "link.tar.gz": (tarred(special("up", tarfile.SYMTYPE, "/etc/passwd")), "'up', a link or a device"),
-    "hard.tar.gz": (
-        tarred(("a", b"1"), special("up", tarfile.LNKTYPE, "a")),
-        "'up', a link or a device",
-    ),
+    "hard.tar.gz": (tarred(("a", b"1"), special("up", tarfile.LNKTYPE, "a")), "'up', a link or a device"),
     "fifo.tar": (tarred(special("up", tarfile.FIFOTYPE), mode="w"), "'up', a link or a device"),
-    "device.tar": (tarred(special("up", tarfile.CHRTYPE), mode="w"), "'up', a link or a device"),
     "bomb.zip": (zipped(("a", bytes(3_000_000))), "unpacks to more than 100 times its size"),
     "bomb.tgz": (tarred(("a", bytes(3_000_000))), "unpacks to more than 100 times its size"),
     "many.zip": (zipped(*[(f"{i}", b"") for i in range(51)]), "has more than 50 entries"),
     "large.zip": (zipped(("a", BODY), ("b", BODY)), "524kB at most"),
     "broken.zip": (zipped(("a", BODY))[:-30], "broken.zip cannot be unpacked (File is not a zip file)"),
     "broken.tar.gz": (tarred(("a", BODY))[:100_000], "broken.tar.gz cannot be unpacked ("),
-    "text.tgz": (b"text", "text.tgz cannot be unpacked ("),
 }
 
 
@@ -624,48 +478,30 @@ def test_a_dangerous_or_damaged_archive_is_refused_and_leaves_nothing(server, tm
     assert names(tmp_path) == {f"data/{name}"} and not (tmp_path / "up").exists()
 
 
-def test_a_zip_with_a_password_or_a_wrong_sum_of_its_own_is_refused(tmp_path):
-    whole = zipped(("a", b"some text"))
-    locked = bytearray(whole)
+def test_a_zip_with_a_password_is_refused(tmp_path):
+    locked = bytearray(zipped(("a", b"some text")))
     for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        locked[whole.index(signature) + offset] |= 1
+        locked[locked.index(signature) + offset] |= 1
     (tmp_path / "locked.zip").write_bytes(locked)
     with pytest.raises(osf.FetchError, match="encrypted"):
         archive.unpack(tmp_path / "locked.zip")
-    wrong = bytearray(whole)
-    wrong[whole.index(b"PK\1\2") + 16] ^= 1
-    (tmp_path / "wrong.zip").write_bytes(wrong)
-    with pytest.raises(osf.FetchError, match=r"wrong.zip cannot be unpacked"):
-        archive.unpack(tmp_path / "wrong.zip")
-    assert names(tmp_path) == {"locked.zip", "wrong.zip"}
+    assert names(tmp_path) == {"locked.zip"}
 
 
-def test_a_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "a.zip").write_bytes(zipped(("a", b"1"), ("b", BODY)))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(len(BODY)))
-    with pytest.raises(osf.FetchError, match=r"too little room to unpack a.zip"):
-        archive.unpack(tmp_path / "a.zip")
-    assert names(tmp_path) == {"a.zip"}
-
-
-@pytest.mark.parametrize("moment", ["_extract", "_settle"])
-def test_unpacking_that_was_interrupted_is_done_by_the_next_call(server, tmp_path, monkeypatch, moment):
+def test_unpacking_that_was_interrupted_is_done_by_the_next_call(server, tmp_path, monkeypatch):
     at = server.put("/a.zip", zipped(("d/1", b"1"), ("d/2", b"2"), ("e", b"3")))
     (tmp_path / "d").mkdir()  # so that its files move one by one
-    whole = getattr(archive, moment)
+    settle = archive._settle
 
-    def interrupted(source, folder, *_):
-        if moment == "_extract":
-            (folder / "half").write_bytes(b"half")
-        else:
-            (source / "d" / "1").rename(folder / "d" / "1")
+    def interrupted(source, folder):
+        (source / "d" / "1").rename(folder / "d" / "1")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(archive, moment, interrupted)
+    monkeypatch.setattr(archive, "_settle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(server, tmp_path)
-    assert names(tmp_path) == ({"a.zip"} if moment == "_extract" else {"a.zip", "d/1"})
-    monkeypatch.setattr(archive, moment, whole)
+    assert names(tmp_path) == {"a.zip", "d/1"}
+    monkeypatch.setattr(archive, "_settle", settle)
     (tmp_path / ".a.zip.unpacking").mkdir()  # what a kill leaves
     (tmp_path / ".a.zip.unpacking" / "junk").write_bytes(b"junk")
     fetch(server, tmp_path)
@@ -683,14 +519,6 @@ def test_what_was_edited_since_unpacking_stays_and_what_is_gone_comes_back(serve
     assert (tmp_path / "d" / "1").read_bytes() == b"1"
 
 
-def test_a_note_that_a_power_cut_left_empty_is_made_again(server, tmp_path):
-    server.put("/a.zip", zipped(("b", b"1")))
-    fetch(server, tmp_path)
-    (tmp_path / ".a.zip.unpacked").write_bytes(b"")
-    fetch(server, tmp_path)
-    assert json.loads((tmp_path / ".a.zip.unpacked").read_text())["files"] == ["b"]
-
-
 def test_another_file_in_the_way_of_an_archive_is_not_overwritten(server, tmp_path):
     server.put("/a.zip", zipped(("b", b"1"), ("c", b"2")))
     (tmp_path / "c").write_bytes(b"mine")
@@ -702,25 +530,6 @@ def test_another_file_in_the_way_of_an_archive_is_not_overwritten(server, tmp_pa
 # The whole way
 
 
-def test_a_phantom_fetched_as_one_zip_is_a_cohort_without_errors(server, phantom_root, tmp_path):
-    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root.parent, phantom_root.name)
-    server.put("/IPMN.zip", Path(packed).read_bytes())
-    folder, unverified = fetch(server, tmp_path / "data")
-    assert folder == tmp_path / "data" / phantom_root.name and unverified == []
-    scans, problems = data.inspect(folder)
-    assert len(scans) == len(data.read(phantom_root)) > 0
-    assert problems[problems["severity"] == "error"].empty
-
-
-def test_sheets_and_archives_side_by_side_make_one_cohort_too(server, phantom_root, tmp_path):
-    images = shutil.make_archive(tmp_path / "i", "gztar", phantom_root, "IPMN_images_masks")
-    server.put("/IPMN_labels_total.xlsx", (phantom_root / "IPMN_labels_total.xlsx").read_bytes())
-    server.put("/images.tar.gz", Path(images).read_bytes())
-    folder, _ = fetch(server, tmp_path / "data")
-    assert folder == tmp_path / "data"
-    assert len(data.read(folder)) == len(data.read(phantom_root))
-
-
 @pytest.fixture
 def command(server, monkeypatch):
     """`ipmn fetch` from the server instead of OSF."""
@@ -730,23 +539,22 @@ def command(server, monkeypatch):
 
 
 def test_the_command_fetches_and_checks(server, command, phantom_root, tmp_path, capsys):
-    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root)
+    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root.parent, phantom_root.name)
     server.put("/IPMN.zip", Path(packed).read_bytes())
     assert command(tmp_path / "data", "--yes") == 0
-    printed, n = capsys.readouterr().out, len(data.read(phantom_root))
-    assert "licence: " in printed and f"{tmp_path}/data: {n} labelled scans, 0 error(s)" in printed
+    folder, n = tmp_path / "data" / phantom_root.name, len(data.read(phantom_root))
+    printed = capsys.readouterr().out
+    assert "license: " in printed and f"{folder}: {n} labelled scans, 0 error(s)" in printed
 
 
-@pytest.mark.parametrize("answer", ["n", ""])
-def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, monkeypatch, capsys, answer):
+@pytest.mark.parametrize(("answer", "said"), [("", "download cancelled"), (None, "no terminal to ask at")])
+def test_the_command_downloads_nothing_without_a_yes(
+    server, command, tmp_path, monkeypatch, capsys, answer, said
+):
     server.put("/a.txt", b"1")
-    monkeypatch.setattr("builtins.input", lambda question: answer)
+    if answer is None:
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+    else:
+        monkeypatch.setattr("builtins.input", lambda question: answer)
     assert command(tmp_path / "data") == 1
-    assert "ipmn: nothing was downloaded, as you answered" in capsys.readouterr().err
-
-
-def test_the_command_needs_a_terminal_or_yes(server, command, tmp_path, monkeypatch, capsys):
-    server.put("/a.txt", b"1")
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert command(tmp_path / "data") == 1
-    assert "no terminal to ask at; `--yes` downloads" in capsys.readouterr().err
+    assert f"ipmn: {said}" in capsys.readouterr().err
