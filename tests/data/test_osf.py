@@ -25,7 +25,7 @@ BODY = random.Random(0).randbytes(300_000)  # four pieces and a bit
 
 
 class Server(ThreadingHTTPServer):
-    """An OSF of one machine: lists of two entries a page, bodies with ranges, and faults on demand."""
+    """An OSF of one machine: lists of two entries per page, bodies with ranges, and faults on demand."""
 
     daemon_threads = True
 
@@ -33,21 +33,17 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.origin = f"http://127.0.0.1:{self.server_port}"
         self.listings, self.bodies, self.asked = {LISTING: []}, {}, []
-        self.node = {"data": {"embeds": {"license": {"data": {"attributes": {"name": "CC-BY-NC 4.0"}}}}}}
-        self.faults = {}  # path -> what to do instead, one function a request, in order
-        self.ranges = True
-        self.release = threading.Event()  # ends an answer that stalls
+        self.faults, self.ranges = {}, True  # path -> what to do instead, one function per request, in order
 
     def put(self, path, body=BODY, listing=LISTING, hashes=("sha256", "md5"), **changes):
-        """Adds a file to a list; `changes` are to its attributes, or to `download`."""
+        """Add a file to a list and return its path; `changes` are to its attributes, or to `download`."""
         at = f"/download/{len(self.bodies)}"
         self.bodies[at] = body
         digests = {name: hashlib.new(name, body).hexdigest() for name in hashes}
-        attributes = {"kind": "file", "name": path.split("/")[-1], "materialized_path": path}
-        attributes |= {"size": len(body), "extra": {"hashes": digests}}
-        download = changes.pop("download", self.origin + at)
-        entry = {"attributes": attributes | changes, "links": {"download": download}}
-        self.listings.setdefault(listing, []).append(entry)
+        attributes = {"kind": "file", "materialized_path": path, "size": len(body)}
+        links = {"download": changes.pop("download", self.origin + at)}
+        attributes |= {"extra": {"hashes": digests}} | changes
+        self.listings.setdefault(listing, []).append({"attributes": attributes, "links": links})
         return at
 
     def put_folder(self, path, inside, listing=LISTING):
@@ -56,7 +52,7 @@ class Server(ThreadingHTTPServer):
         self.listings[listing].append({"attributes": attributes, "relationships": href, "links": {}})
 
     def ranges_of(self, path):
-        """The ranges with which a path was asked for, None where the whole was."""
+        """The ranges with which a path was requested, None where the whole was."""
         return [asked for where, asked in self.asked if where == path]
 
 
@@ -67,18 +63,15 @@ class Handler(BaseHTTPRequestHandler):
         if server.faults.get(url.path):
             server.faults[url.path].pop(0)(self)
         elif url.path == NODE:
-            self.answer(200, json.dumps(server.node).encode())
+            license = {"data": {"attributes": {"name": "CC-BY-NC 4.0"}}}
+            self.answer(200, json.dumps({"data": {"embeds": {"license": license}}}).encode())
         elif url.path in server.listings:
             number = int((re.findall(r"page=(\d+)", url.query) or ["1"])[0])
-            following = f"{server.origin}{url.path}?page={number + 1}"
-            entries = server.listings[url.path]
-            page = entries[2 * number - 2 : 2 * number]
-            links = {"next": following if len(entries) > 2 * number else None}
-            self.answer(200, json.dumps({"data": page, "links": links}).encode())
-        elif url.path in server.bodies:
-            self.send_file(server.bodies[url.path])
+            entries = server.listings[url.path][2 * number - 2 :]
+            more = f"{server.origin}{url.path}?page={number + 1}" if len(entries) > 2 else None
+            self.answer(200, json.dumps({"data": entries[:2], "links": {"next": more}}).encode())
         else:
-            self.answer(404)
+            self.send_file(server.bodies[url.path])
 
     def send_file(self, body):
         asked = self.headers["Range"]
@@ -86,9 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, body)
         start = int(asked.removeprefix("bytes=").removesuffix("-"))
         if start >= len(body):
-            return self.answer(416, headers={"Content-Range": f"bytes */{len(body)}"})
-        where = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        return self.answer(206, body[start:], {"Content-Range": where})
+            return self.answer(416)
+        return self.answer(206, body[start:], {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"})
 
     def answer(self, status, body=b"", headers=(), length=None):
         self.send_response(status)
@@ -105,18 +97,15 @@ def status(code, **headers):
     return lambda handler: handler.answer(code, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def redirect(target):
-    return status(302, Location=target)
-
-
-def cut_after(n):
-    """An answer that announces the whole body and breaks off after n bytes."""
-    return lambda handler: handler.answer(200, BODY[:n], length=len(BODY))
+def listing(page):
+    return lambda handler: handler.answer(200, json.dumps(page).encode())
 
 
 @pytest.fixture
-def serve():
+def serve(monkeypatch):
     """A function that starts one more server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(osf, "BACKOFF", 0)
     servers = []
 
     def start():
@@ -126,15 +115,12 @@ def serve():
 
     yield start
     for server in servers:
-        server.release.set()
         server.shutdown()
         server.server_close()
 
 
 @pytest.fixture
-def server(serve, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(osf, "BACKOFF", 0)
+def server(serve):
     return serve()
 
 
@@ -148,9 +134,8 @@ def fetch(server, root, answer=True, questions=None, origins=()):
 
 
 def names(root):
-    """All files under a root, less the lock."""
-    found = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-    return found - {".fetch.lock"}
+    """All files under a root."""
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
 
 
 def zipped(*entries):
@@ -185,9 +170,6 @@ def zip_link(name):
     return info
 
 
-# Listing, question
-
-
 def test_every_file_of_all_pages_and_folders_is_downloaded_to_its_place(server, tmp_path):
     bodies = {f"/f{i}.nii": bytes([i]) * 10 * i for i in range(3)}  # f0 is empty; three make two pages
     for path, body in bodies.items():
@@ -215,7 +197,8 @@ def test_the_question_tells_sizes_license_and_free_space_and_a_no_downloads_noth
 
 
 def test_a_second_call_asks_nothing_and_downloads_nothing(server, tmp_path):
-    at = [server.put("/a.nii"), server.put("/b.zip", zipped(("c.nii", b"c"))), server.put("/d", hashes=())]
+    at = [server.put("/a.nii"), server.put("/b.zip", zipped(("c.nii", b"c")))]
+    at.append(server.put("/d", extra={"hashes": {"sha256": "none", "md5": None}}))
     fetch(server, tmp_path)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in names(tmp_path)}
     _, unverified = fetch(server, tmp_path, answer=False, questions=(questions := []))
@@ -224,9 +207,7 @@ def test_a_second_call_asks_nothing_and_downloads_nothing(server, tmp_path):
     assert unverified == ["d"]
 
 
-def test_too_little_room_for_download_and_unpacking_is_found_before_the_question(
-    server, tmp_path, monkeypatch
-):
+def test_too_little_room_for_unpacking_is_found_before_the_question(server, tmp_path, monkeypatch):
     at = server.put("/a.zip", zipped(("a", BODY)))
     usage = namedtuple("usage", "free")(3 * len(server.bodies[at]) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -235,15 +216,11 @@ def test_too_little_room_for_download_and_unpacking_is_found_before_the_question
     assert questions == [] and server.ranges_of(at) == []
 
 
-def listing(page):
-    return lambda handler: handler.answer(200, json.dumps(page).encode())
-
-
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
         (listing({}), "osfstorage/: not the answer that OSF documents"),
-        (listing({"data": [{}], "links": {}}), "osfstorage/: not the answer that OSF documents"),
+        (listing({"data": [{"attributes": {"kind": "link"}}]}), "not the answer that OSF documents"),
         (listing({"data": [], "links": {}}), "lists no file"),
         (listing({"data": [], "links": {"next": "https://example.org/2"}}), "leads to https://example.org/2"),
         (status(404), "status 404; see https://osf.io/74vfs"),
@@ -257,39 +234,11 @@ def test_a_list_that_cannot_be_used_is_named(server, tmp_path, monkeypatch, answ
         fetch(server, tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"size": None}, {"size": True}, {"kind": "link"}])
-def test_an_entry_without_a_size_or_of_another_kind_is_refused(server, tmp_path, changes):
-    server.put("/a.nii", **changes)
-    with pytest.raises(osf.FetchError, match="not the answer that OSF documents"):
-        fetch(server, tmp_path)
-
-
-# Broken downloads
-
-
 def test_a_body_that_breaks_off_is_resumed_where_it_broke(server, tmp_path):
-    at = server.put("/a.nii")
-    server.faults[at] = [cut_after(3 * osf.PIECE + 5)]
+    at, n = server.put("/a.nii"), 3 * osf.PIECE
+    server.faults[at] = [lambda handler: handler.answer(200, BODY[: n + 5], length=len(BODY))]
     fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={3 * osf.PIECE}-"]
-    assert (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_killed_download_leaves_no_file_and_the_next_call_goes_on(server, tmp_path, monkeypatch):
-    at = server.put("/a.nii")
-    receive = osf._receive
-
-    def killed(get, file, part, have, bar):
-        part.write_bytes(BODY[: osf.PIECE])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(osf, "_receive", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == {"a.nii.partial"}
-    monkeypatch.setattr(osf, "_receive", receive)
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [f"bytes={osf.PIECE}-"] and (tmp_path / "a.nii").read_bytes() == BODY
+    assert server.ranges_of(at) == [None, f"bytes={n}-"] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
 def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
@@ -322,12 +271,6 @@ def test_a_wrong_checksum_deletes_the_download_and_says_expected_and_found(serve
     assert fetch(server, tmp_path)[1] == [] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_file_without_a_checksum_is_not_called_verified(server, tmp_path):
-    server.put("/a.nii", hashes=())
-    server.put("/b.nii", extra={"hashes": {"sha256": "none", "md5": None}})
-    assert fetch(server, tmp_path)[1] == ["a.nii", "b.nii"]
-
-
 def test_a_file_in_the_way_is_neither_overwritten_nor_taken_for_osfs(server, tmp_path):
     at = server.put("/labels.xlsx", b"old")
     (tmp_path / "labels.xlsx").write_bytes(b"new")
@@ -336,17 +279,10 @@ def test_a_file_in_the_way_is_neither_overwritten_nor_taken_for_osfs(server, tmp
     assert (tmp_path / "labels.xlsx").read_bytes() == b"new" and server.ranges_of(at) == []
 
 
-# Busy servers
-
-
 def test_a_busy_server_is_asked_again_after_the_time_it_names(server, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", (waits := []).append)
     at = server.put("/a.nii")
-    server.faults = {
-        LISTING: [status(503)],
-        at: [status(429, Retry_After="7"), status(429, Retry_After="9999")],
-    }
+    server.faults[at] = [status(503), status(429, Retry_After="7"), status(429, Retry_After="9999")]
     fetch(server, tmp_path)
     assert waits == [7, osf.LONGEST_WAIT] and (tmp_path / "a.nii").read_bytes() == BODY
 
@@ -354,32 +290,26 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(server, tmp_path, 
 def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(osf, "BACKOFF", 0)
     nobody = "http://127.0.0.1:9"
-    with pytest.raises(
-        osf.FetchError, match=r"127.0.0.1:9/v2/nodes/.* cannot be reached .*check the network"
-    ):
+    with pytest.raises(osf.FetchError, match=r"127.0.0.1:9/v2.* cannot be reached .*check the network"):
         osf.fetch(tmp_path, bool, api=f"{nobody}/v2", origins=(nobody,))
-
-
-# Origins
 
 
 def test_a_redirect_to_another_allowed_origin_is_followed_with_its_range(server, serve, tmp_path):
     at, other = server.put("/a.nii"), serve()
     other.bodies["/bucket"] = BODY
-    server.faults[at] = [redirect(f"{other.origin}/bucket?signature=1")]
+    server.faults[at] = [status(302, Location=f"{other.origin}/bucket?signature=1")]
     (tmp_path / "a.nii.partial").write_bytes(BODY[:7])
     fetch(server, tmp_path, origins=(other.origin,))
     assert other.asked == [("/bucket", "bytes=7-")] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_redirect_to_any_other_origin_is_refused_with_both_urls(server, serve, tmp_path):
-    at, other = server.put("/a.nii"), serve()
-    server.faults[at] = [redirect(f"{other.origin}/a?signature=1")]
-    with pytest.raises(osf.FetchError) as refused:
+def test_a_redirect_to_any_other_origin_is_refused_with_both_urls(server, tmp_path):
+    at = server.put("/a.nii")
+    server.faults[at] = [status(302, Location="http://x.example.org/a?signature=1")]
+    text = rf"{server.origin}{at} leads to http://x.example.org/a, which is none of OSF's addresses"
+    with pytest.raises(osf.FetchError, match=text) as refused:
         fetch(server, tmp_path)
-    text = f"{server.origin}{at} leads to {other.origin}/a, which is none of OSF's addresses"
-    assert str(refused.value).startswith(text) and "signature" not in str(refused.value)
-    assert other.asked == []
+    assert "signature" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -408,9 +338,6 @@ def test_links_in_the_apis_answers_are_held_to_the_origins_too(server, tmp_path,
     assert questions == []
 
 
-# Names
-
-
 BAD_NAMES = ["../x", "a/../../x", "a/.. /x", "//etc/x", "a\\x", "C:/x", "a/c:x", "a\nx", "a\x1b[2J", ""]
 BAD_NAMES += ["x.partial", ".x.zip.unpacking/y", "x.nii\u202egz"]
 
@@ -424,17 +351,8 @@ def test_a_dangerous_name_in_the_list_is_refused_by_name(server, tmp_path, name)
     assert not (tmp_path / "data").exists() and str(refused.value).isprintable()
 
 
-# Archives
-
-
 @pytest.mark.parametrize(
-    ("name", "pack"),
-    [
-        ("a.zip", zipped),
-        ("a.tar.gz", tarred),
-        ("a.TGZ", tarred),
-        ("a.tar", lambda *entries: tarred(*entries, mode="w")),
-    ],
+    ("name", "pack"), [("a.zip", zipped), ("a.TGZ", tarred), ("a.tar", functools.partial(tarred, mode="w"))]
 )
 def test_an_archive_is_kept_and_unpacked_beside_itself(server, tmp_path, name, pack):
     top = special("./", tarfile.DIRTYPE) if pack is not zipped else ("./", b"")
@@ -488,27 +406,6 @@ def test_a_zip_with_a_password_is_refused(tmp_path):
     assert names(tmp_path) == {"locked.zip"}
 
 
-def test_unpacking_that_was_interrupted_is_done_by_the_next_call(server, tmp_path, monkeypatch):
-    at = server.put("/a.zip", zipped(("d/1", b"1"), ("d/2", b"2"), ("e", b"3")))
-    (tmp_path / "d").mkdir()  # so that its files move one by one
-    settle = archive._settle
-
-    def interrupted(source, folder):
-        (source / "d" / "1").rename(folder / "d" / "1")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(archive, "_settle", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == {"a.zip", "d/1"}
-    monkeypatch.setattr(archive, "_settle", settle)
-    (tmp_path / ".a.zip.unpacking").mkdir()  # what a kill leaves
-    (tmp_path / ".a.zip.unpacking" / "junk").write_bytes(b"junk")
-    fetch(server, tmp_path)
-    assert names(tmp_path) == {"a.zip", ".a.zip.unpacked", "d/1", "d/2", "e"}
-    assert server.ranges_of(at) == [None]
-
-
 def test_what_was_edited_since_unpacking_stays_and_what_is_gone_comes_back(server, tmp_path):
     server.put("/a.zip", zipped(("labels.xlsx", b"old"), ("d/1", b"1")))
     fetch(server, tmp_path)
@@ -525,9 +422,6 @@ def test_another_file_in_the_way_of_an_archive_is_not_overwritten(server, tmp_pa
     with pytest.raises(osf.FetchError, match=r"/c differs from that in .*a.zip; move it away"):
         fetch(server, tmp_path)
     assert names(tmp_path) == {"a.zip", "c"} and (tmp_path / "c").read_bytes() == b"mine"
-
-
-# The whole way
 
 
 @pytest.fixture
@@ -547,14 +441,11 @@ def test_the_command_fetches_and_checks(server, command, phantom_root, tmp_path,
     assert "license: " in printed and f"{folder}: {n} labelled scans, 0 error(s)" in printed
 
 
-@pytest.mark.parametrize(("answer", "said"), [("", "download cancelled"), (None, "no terminal to ask at")])
-def test_the_command_downloads_nothing_without_a_yes(
-    server, command, tmp_path, monkeypatch, capsys, answer, said
-):
+def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, monkeypatch, capsys):
     server.put("/a.txt", b"1")
-    if answer is None:
-        monkeypatch.setattr("sys.stdin", io.StringIO())
-    else:
-        monkeypatch.setattr("builtins.input", lambda question: answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert command(tmp_path / "data") == 1
-    assert f"ipmn: {said}" in capsys.readouterr().err
+    assert "ipmn: no terminal to ask at" in capsys.readouterr().err
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    assert command(tmp_path / "data") == 1
+    assert "ipmn: download cancelled" in capsys.readouterr().err
