@@ -1,4 +1,4 @@
-"""The table of scans: table 1, subsets, a profile's cohort, escapes."""
+"""The table of scans: table 1, subsets, a profile's cohort."""
 
 import subprocess
 import sys
@@ -103,18 +103,6 @@ def test_importing_the_reader_imports_nothing_heavy():
     code = "import sys, ipmn_core.data; print({'torch', 'monai', 'sklearn'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
-
-
-# Escapes
-
-
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "'=", "''+"])
-def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe_and_loses_it_again(start):
-    table = pd.DataFrame({f"{start}head": [f"{start}cmd", "nyu_1"], "n": [-1, 2.5], "plain": [None, "'x"]})
-    escaped = data.for_spreadsheet(table.set_axis([5, 7]))
-    assert escaped.columns.tolist() == [f"'{start}head", "n", "plain"] and escaped["n"].tolist() == [-1, 2.5]
-    assert escaped.iloc[:, 0].tolist() == [f"'{start}cmd", "nyu_1"] and escaped["plain"].iloc[1] == "'x"
-    pd.testing.assert_frame_equal(data.from_spreadsheet(escaped), table.set_axis([5, 7]))
 
 
 def test_a_problem_is_one_cell_and_moves_no_cursor():

@@ -236,16 +236,6 @@ def test_text_in_headers_is_counted_by_folder_even_of_a_scan_that_is_refused(tmp
     ]
 
 
-def test_nothing_that_is_loaded_carries_text_of_the_file(tmp_path):
-    row = scans_of(tmp_path, 1).loc[0]
-    with_text(row["image"], "descrip", "aux_file", "intent_name", "db_name", extension=True)
-    with_text(row["mask"], "descrip", "aux_file", extension=True)
-    image = load_image(row["image"], "AHN00")
-    roi = load_roi(row["image"], row["mask"], "AHN00")
-    for loaded in (image, roi, nib.as_closest_canonical(roi)):
-        assert b"DOE" not in loaded.to_bytes() and b"DOE" not in pickle.dumps(loaded)
-
-
 @pytest.mark.parametrize("dtype", ["<i8", ">u8", "<f8"])
 def test_a_volume_of_eight_bytes_a_voxel_is_read_as_any_other(tmp_path, dtype):
     expected = np.arange(24 * 20 * 8).reshape(24, 20, 8)
