@@ -170,7 +170,7 @@ def _more_facts(case: views.Case, cut: Sequence[slice], step: Sequence[int]) -> 
         units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
     except KeyError:  # a code that is none of NIfTI's
         units = "unknown"
-    doubt = headers.read(case.scan["image"])[1].doubt
+    doubt = headers.spacing_doubt(case.scan["image"])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
