@@ -8,12 +8,23 @@ cases, not a repeated training, would move a number. What choosing the epoch on 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
-from scipy.stats import norm, rankdata, t
+from scipy.stats import norm, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from ipmn_core.metrics.scores import ARM, CLASSES, GLOBAL, RUN, by_fold, in_folds, over_folds, y_and_prob
-from ipmn_core.names import CENTERS
+from ipmn_core.metrics.scores import (
+    ARM,
+    GLOBAL,
+    PLACES,
+    RUN,
+    by_fold,
+    in_folds,
+    kinds,
+    over_folds,
+    scored_classes,
+    wins,
+    y_and_prob,
+)
 
 STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
 
@@ -33,26 +44,14 @@ def hanley_mcneil(auc, n_pos, n_neg, level: float = 0.95) -> tuple[np.ndarray, n
     return np.clip(auc - half, 0, 1), np.clip(auc + half, 0, 1)
 
 
-def _wins(y, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Negatives below each positive (n_pos, A), positives above each negative (n_neg, A); ties count half.
-
-    From midranks: O(A N log N) (Sun and Xu 2014, IEEE Signal Process. Lett. 21:1389-1393, Algorithm 2).
-    Halves of integers, so equal arms differ by exactly zero.
-    """
-    positive, scores = np.asarray(y) == 1, np.asarray(scores, dtype=float)
-    rank, n_pos = rankdata(scores, axis=0), positive.sum()
-    below = rank[positive] - rankdata(scores[positive], axis=0)
-    return below, n_pos - (rank[~positive] - rankdata(scores[~positive], axis=0))
-
-
 def _mean_and_covariance(of_pos: np.ndarray, of_neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC (A,) and its DeLong covariance (A, A) from `_wins`; NaN what the numbers of cases do not allow."""
+    """AUC (A,) and its DeLong covariance (A, A) from `scores.wins`; NaN where there are too few cases."""
     n_pos, n_neg, n_arms = len(of_pos), len(of_neg), of_pos.shape[1]
     covariance = np.full((n_arms, n_arms), np.nan)
     if min(n_pos, n_neg) == 0:
         return np.full(n_arms, np.nan), covariance
     if min(n_pos, n_neg) > 1:
-        s_pos, s_neg = (np.cov(wins, rowvar=False).reshape(n_arms, n_arms) for wins in (of_pos, of_neg))
+        s_pos, s_neg = (np.cov(of, rowvar=False).reshape(n_arms, n_arms) for of in (of_pos, of_neg))
         covariance = s_pos / (n_pos * n_neg**2) + s_neg / (n_neg * n_pos**2)
     return of_pos.mean(axis=0) / n_neg, covariance
 
@@ -63,7 +62,7 @@ def delong(y, scores) -> tuple[np.ndarray, np.ndarray]:
     DeLong et al. 1988, Biometrics 44:837-845. NaN: both where a class has no case, the covariance where a
     class has one.
     """
-    return _mean_and_covariance(*_wins(y, scores))
+    return _mean_and_covariance(*wins(np.asarray(y) == 1, scores))
 
 
 def auc_interval(y, score, level: float = 0.95) -> tuple[float, float, float]:
@@ -88,7 +87,7 @@ def delong_test(y, a, b, level: float = 0.95) -> tuple[float, float, float, floa
     difference without variance gives an infinite z and p 0. NaN where a class has fewer than two cases.
     """
     (difference,), covariance = _mean_and_covariance(
-        *(wins[:, :1] - wins[:, 1:] for wins in _wins(y, np.column_stack([a, b])))
+        *(won[:, :1] - won[:, 1:] for won in wins(np.asarray(y) == 1, np.column_stack([a, b])))
     )
     error = np.sqrt(covariance[0, 0])
     z, half = _over_error(difference, error), ndtri((1 + level) / 2) * error
@@ -136,8 +135,8 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
     With K_ij = 1 if positive i scores above negative j, 1/2 if equal, AUC_b = sum_ij w_bi w_bj K_ij /
     (sum_i w_bi sum_j w_bj), from running sums over the sorted scores: O(B N). NaN where a class is lacking.
     """
-    classes, aucs = [1] if prob.shape[1] == 2 else range(prob.shape[1]), []
-    for k in classes:
+    aucs = []
+    for k in scored_classes(prob):
         values, place = np.unique(prob[:, k], return_inverse=True)
         order = np.argsort(place, kind="stable")
         first = np.searchsorted(place[order], np.arange(len(values)))  # of the cases with each score
@@ -173,10 +172,10 @@ def bootstrap_auc(
     """Percentile limits of the mean over folds of the AUC of one arm, by `resampled_auc`.
 
     Efron and Tibshirani 1993, chapter 13. Simulated coverage of 95 % limits (300 cohorts of one AUC, 0.76, in
-    4 folds; `tests/proc/coverage.py`) with the paper's T2 counts: global 91 %, NYU 96 %, AHN 90 %; with at
-    most 5 cases a center and label: 88 %, 90 %, 74 %. Too narrow where a center has a handful of cases, a
-    point at worst; DeLong's limits cover 93, 95, 85 % and 90, 85, 85 %. NaN where no AUC is defined or every
-    stratum is one case, so that there is nothing to resample.
+    4 folds; `tests/metrics/proc/coverage.py`) with the paper's T2 counts: global 91 %, NYU 96 %, AHN 90 %;
+    with at most 5 cases per center and label: 88 %, 90 %, 74 %. Too narrow where a center has a handful of
+    cases, a point at worst; DeLong's limits cover 93, 95, 85 % and 90, 85, 85 %. NaN where no AUC is defined
+    or every stratum is one case, so that there is nothing to resample.
     """
     if rows.groupby(STRATUM).size().max() == 1:
         return np.nan, np.nan
@@ -190,13 +189,13 @@ def no_delong(y: np.ndarray, n_classes: int, result: str) -> str:
     """Why labels y (N,) give no DeLong `result` although no class need be absent; "" if they give one."""
     if n_classes > 2:
         return f"macro AUC has no DeLong {result}"
-    single = [name for k, name in enumerate(CLASSES[2]) if (y == k).sum() == 1]
+    single = [name for k, name in enumerate(kinds(2)) if (y == k).sum() == 1]
     return f"one {' and one '.join(single)} case: too few for a DeLong {result}" if single else ""
 
 
 def _ordered(table: pd.DataFrame, selected: pd.DataFrame) -> pd.DataFrame:
     """`table` by task, modality and arm as they first appear in `selected`, then by center, global last."""
-    orders = {key: selected[key].unique() for key in ARM} | {"center": [*CENTERS, GLOBAL]}
+    orders = {key: selected[key].unique() for key in ARM} | {"center": PLACES}
     place = {key: {name: i for i, name in enumerate(names)} for key, names in orders.items()}
     keys = [key for key in place if key in table]
     return table.sort_values(keys, key=lambda column: column.map(place[column.name]), ignore_index=True)

@@ -1,5 +1,6 @@
 """From numbers to tables 1-3 of the paper: CSV, Markdown and LaTeX, each also beside the paper's numbers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -152,12 +153,25 @@ def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
     """
     printed = as_printed(table)
     texts = {
-        "csv": data.for_spreadsheet(table).to_csv(index=False, na_rep=UNDEFINED),
+        "csv": _without_formulas(table).to_csv(index=False, na_rep=UNDEFINED),
         # numbers are strings already: without disable_numparse 1.30 becomes 1.3
         "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": _latex(printed),
     }
     return [_replace(Path(folder) / f"{stem}.{suffix}", text) for suffix, text in texts.items()]
+
+
+def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before each text, header or cell, that a spreadsheet would run.
+
+    Such text starts with = + - @, a tab or a line's end, apostrophes before it ignored (OWASP, "CSV
+    injection").
+    """
+
+    def escape(cell):
+        return re.sub(r"^(?='*[=+\-@\t\r\n])", "'", cell) if isinstance(cell, str) else cell
+
+    return table.map(escape).set_axis(table.columns.map(escape), axis=1)
 
 
 def _latex(printed: pd.DataFrame) -> str:
@@ -171,4 +185,6 @@ def _latex(printed: pd.DataFrame) -> str:
 
 def _replace(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return disk.write(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    with disk.atomic(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+    return path

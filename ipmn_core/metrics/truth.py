@@ -64,7 +64,7 @@ def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
 
-    `decomposed` is `within.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
+    `decomposed` is `centers.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
     pooled, within, pooled_closed, within_closed; below chance is negative, `undefined` says why a number is
     NaN: as in `decompose`, or "no oracle".
     """
