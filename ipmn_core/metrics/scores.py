@@ -30,10 +30,8 @@ class PredictionsError(ValueError):
 def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictions") -> pd.DataFrame:
     """Validate predictions and return them unchanged.
 
-    Raises PredictionsError naming the first invalid row: a column is missing or a cell empty, a label is no
-    class or differs between epochs, probabilities are not between 0 and 1 or do not sum to 1, a case is given
-    twice in an epoch of a run, is tested in two folds of an arm, or is one of `not_tested`, the case ids that
-    the same run was trained on.
+    Raises PredictionsError naming a missing column or the first invalid row; the faults are listed below.
+    `not_tested` are the case ids that the same run was trained on.
     """
     needed = [*COLUMNS, "prob_0", "prob_1"]
     if "task" in predictions and (predictions["task"] != "binary").any():
@@ -61,13 +59,11 @@ def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictio
     }
     for fault, where in faults.items():
         if np.any(where):
-            raise PredictionsError(f"{source}, {_row(predictions, int(np.argmax(where)))}: {fault}; {REPEAT}")
+            i = int(np.argmax(where))
+            row = predictions.iloc[i]
+            case = f"case {row['case_id']} of {_name(row[RUN])}, epoch {row['epoch']}"
+            raise PredictionsError(f"{source}, row {i} ({case}): {fault}; {REPEAT}")
     return predictions
-
-
-def _row(predictions: pd.DataFrame, i: int) -> str:
-    row = predictions.iloc[i]
-    return f"row {i} (case {row['case_id']} of {_name(row[RUN])}, epoch {row['epoch']})"
 
 
 def y_and_prob(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -77,9 +73,7 @@ def y_and_prob(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     probability is not finite.
     """
     if frame["task"].nunique() > 1:
-        raise ValueError(
-            f"Rows of several tasks {sorted(frame['task'].unique())}: pass the rows of one task."
-        )
+        raise ValueError(f"Rows of several tasks {sorted(set(frame['task']))}: pass the rows of one task.")
     columns = [name for name in frame if name.startswith("prob_") and frame[name].notna().any()]
     prob = frame[columns].to_numpy(dtype=float)
     bad = ~np.isfinite(prob).all(axis=1)
@@ -176,9 +170,7 @@ def _validation_of(predictions: pd.DataFrame, validation: pd.DataFrame | None) -
     known = set() if validation is None else set(validation[RUN].itertuples(index=False, name=None))
     for run in predictions[RUN].drop_duplicates().itertuples(index=False, name=None):
         if run not in known:
-            raise ValueError(
-                f"{_name(run)} has no inner validation: train it with `inner_validation` above 0."
-            )
+            raise ValueError(f"{_name(run)} has no inner validation: train it with `inner_validation` > 0.")
     return validation
 
 
@@ -192,18 +184,15 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, frame in one_epoch(selected).groupby("task", sort=False):
         frame = frame.reset_index(drop=True)
-        y, prob = y_and_prob(frame)
+        labels, probabilities = y_and_prob(frame)
         for run, part in frame.groupby(RUN, sort=False):
             # the paper's global ACC, centers weighted by their test images, is the pooled accuracy
-            centers = {**part.groupby("center", sort=False).groups, GLOBAL: part.index}
-            rows += [(*run, center, *_measures(y[index], prob[index])) for center, index in centers.items()]
+            for center, i in {**part.groupby("center", sort=False).groups, GLOBAL: part.index}.items():
+                y, prob = labels[i], probabilities[i]
+                n, n_classes = prob.shape
+                numbers = n, int((y == n_classes - 1).sum()), accuracy(y, prob), auc(y, prob)
+                rows.append((*run, center, *numbers, absent_classes(y, n_classes)))
     return pd.DataFrame(rows, columns=[*RUN, "center", "n", "positives", "acc", "auc", "undefined"])
-
-
-def _measures(y: np.ndarray, prob: np.ndarray) -> tuple:
-    n_classes = prob.shape[1]
-    n_high = int((y == n_classes - 1).sum())
-    return len(y), n_high, accuracy(y, prob), auc(y, prob), absent_classes(y, n_classes)
 
 
 def one_epoch(selected: pd.DataFrame) -> pd.DataFrame:
@@ -235,10 +224,8 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
     `auc_folds` counts the others, `undefined` says which and why; mean and deviation of none are NaN.
     """
     groups = folds.groupby([*ARM, "center"], sort=False)
-    columns = {}
-    for metric in ("acc", "auc"):
-        columns[f"{metric}_mean"] = groups[metric].mean()
-        columns[f"{metric}_std"] = groups[metric].std(ddof=0)
+    mean, std = groups[["acc", "auc"]].mean(), groups[["acc", "auc"]].std(ddof=0)
+    columns = {f"{m}_{name}": of[m] for m in ("acc", "auc") for name, of in (("mean", mean), ("std", std))}
     columns |= {"folds": groups.size(), "auc_folds": groups["auc"].count()}
     columns["undefined"] = pd.Series([in_folds(rows) for _, rows in groups], groups.size().index)
     return pd.DataFrame(columns).reset_index()
