@@ -141,7 +141,7 @@ def test_the_review_refuses_predictions_with_a_row_twice(tmp_path):
     path = p.folder / "runs" / "binary" / "t1" / "fedavg" / "fold2" / "predictions.parquet"
     frame = pd.read_parquet(path)
     pd.concat([frame, frame.iloc[[5]]]).to_parquet(path, index=False)
-    where = f"{re.escape(str(path))}, row {len(frame)} \\(case {frame['case_id'][5]} .*stand twice"
+    where = f"{re.escape(str(path))}, row {len(frame)} \\(case {frame['case_id'][5]} .*is given twice"
     with pytest.raises(pipeline.NotebookError, match=rf"04_analysis\.ipynb, In \[\d+\]: .*{where}"):
         reviewed(p)
     assert not (p.folder / "notebooks" / NOTEBOOK.name).exists()

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ipmn_core import metrics, views
 from ipmn_core.data import headers
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABEL_NAMES, LABELS, display_name
 
 VOXELS = 2**18  # of an image as shown, at most: about 0.25 MB of page once packed
@@ -46,7 +46,7 @@ def viewer(scans: pd.DataFrame, size: int) -> str:
 
 
 def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """HTML of an explorer of results by center, from the two tables of `by_center`.
+    """HTML of an explorer of results by center, from the two tables of `centers`.
 
     `selected`: rows of predictions, one epoch a run and rule: task, modality, arm, fold, rule, case_id,
     center, y_true, prob_0 ..., epoch. `summary`: task, modality, arm, rule, center (with "global"), metric
@@ -55,7 +55,7 @@ def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
     """
     if selected.empty:
         raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
-    rules = [[rule, words] for rule, words in by_center.RULES.items() if (selected["rule"] == rule).any()]
+    rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
     tables = [
         (rows, summary[(summary["task"] == task) & (summary["modality"] == modality)])
         for (task, modality), rows in selected.groupby(["task", "modality"])

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core import metrics
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABEL_NAMES, display_name
 from ipmn_core.views import figures
 
 
 def intervals(summary: pd.DataFrame, ax: Axes, center: str = "") -> Axes:
-    """Means and 95 % intervals of one task, modality, rule and metric of `by_center.summary`.
+    """Means and 95 % intervals of one task, modality, rule and metric of `centers.summary`.
 
     A row a center, a colour an arm; `center` is shaded; what is undefined is written as n/a.
     """
@@ -54,7 +54,7 @@ def overview(summary: pd.DataFrame, center: str = "") -> Figure:
 
 def confusion(rows: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     """Cases by true and most probable class of one arm."""
-    matrix = by_center.confusion(rows)
+    matrix = centers.confusion(rows)
     names = [name.replace("not high", "not\nhigh") for name in LABEL_NAMES[len(matrix) == 2]]
     ax.imshow(matrix, cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
     for (i, j), n in np.ndenumerate(matrix):
@@ -71,11 +71,11 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
 
     `rows` hold one task and modality, one epoch a run.
     """
-    here = by_center.at(rows, center)
+    here = centers.at(rows, center)
     height = 3.4 + 0.2 * -(-max(here["arm"].nunique(), 1) // 5)  # a line of the legend holds five arms
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(figures.WIDTH, height))
     name = display_name(center)
-    high = by_center.as_high_risk(here) if len(here) else here
+    high = centers.as_high_risk(here) if len(here) else here
     if center == metrics.GLOBAL:
         figures.roc_together(high, left)
     else:

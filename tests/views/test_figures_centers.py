@@ -5,14 +5,14 @@ import pytest
 from matplotlib.text import Text
 
 from ipmn_core import metrics, views
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 
 
 @pytest.fixture(scope="module")
 def summary(binary_predictions):
-    table = by_center.summary(by_center.by_rules(binary_predictions), n_resamples=50)
+    table = centers.summary(centers.by_rules(binary_predictions), n_resamples=50)
     return table.query("modality == 't2' and rule == 'last' and metric == 'auc'")
 
 
@@ -42,7 +42,7 @@ def test_the_details_are_those_of_the_center_and_the_arm(binary_predictions):
     rows = binary_predictions.query("modality == 't2'")
     figure = views.center_in_detail(rows, "NYU", "fedprox_0.1")
     _, middle, right = figure.axes
-    matrix = by_center.confusion(rows.query("center == 'NYU' and arm == 'fedprox_0.1'"))
+    matrix = centers.confusion(rows.query("center == 'NYU' and arm == 'fedprox_0.1'"))
     assert [text.get_text() for text in middle.texts] == [str(n) for n in matrix.flat]
     assert sum(bar.get_height() for bar in right.patches) == matrix.sum() == 12
     assert any("NYU" in text for text in texts(figure))
@@ -80,7 +80,7 @@ def test_the_overview_names_every_arm(summary):
 
 
 def test_an_accuracy_is_that_of_all_cases_and_an_auc_the_mean_over_folds(binary_predictions):
-    table = by_center.summary(by_center.by_rules(binary_predictions), n_resamples=50)
+    table = centers.summary(centers.by_rules(binary_predictions), n_resamples=50)
     table = table.query("modality == 't2' and rule == 'last'")
     named = {m: views.overview(table[table["metric"] == m]) for m in ("acc", "auc")}
     assert "ACC, all test cases, with 95 % interval" in texts(named["acc"])
