@@ -62,6 +62,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def chromium():
+    """One Chromium without a network for all tests of a session; they skip where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    import browser
+
+    path = browser.chromium()  # skips without one
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests measured (`record_property("measured", ...)`), one line each, under -q too."""
     for report in terminalreporter.getreports("passed"):

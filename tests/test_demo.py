@@ -19,7 +19,7 @@ from test_params import PROFILES
 from ipmn_core import data, metrics, models, params, phantom, runs
 from ipmn_core.metrics import tables, truth
 from ipmn_core.names import MODALITIES
-from ipmn_core.phantom import cohort as phantom_cohort
+from ipmn_core.phantom import files
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 RENEW = "if the change is meant: `make reference`, and a commit that says old and new numbers"
@@ -41,7 +41,7 @@ def demo(tmp_path_factory):
     labelled = everyone[everyone["label_t2"].notna()]
     chosen = labelled.groupby(["center", "label_t2"], sort=False).head(p.max_per_cell).sort_index()
     with pytest.MonkeyPatch.context() as patch:  # the demo writes the others, too, and leaves them out
-        patch.setattr(phantom_cohort, "patients", lambda *_: chosen.reset_index(drop=True))
+        patch.setattr(files, "patients", lambda *_: chosen.reset_index(drop=True))
         scans = data.open_cohort(p)
     assert len(scans) == len(data.subset(scans, p.max_per_cell)) == len(chosen)
     cubes = data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
