@@ -1,0 +1,243 @@
+"""A federation across machines as processes: server and sites started and stopped, runs ordered and awaited."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from ipmn_core.disk import atomic
+from ipmn_core.flower.deployment import Federation, FederationError, Policy, flower
+
+NAME = "hospitals"  # of the federation, to Flower's own command
+FAILURE = "failed.txt"  # in a run's folder: why the server app could not go on
+STARTUP_SECONDS = 120.0
+ANSWER_SECONDS = 180.0  # Flower's command takes ten on a slow, busy machine
+STATUS_SECONDS = 60.0  # between questions to Flower, whose command takes seconds of a core
+
+
+def server_command(federation: Federation) -> list[str]:
+    """The command of the server: Flower's SuperLink with TLS and node keys (`superlink`)."""
+    flower("flower-superlink")
+    return [
+        *(sys.executable, "-m", "ipmn_core.flower.superlink"),
+        *("--ssl-ca-certfile", str(federation.server / "ca.crt")),
+        *("--ssl-certfile", str(federation.server / "server.pem")),
+        *("--ssl-keyfile", str(federation.server / "server.key")),
+        "--enable-supernode-auth",
+        *("--host", "127.0.0.1" if federation.host in ("localhost", "127.0.0.1") else "0.0.0.0"),
+        *("--port", str(federation.port)),
+        *("--database", str(federation.server / "state.db")),
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[str]:
+    """The command of the site in `folder`: Flower's SuperNode, with this site's own folders.
+
+    Raises FederationError for files that are missing, or a folder whose name cannot be passed on.
+    """
+    missing = [name for name in ("site.yaml", "ca.crt", "key", "key.pub") if not (folder / name).is_file()]
+    if missing:
+        raise FederationError(
+            f"{folder} lacks {', '.join(missing)}; name the folder that `init` wrote for this site"
+        )
+    if not data.is_dir():
+        raise FederationError(f"{data}: no such folder; --data names this site's own copy of its cases")
+    about = yaml.safe_load((folder / "site.yaml").read_text())
+    values = {"site": about["site"], "data": data.resolve(), "outputs": outputs.resolve(), "share": share}
+    for key, value in values.items():
+        if "'" in str(value):
+            raise FederationError(f"{key} {value}: a quote in its name cannot be passed on; rename it")
+    return [
+        flower("flower-supernode"),
+        *("--superlink", about["server"]),
+        *("--root-certificates", str(folder / "ca.crt")),
+        *("--auth-supernode-private-key", str(folder / "key")),
+        *("--port", str(free_port())),
+        *("--node-config", " ".join(f"{key}='{value}'" for key, value in values.items())),
+    ]
+
+
+def free_port() -> int:
+    """A TCP port of this machine at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(federation: Federation | None = None) -> dict[str, str]:
+    """The environment of Flower's processes: no telemetry; the server's settings in its own folder."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": path}
+    return env | ({"FLWR_HOME": str(federation.server / "flwr")} if federation else {})
+
+
+def start(command: Sequence[str], env: dict[str, str], log: Path | None = None) -> subprocess.Popen:
+    """Start a process in a group of its own; its output is appended to `log`, or goes where ours goes.
+
+    On Linux it also ends when this process is killed.
+    """
+    with open(log, "ab") if log else contextlib.nullcontext() as file:
+        return subprocess.Popen(
+            command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def stop(child: subprocess.Popen, seconds: float = 10.0) -> None:
+    """End a process of `start` and its group: SIGTERM, after `seconds` SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def stay(command: Sequence[str]) -> None:
+    """Keep a site's process running until this one is ended.
+
+    The server refuses a site that was killed for about a minute, so it is started again and again.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    while True:
+        child = start(command, environment())
+        try:
+            child.wait()
+        finally:
+            stop(child)  # Flower leaves a helper behind
+        print("the site's process ended; it is started again in 10 s", file=sys.stderr, flush=True)
+        time.sleep(10)
+
+
+def control(federation: Federation, *arguments: str) -> dict[str, Any]:
+    """The answer of Flower's command `flwr`. Raises FederationError with its reason if it failed."""
+    root = federation.server / "ca.crt"
+    with atomic(federation.server / "flwr" / "config.toml") as tmp:
+        tmp.write_text(
+            f'[superlink.{NAME}]\naddress = "127.0.0.1:{federation.port}"\nroot-certificates = "{root}"\n'
+        )
+    command, env = [flower("flwr"), *arguments, "--format", "json"], environment(federation)
+    about = f"flwr {' '.join(arguments[:2])}"
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise FederationError(f"{about}: no answer within {ANSWER_SECONDS:.0f} s") from error
+    except ValueError as error:
+        raise FederationError(f"{about}: {done.stdout}{done.stderr}".strip()) from error
+    if not answer.get("success"):
+        raise FederationError(f"{about}: {answer.get('error-message', answer)}".strip())
+    return answer
+
+
+def await_server(federation: Federation) -> None:
+    """Return once the server answers. Raises FederationError if it does not within two minutes."""
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while not _answers(federation):
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"no server at 127.0.0.1:{federation.port}; start `ipmn federation server` here first"
+            )
+        time.sleep(0.5)
+
+
+def _answers(federation: Federation) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", federation.port), timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def register(federation: Federation) -> dict[str, int]:
+    """The node number of every site, each registered by its public key; no other key may join."""
+    path = federation.server / "nodes.json"
+    nodes = json.loads(path.read_text()) if path.exists() else {}
+    known = {int(node["node-id"]) for node in control(federation, "supernode", "ls", NAME)["nodes"]}
+    for name in federation.sites:
+        if nodes.get(name) not in known:
+            key = str(federation.server / f"{name}.pub")
+            nodes[name] = int(control(federation, "supernode", "register", key, NAME)["node-id"])
+            with atomic(path) as tmp:
+                tmp.write_text(json.dumps(nodes))
+    return {name: nodes[name] for name in federation.sites}
+
+
+def run(federation: Federation, only: str = "") -> Iterator[Path]:
+    """Train the profile's runs whose name holds `only` at the sites, and yield the folder of each.
+
+    Finished runs are kept. Raises FederationError with the server app's reason for one that failed (the next
+    call goes on from its last whole round), StaleRunError for one that was made with other settings.
+    """
+    from ipmn_core import runs
+    from ipmn_core.runs import records
+
+    p = federation.profile
+    await_server(federation)
+    nodes = register(federation)
+    for left in control(federation, "ls", NAME)["runs"]:  # of a command that was killed
+        if not left["status"].startswith("finished"):
+            control(federation, "stop", left["run-id"], NAME)
+    for each in (each for each in runs.grid(p, "binary") if only in runs.named(each)):
+        folder = runs.folder_of(p, each)
+        if not (folder / "run.json").exists():
+            policy = federation.model_dump(include=set(Policy.model_fields))
+            order = {"profile": p.model_dump_json(), "run": asdict(each), "nodes": nodes, "policy": policy}
+            with tqdm(desc=runs.named(each), total=p.rounds, unit="round") as bar:
+                _train(federation, folder, order, bar)
+        yield records.whole(folder, runs.protocol_of(p, each))
+
+
+def _train(federation: Federation, folder: Path, order: dict[str, Any], bar: tqdm) -> None:
+    """Have Flower carry out one run, and return once it is whole."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    path = federation.server / "order.toml"
+    with atomic(path) as tmp:
+        tmp.write_text(f"order = {json.dumps(json.dumps(order))}\n")
+    code = str(federation.server / "app")
+    number = control(federation, "run", code, NAME, "--run-config", str(path))["run-id"]
+    try:
+        asked = time.monotonic()
+        while not (folder / "run.json").exists():
+            if (folder / "rounds.csv").exists():
+                bar.update(len(pd.read_csv(folder / "rounds.csv")) - bar.n)
+            # Flower's command exits 0 even when a run failed, so the run's own files tell
+            if (folder / FAILURE).exists():
+                raise FederationError((folder / FAILURE).read_text())
+            ended = "the server is gone; start it" if not _answers(federation) else ""
+            if time.monotonic() - asked > STATUS_SECONDS:
+                asked = time.monotonic()
+                status = control(federation, "ls", NAME, "--run-id", number)["runs"][0]["status"]
+                if status.startswith("finished") and not (folder / "run.json").exists():
+                    ended = f"the server app ended as {status}; see `flwr log`"
+            if ended:
+                raise FederationError(
+                    f"{folder}: {ended}; the same command goes on from the last whole round"
+                )
+            time.sleep(1.0)
+    except BaseException:
+        with contextlib.suppress(FederationError):
+            control(federation, "stop", number, NAME)
+        raise
