@@ -221,7 +221,8 @@ def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
     """A site's cases as the server has them: numbers, roles and, if it shares them, labels of test cases."""
     role = np.repeat(["train", "test"], [hello["n_train"], hello["n_test"]])
     rows = pd.DataFrame({"role": role, "center": center, "modality": run.modality, "label": 0})
-    rows["case_id"] = [f"{center} {role} {i}" for role, i in zip(role, rows.groupby("role").cumcount())]
+    number = rows.groupby("role").cumcount().astype(str)
+    rows["case_id"] = f"{center} fold {run.fold} " + rows["role"] + " " + number
     rows.loc[rows["role"] == "test", "label"] = 2 * np.array(hello.get("y_true", 0))  # high risk is label 2
     return rows
 

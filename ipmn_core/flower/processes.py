@@ -1,4 +1,4 @@
-"""A federation across machines as processes: server and sites started and stopped, runs ordered and awaited."""
+"""A federation across machines as processes: server and sites started, runs ordered and awaited."""
 
 from __future__ import annotations
 
