@@ -1,7 +1,7 @@
 """The same federation across machines, on Flower: who sends what to whom. Nothing is learned here.
 
-The client app passes messages to `site`, the server app passes updates to `federated.aggregate`; `runs.keep`
-writes the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
+The client app passes messages to `site`, the server app updates to `federated.aggregate`; `runs.record` writes
+the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from ipmn_core import federated, runs
 from ipmn_core.disk import atomic
-from ipmn_core.federated import State, Update, machine, training
+from ipmn_core.federated import DivergedError, Epoch, State, Update
 from ipmn_core.flower import site
 from ipmn_core.flower.deployment import Policy
 from ipmn_core.flower.processes import FAILURE
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Params
-from ipmn_core.runs import records
+from ipmn_core.runs import store
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -90,7 +90,7 @@ def _answer(message: Message, context: Context) -> Message:
             site.note_sent(at, kind, values, _bytes_of(content))
     except Exception as error:
         traceback.print_exc()
-        text = str(error) if isinstance(error, training.DivergedError) else "its text is in the site's log"
+        text = str(error) if isinstance(error, DivergedError) else "its text is in the site's log"
         content, values = RecordDict(), {"fault": f"{type(error).__name__}: {text}"}
         if at is not None:
             with contextlib.suppress(OSError):  # a full disk may be the fault itself
@@ -116,7 +116,7 @@ def _main(grid: Grid, context: Context) -> None:
     folder = runs.folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        machine.prepare(p.threads)
+        federated.prepare(p.threads)
         execute(Sites(grid, p, run, order["nodes"], Policy(**order["policy"])))
     except BaseException as error:
         with atomic(folder / FAILURE) as tmp:
@@ -184,26 +184,42 @@ class Sites:
         return Message(content, dst_node_id=self.nodes[name], message_type=kind)
 
 
+@dataclass
+class Remote:
+    """Where a site goes on from: the round of its last state, and whether with new AdamW moments."""
+
+    since: int = 0
+    fresh: bool = False
+
+    def state_dict(self) -> Values:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Values) -> None:
+        """Set both back to a checkpoint's values."""
+        self.since, self.fresh = state["since"], state["fresh"]
+
+
 def execute(sites: Sites) -> Path:
     """Train a run at the sites; its folder, in the form that `runs.execute` leaves.
 
     Case ids in it are running numbers. Goes on from the last whole round, with the bits of a run that never
     stopped. Raises SitesAwayError, StaleRunError for other data or settings, ValueError naming a faulty site.
     """
-    started = time.perf_counter()
-    p, run = sites.p.model_copy(update={"checkpoint_seconds": 0.0}), sites.run
+    p, run = sites.p.model_copy(update={"checkpoint_seconds": 0.0, "data": "federation"}), sites.run
     told = sites.ask("query", {name: {} for name in sites.nodes})
     hellos = {name: _values(told[name]) for name in sites.nodes}  # in their order, not in that of arrival
     for name, hello in hellos.items():
         if "fault" in hello or hello["center"] != name:
             raise ValueError(f"{name}: {hello.get('fault') or 'its node says it is ' + hello['center']}")
     keys = json.dumps({name: hello["data"] for name, hello in hellos.items()})
-    record = {"settings": runs.settings_of(p, run), "data": hashlib.sha256(keys.encode()).hexdigest()}
-    records.finished(sites.folder, record["settings"], record["data"])
-    record["cohort"] = "federation"
+    key, settings = hashlib.sha256(keys.encode()).hexdigest(), runs.run_settings(p, run)
+    store.finished(sites.folder, settings.protocol(), key)
+    settings, progress = runs.on_this_machine(p, settings), store.resume(sites.folder)
+    model = runs.build(settings, federated.device_of(p), list(hellos))
     rows = pd.concat([_numbered(name, hello, run) for name, hello in hellos.items()], ignore_index=True)
-    epochs = lambda learning: _rounds(sites, record["settings"], hellos, learning)  # noqa: E731
-    folder = runs.keep(p, run, record, rows, epochs, started)
+    rounds = _rounds(sites, settings, hellos, model, progress.learning)
+    folder = runs.record(p, run, settings, key, rows, model, rounds, progress)
     for name in ("token", FAILURE):
         (folder / name).unlink(missing_ok=True)
     return folder
@@ -228,42 +244,40 @@ def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
 
 
 def _rounds(
-    sites: Sites, settings: Values, hellos: dict[str, Values], learning: Values | None
-) -> Iterator[tuple[training.Epoch, torch.nn.Module]]:
-    """`federated.fit`, the local updates made elsewhere; the checkpoint says what each site goes on from."""
-    steps, strategy = runs.steps_of(settings), runs.strategy_of(settings)
-    model = runs.placed(runs.build_of(settings), machine.device_of(sites.p), steps)
-    names, aggregated = list(sites.nodes), learning is not None
-    state_of = {name: {"since": 0, "fresh": False} for name in names}
-    if learning is not None:
-        model.load_state_dict(learning["model"])
-        state_of = learning["learners"]
-    left_out: dict[str, str] = {}
-    for round_ in range(learning["epoch"] + 1 if learning else 1, steps.epochs + 1):
+    sites: Sites,
+    settings: runs.RunSettings,
+    hellos: dict[str, Values],
+    model: torch.nn.Module,
+    checkpoint: Values | None,
+) -> Iterator[Epoch]:
+    """`federated.fit_federated` with the local updates and the tests made at the sites."""
+    learners = {name: Remote() for name in hellos}
+    first = federated.restore(model, learners, checkpoint)
+    names, aggregated = list(learners), first > 1
+    for round_ in range(first, settings.epochs + 1):
         began, before = time.monotonic(), sites.bytes
-        taking_part = federated.drawn(names, strategy, [*steps.seed, round_])
-        w_global = training.snapshot(model)
-        orders = {n: {"round": round_, "k": names.index(n), **state_of[n]} for n in taking_part}
+        taking_part = federated.drawn(names, settings.strategy, [*settings.seed, round_])
+        w_global = federated.snapshot(model)
+        orders = {n: {"round": round_, "k": names.index(n), **asdict(learners[n])} for n in taking_part}
         answers = sites.ask("train", orders, w_global, min(sites.policy.min_sites, len(taking_part)))
         updates = [_update(name, answers.get(name), hellos[name]["n_train"]) for name in taking_part]
         loss, products, left_out = federated.aggregate(model, w_global, updates, names)
         for name in answers:
-            since = state_of[name]["since"] if "fault" in _values(answers[name]) else round_
-            state_of[name] = {"since": since, "fresh": name in left_out}
+            learners[name].fresh = name in left_out
+            if "fault" not in _values(answers[name]):
+                learners[name].since = round_
         n_sites = len(taking_part) - len(left_out)
         aggregated |= n_sites > 0
-        enough = None if round_ == steps.epochs else 1
-        tested = sites.ask(
-            "evaluate", {n: {"round": round_} for n in names}, training.snapshot(model), enough
-        )
+        enough = None if round_ == settings.epochs else 1
+        orders = {name: {"round": round_} for name in names}
+        tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
         prob, centers = _tested({name: _values(tested[name]) for name in names if name in tested}, len(names))
         for name in (name for name in names if name not in tested):
             left_out[name] = "; ".join([*filter(None, [left_out.get(name)]), "round not tested"])
         _note_round(sites, round_, time.monotonic() - began, sites.bytes - before, n_sites)
-        state = {"epoch": round_, "model": model.state_dict(), "learners": dict(state_of)}
-        yield training.Epoch(round_, loss, prob, lambda s=state: s, products, left_out, centers), model
+        yield Epoch(round_, loss, prob, learners, products, left_out, centers)
     if not aggregated:
-        raise training.DivergedError(federated.without_any_client(left_out))
+        raise DivergedError(federated.without_any_client(left_out))
 
 
 def _update(name: str, answer: RecordDict | None, n_train: int) -> Update:

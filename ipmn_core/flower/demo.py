@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from ipmn_core import params, phantom, runs
-from ipmn_core.data import assign_folds, load_cubes, open_cohort, subset
+from ipmn_core.data import load_cohort, open_cohort
 from ipmn_core.flower import deployment, processes
 from ipmn_core.flower.deployment import Federation
 from ipmn_core.params import Params
@@ -107,13 +107,9 @@ def started(profile: Path, sites: Sequence[str], folder: Path, **policy) -> Iter
 def in_process(p: Params, sites: Sequence[str]) -> Path:
     """Train the first run of `p` in this process on the cases of `sites`; its folder."""
     p = p.model_copy(update={"profile": f"{p.profile}_in_process"})
-    scans = open_cohort(p)
-    scans = subset(scans[scans["center"].isin(sites)].reset_index(drop=True), p.max_per_cell)
-    cubes = load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
-    each = runs.grid(p, "binary")[0]
-    shutil.rmtree(runs.folder_of(p, each), ignore_errors=True)
-    folds = assign_folds(scans, p.binary_folds, p.fold_rule, binary=True)
-    return runs.execute(p, each, scans, folds, cubes)
+    cohort, first = load_cohort(p), runs.grid(p, "binary")[0]
+    shutil.rmtree(runs.folder_of(p, first), ignore_errors=True)
+    return runs.execute(p, first, cohort.where(cohort.scans["center"].isin(sites)))
 
 
 def compare(there: Path, here: Path, sites: Path) -> Difference:

@@ -192,7 +192,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
     call goes on from its last whole round), StaleRunError for one that was made with other settings.
     """
     from ipmn_core import runs
-    from ipmn_core.runs import records
+    from ipmn_core.runs import store
 
     p = federation.profile
     await_server(federation)
@@ -207,7 +207,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
             order = {"profile": p.model_dump_json(), "run": asdict(each), "nodes": nodes, "policy": policy}
             with tqdm(desc=runs.named(each), total=p.rounds, unit="round") as bar:
                 _train(federation, folder, order, bar)
-        yield records.whole(folder, runs.protocol_of(p, each))
+        yield store.whole(folder, runs.run_settings(p, each).protocol())
 
 
 def _train(federation: Federation, folder: Path, order: dict[str, Any], bar: tqdm) -> None:

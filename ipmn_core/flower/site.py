@@ -21,7 +21,7 @@ import torch
 
 from ipmn_core import data, federated, metrics, runs
 from ipmn_core.disk import atomic
-from ipmn_core.federated import State, Update, machine, training
+from ipmn_core.federated import Cases, Learner, State, Update
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Params
 
@@ -50,9 +50,9 @@ class Site:
         return folder
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> runs.RunSettings:
         """The run's settings, the machine's part as this machine decides."""
-        return runs.settings_of(self.p, self.run)
+        return runs.on_this_machine(self.p, runs.run_settings(self.p, self.run))
 
     @cached_property
     def cohort(self) -> data.Cohort:
@@ -68,16 +68,19 @@ class Site:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """The cases of the run's modality, each with its `role`, train or test."""
-        scans, task = self.cohort.scans, self.run.task
-        folds = data.assign_folds(scans, self.p.folds(task), self.p.fold_rule, task == "binary")
-        mine = scans["modality"] == self.run.modality
-        return runs.with_roles(scans[mine], folds[mine] == self.run.fold, self.p, self.run)
+        return runs.with_roles(self.cohort.of(self.run.modality), self.settings).scans
 
     @cached_property
-    def cases(self) -> training.Cases:
+    def cases(self) -> Cases:
         """Cubes and targets of `rows`."""
-        cubes = self.cohort.of(self.run.modality).cubes
-        return runs.cases_of(self.rows, cubes, self.run.task, machine.device_of(self.p))
+        cohort = self.cohort.of(self.run.modality)
+        y = torch.tensor(runs.targets(cohort.scans["label"].to_numpy(), self.run.task), device=self.device)
+        return Cases(torch.tensor(cohort.cubes).unsqueeze(1).to(self.device), y)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this machine trains."""
+        return federated.device_of(self.p)
 
     @cached_property
     def tested(self) -> pd.DataFrame:
@@ -91,8 +94,7 @@ class Site:
 
     def model(self) -> torch.nn.Module:
         """The run's network, untrained, on the site's device."""
-        built, steps = runs.build_of(self.settings), runs.steps_of(self.settings)
-        return runs.placed(built, machine.device_of(self.p), steps)
+        return runs.build(self.settings, self.device, [self.center])
 
 
 def open_site(node: dict[str, Any], order: dict[str, Any]) -> Site:
@@ -111,7 +113,7 @@ def open_site(node: dict[str, Any], order: dict[str, Any]) -> Site:
         raise SiteError("the server's run token is no plain name")
     own = {key: str(Path(node[key]).resolve()) for key in ("data", "outputs")}
     p = Params.model_validate_json(order["profile"]).model_copy(update=own)
-    machine.prepare(p.threads)
+    federated.prepare(p.threads)
     return Site(node["site"], p, runs.Run(**order["run"]), order["token"], share)
 
 
@@ -132,24 +134,21 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
     is on disk before it returns, that of `since` stays: a round asked for again ends with the same bits.
     Raises SiteError if the state of `since` is not there.
     """
-    model, steps, device = site.model(), runs.steps_of(site.settings), machine.device_of(site.p)
-    mine = runs.indices(site.rows[site.rows["role"] == "train"])[site.center]
-    learner = training.Learner(site.center, model, mine, steps)
+    model, settings = site.model(), site.settings
+    mine = runs.indices(site.rows, "train")[site.center]
+    learner = Learner(site.center, model, mine, settings)
     if since:
         path = site.folder / f"learner_{since}.pt"
         if not path.exists():
             raise SiteError(f"{path}, its state after round {since}, is gone: start the run afresh")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        learner.optimizer.load_state_dict(saved["optimizer"])
-        learner.schedule.load_state_dict(saved["schedule"])
+        learner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     if fresh:
-        learner = federated.afresh(site.center, model, learner, steps)
-    w_global = {key: value.to(device) for key, value in w_global.items()}
-    strategy, seed = runs.strategy_of(site.settings), [*steps.seed, round_, k]
-    loss = federated.local_update(model, w_global, learner, site.cases, steps, strategy, seed)
-    kept = {"optimizer": learner.optimizer.state_dict(), "schedule": learner.schedule.state_dict()}
+        learner = federated.afresh(site.center, model, learner, settings)
+    w_global = {key: value.to(site.device) for key, value in w_global.items()}
+    seed = [*settings.seed, round_, k]
+    loss = federated.local_update(model, w_global, learner, site.cases, settings, settings.strategy, seed)
     with atomic(site.folder / f"learner_{round_}.pt") as tmp:
-        torch.save(kept, tmp)
+        torch.save(learner.state_dict(), tmp)
     for path in site.folder.glob("learner_*.pt"):
         if path.stem not in (f"learner_{since}", f"learner_{round_}"):
             path.unlink()
@@ -163,8 +162,8 @@ def evaluate(site: Site, w_global: State, round_: int) -> dict[str, Any]:
     model = site.model()
     model.load_state_dict(w_global)
     rows = site.rows[site.rows["role"] == "test"]
-    prob = training.evaluate(model, torch.tensor(rows.index), site.cases, runs.steps_of(site.settings))
-    frame = runs.frame_of(round_, prob, site.run, site.p.seed, rows).drop(columns="role")
+    prob = federated.evaluate(model, torch.tensor(rows.index), site.cases, site.settings)
+    frame = runs.predictions_of(round_, prob, site.settings, rows).drop(columns="role")
     path = site.folder / "predictions.parquet"
     earlier = [pd.read_parquet(path).query("epoch != @round_")] if path.exists() else []
     with atomic(path) as tmp:

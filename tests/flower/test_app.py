@@ -13,9 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from hospitals import RUN, SITES, Hospitals, largest_difference, profile, serve, tiny_net, values_of
 
 from ipmn_core import data, federated, metrics, runs
-from ipmn_core.federated import training
 from ipmn_core.flower import app, cli, demo, site
-from ipmn_core.runs import records
+from ipmn_core.runs import StaleRunError
 
 
 class ServerKilledError(Exception):
@@ -182,7 +181,7 @@ def test_a_server_does_not_go_on_with_other_cases(nodes, p, tmp_path):
     sheet.loc[sheet.index[sheet["Risk assessment"] == 0][0], "Risk assessment"] = 1
     sheet.to_excel(tmp_path / "relabelled" / "IPMN_labels_total.xlsx", index=False)
     changed = {**nodes, "NU": {**nodes["NU"], "data": str(tmp_path / "relabelled")}}
-    with pytest.raises(records.StaleRunError, match="data"):
+    with pytest.raises(StaleRunError, match="data"):
         serve(Hospitals(changed), p())
 
 
@@ -294,7 +293,7 @@ def test_an_update_that_cannot_be_right_is_refused_and_the_site_named(nodes, p, 
 
 def test_a_run_without_any_update_is_an_error_that_names_a_site(nodes, p):
     spoil = lambda name, kind, round_, content: kind == "train" and content.pop("weights")  # noqa: E731
-    with pytest.raises(training.DivergedError, match=r"left out of every round; NYU: "):
+    with pytest.raises(federated.DivergedError, match=r"left out of every round; NYU: "):
         serve(Hospitals(nodes, spoil=spoil), p())
 
 
@@ -308,7 +307,7 @@ def test_after_a_refused_update_a_site_begins_afresh_as_in_one_process(nodes, p,
         return loss
 
     monkeypatch.setattr(federated, "local_update", local_update)
-    monkeypatch.setattr(federated.rounds, "local_update", local_update)
+    monkeypatch.setattr(federated.client, "local_update", local_update)
     grid = Hospitals(nodes)
     there, here = serve(grid, p(rounds=3)), demo.in_process(p(rounds=3), SITES)
     assert (there / "left_out.csv").read_text() == (here / "left_out.csv").read_text()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from hospitals import RUN, largest_difference, profile, tiny_net
 
-from ipmn_core import metrics
-from ipmn_core.federated import training
+from ipmn_core import federated, metrics
 from ipmn_core.flower import site
 
 
@@ -124,7 +123,7 @@ def test_a_site_that_diverges_keeps_the_state_it_had(node, order, w_global):
     at = site.open_site(node, order())
     site.train(at, w_global, 1, 0, 0, False)
     broken = {k: v * torch.nan if v.is_floating_point() else v for k, v in w_global.items()}
-    with pytest.raises(training.DivergedError):
+    with pytest.raises(federated.DivergedError):
         site.train(at, broken, 2, 0, 1, False)
     assert states(at) == ["learner_1.pt"]
 
