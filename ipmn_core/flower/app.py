@@ -1,7 +1,7 @@
 """The same federation across machines, on Flower: who sends what to whom. Nothing is learned here.
 
-The client app passes messages to `site`, the server app updates to `federated.aggregate`; `runs.record` writes
-the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
+The client app passes messages to `site`, the server app updates to `federated.aggregate`; `runs.record`
+writes the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def unpack(record: ArrayRecord) -> State:
     return state
 
 
-def _bytes_of(content: RecordDict) -> int:
-    """The bytes of the arrays in a message."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+def _record(values: Values) -> ConfigRecord:
+    return ConfigRecord({"json": json.dumps(values)})
 
 
 @client_app.query()
@@ -80,23 +79,21 @@ def _answer(message: Message, context: Context) -> Message:
     cases or folders.
     """
     order, kind = json.loads(message.content["order"]["json"]), message.metadata.message_type
-    content, at = RecordDict(), None
+    at, packed = None, {}
     try:
         at = site.open_site(dict(context.node_config), order)
         with FileLock(at.folder / ".lock"):  # a question asked again may overtake the first
             values, state = _work(at, kind, order, message.content)
-            if state is not None:
-                content["weights"] = pack(state)
-            site.note_sent(at, kind, values, _bytes_of(content))
+            packed = {} if state is None else {"weights": pack(state)}
+            site.note_sent(at, kind, values, sum(len(record["weights"].data) for record in packed.values()))
     except Exception as error:
         traceback.print_exc()
         text = str(error) if isinstance(error, DivergedError) else "its text is in the site's log"
-        content, values = RecordDict(), {"fault": f"{type(error).__name__}: {text}"}
+        packed, values = {}, {"fault": f"{type(error).__name__}: {text}"}
         if at is not None:
             with contextlib.suppress(OSError):  # a full disk may be the fault itself
                 site.note_sent(at, kind, values)
-    content["values"] = ConfigRecord({"json": json.dumps(values)})
-    return Message(content, reply_to=message)
+    return Message(RecordDict({"values": _record(values), **packed}), reply_to=message)
 
 
 def _work(at: site.Site, kind: str, order: Values, content: RecordDict) -> tuple[Values, State | None]:
@@ -137,7 +134,6 @@ class Sites:
                 tmp.write_text(f"{runs.named(run).replace(' ', '_')}-{secrets.token_hex(4)}")
         of_sites = p.model_copy(update={"data": "of the site", "outputs": "of the site"})
         self.order = {"profile": of_sites.model_dump_json(), "run": asdict(run), "token": path.read_text()}
-        self.bytes = 0
 
     def ask(
         self, kind: str, orders: dict[str, Values], weights: State | None = None, enough: int | None = None
@@ -147,7 +143,7 @@ class Sites:
         Sites that have not answered after `round_seconds` are asked again; an answer to either question
         counts. Raises SitesAwayError naming those that did not answer.
         """
-        packed = None if weights is None else pack(weights)
+        packed = {} if weights is None else {"weights": pack(weights)}
         answers: dict[str, RecordDict] = {}
         asked: dict[str, str] = {}  # message -> site
         started = again = time.monotonic()
@@ -166,22 +162,15 @@ class Sites:
                 waited_for, again = set(), now + self.policy.round_seconds
             for name in missing:
                 if name not in waited_for and self.nodes[name] in online:
-                    message = self._message(kind, name, orders[name], packed)
+                    content = RecordDict({"order": _record({**self.order, **orders[name]}), **packed})
+                    message = Message(content, dst_node_id=self.nodes[name], message_type=kind)
                     asked |= {number: name for number in self.grid.push_messages([message]) if number}
-                    self.bytes += _bytes_of(message.content)
             for reply in self.grid.pull_messages(list(asked)):
                 name = asked.pop(reply.metadata.reply_to_message_id)
                 if reply.has_content():  # otherwise Flower says that the node is away: it is asked again
                     answers[name] = reply.content
-                    self.bytes += _bytes_of(reply.content)
             time.sleep(POLL_SECONDS)
         return answers
-
-    def _message(self, kind: str, name: str, order: Values, packed: ArrayRecord | None) -> Message:
-        content = RecordDict({"order": ConfigRecord({"json": json.dumps({**self.order, **order})})})
-        if packed is not None:
-            content["weights"] = packed
-        return Message(content, dst_node_id=self.nodes[name], message_type=kind)
 
 
 @dataclass
@@ -255,7 +244,6 @@ def _rounds(
     first = federated.restore(model, learners, checkpoint)
     names, aggregated = list(learners), first > 1
     for round_ in range(first, settings.epochs + 1):
-        began, before = time.monotonic(), sites.bytes
         taking_part = federated.drawn(names, settings.strategy, [*settings.seed, round_])
         w_global = federated.snapshot(model)
         orders = {n: {"round": round_, "k": names.index(n), **asdict(learners[n])} for n in taking_part}
@@ -266,15 +254,13 @@ def _rounds(
             learners[name].fresh = name in left_out
             if "fault" not in _values(answers[name]):
                 learners[name].since = round_
-        n_sites = len(taking_part) - len(left_out)
-        aggregated |= n_sites > 0
+        aggregated |= len(left_out) < len(taking_part)
         enough = None if round_ == settings.epochs else 1
         orders = {name: {"round": round_} for name in names}
         tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
         prob, centers = _tested({name: _values(tested[name]) for name in names if name in tested}, len(names))
         for name in (name for name in names if name not in tested):
             left_out[name] = "; ".join([*filter(None, [left_out.get(name)]), "round not tested"])
-        _note_round(sites, round_, time.monotonic() - began, sites.bytes - before, n_sites)
         yield Epoch(round_, loss, prob, learners, products, left_out, centers)
     if not aggregated:
         raise DivergedError(federated.without_any_client(left_out))
@@ -308,12 +294,3 @@ def _tested(told: dict[str, Values], n_sites: int) -> tuple[np.ndarray | None, l
     if all("prob" in values for values in told.values()):
         return np.concatenate([np.reshape(values["prob"], (-1, 2)) for values in told.values()]), []
     return None, [(name, values["n"], values["acc"], values["auc"]) for name, values in told.items()]
-
-
-def _note_round(sites: Sites, round_: int, seconds: float, weights: int, n_sites: int) -> None:
-    """Add a line to the run's `rounds.csv`: what a round cost, and how many sites it aggregated."""
-    path = sites.folder / "rounds.csv"
-    row = {"round": round_, "seconds": round(seconds, 1), "weights_bytes": weights, "sites": n_sites}
-    earlier = [pd.read_csv(path).query("round < @round_")] if path.exists() else []
-    with atomic(path) as tmp:
-        pd.concat([*earlier, pd.DataFrame([row])], ignore_index=True).to_csv(tmp, index=False)

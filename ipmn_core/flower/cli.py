@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,14 +52,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Print how far a federation of processes is from the same rounds in one, and what a round costs."""
-    from ipmn_core.flower import demo as processes
+    """Print how far a federation of processes is from the same rounds in one process."""
+    from ipmn_core.flower import demo
 
-    result = processes.run(options.params, options.sites, options.keep)
-    print(f"\n{result.rounds.astype(object).to_markdown(index=False)}\n")
-    print(f"largest absolute difference from one process: weights {result.weights}", end=", ")
-    print(f"predictions {result.predictions}")
-    return 0 if result.weights == result.predictions == 0 else 1
+    weights, predictions = demo.run(options.params, options.sites, options.keep)
+    print(f"largest absolute difference from one process: weights {weights}, predictions {predictions}")
+    return 0 if weights == predictions == 0 else 1
 
 
 def init(options: argparse.Namespace) -> int:
@@ -82,15 +79,15 @@ def server(options: argparse.Namespace) -> None:
 
     federation = deployment.read(options.folder)
     command = processes.server_command(federation)
-    sys.stdout.flush()
     os.execve(command[0], command, processes.environment(federation))
 
 
 def site(options: argparse.Namespace) -> None:
-    """Keep Flower's SuperNode running."""
+    """Become Flower's SuperNode."""
     from ipmn_core.flower import processes
 
-    processes.stay(processes.site_command(options.folder, options.data, options.outputs, options.share))
+    command = processes.site_command(options.folder, options.data, options.outputs, options.share)
+    os.execve(command[0], command, processes.environment())
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +25,8 @@ from ipmn_core.flower.deployment import Federation
 from ipmn_core.params import Params
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The largest absolute differences of a federation's results from those of one process; and its cost."""
-
-    weights: float
-    predictions: float
-    rounds: pd.DataFrame
-
-
-def run(profile: Path, sites: Sequence[str], folder: Path | None = None) -> Difference:
-    """Train the first run of `profile` at `sites`, each a process, then in this process, and compare.
+def run(profile: Path, sites: Sequence[str], folder: Path | None = None) -> tuple[float, float]:
+    """Train the first run of `profile` at `sites`, each a process, then in this process, and `compare`.
 
     Uses `folder`, or a temporary one; no process is left running. Results are under the profile's name and
     `_demo`; those of an earlier demo are replaced.
@@ -58,28 +51,32 @@ class Local:
         self.federation, self.data, self.folder = federation, data, folder
         self.processes: dict[str, subprocess.Popen] = {}
 
-    def start(self, name: str) -> None:
-        """Start "server" or a site; what it prints goes to `<folder>/<name>.log`."""
-        log = self.folder / f"{name}.log"
+    def start(self, name: str, place: Path | None = None) -> None:
+        """Start "server" or the site in `place`; what it prints goes to `<folder>/<name>.log`."""
         if name == "server":
             command, env = processes.server_command(self.federation), processes.environment(self.federation)
         else:
-            place = self.federation.folder / "sites" / name
-            command, env = site_command(place, self.data[name], self.folder), processes.environment()
-        self.processes[name] = processes.start(command, env, log)
-        if name == "server":
-            processes.await_server(self.federation)
+            place, outputs = place or self.federation.folder / "sites" / name, self.folder / "sites" / name
+            command = processes.site_command(place, self.data[name], outputs, "scores")
+            env = processes.environment()
+        with open(self.folder / f"{name}.log", "ab") as log:
+            options = {"start_new_session": True, "preexec_fn": _end_with_parent}
+            self.processes[name] = subprocess.Popen(command, env=env, stdout=log, stderr=log, **options)
 
     def stop(self) -> None:
         """End all of them, the sites first, with all that they started."""
         for process in reversed(self.processes.values()):
-            processes.stop(process, 30)  # a site first ends what it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.terminate()
+                process.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def site_command(place: Path, data: Path, folder: Path) -> list[str]:
-    """`ipmn federation site` for the site in `place`, its own files below `folder`."""
-    command = [sys.executable, "-m", "ipmn_core.cli", "federation", "site", str(place)]
-    return [*command, "--data", str(data), "--outputs", str(folder / "sites" / place.name)]
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
@@ -96,6 +93,7 @@ def started(profile: Path, sites: Sequence[str], folder: Path, **policy) -> Iter
     local = Local(federation, phantom.split(p.cohort_root, folder / "data", sites), folder)
     try:
         local.start("server")
+        processes.await_server(federation)
         processes.register(federation)
         for name in sites:
             local.start(name)
@@ -112,8 +110,11 @@ def in_process(p: Params, sites: Sequence[str]) -> Path:
     return runs.execute(p, first, cohort.where(cohort.scans["center"].isin(sites)))
 
 
-def compare(there: Path, here: Path, sites: Path) -> Difference:
-    """How far the run in `there`, trained at sites whose files are below `sites`, is from that in `here`."""
+def compare(there: Path, here: Path, sites: Path) -> tuple[float, float]:
+    """The largest absolute differences of weights and predictions of the run in `there` from that in `here`.
+
+    `sites` holds the files of the sites at which the first was trained.
+    """
     ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (there, here))
     weights = max((ours[key].double() - theirs[key].double()).abs().max().item() for key in theirs)
     keys = ["epoch", "case_id"]
@@ -121,4 +122,4 @@ def compare(there: Path, here: Path, sites: Path) -> Difference:
     alone = pd.read_parquet(here / "predictions.parquet").set_index(keys)
     columns = [name for name in alone if name.startswith("prob_")]
     difference = kept.set_index(keys).loc[alone.index, columns] - alone[columns]
-    return Difference(weights, float(np.abs(difference).to_numpy().max()), pd.read_csv(there / "rounds.csv"))
+    return weights, float(np.abs(difference).to_numpy().max())

@@ -6,7 +6,6 @@ A federation's folder holds `federation.yaml`, `profile.yaml`, `server/` (for th
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ from ipmn_core.params import Params
 APP = """[project]
 name = "ipmn-federation"
 version = "1.0.0"
-description = "Federated training of ipmn"
-license = "MIT"
 dependencies = []
 
 [tool.flwr.app]
@@ -76,11 +73,6 @@ class Federation(Policy):
     sites: tuple[str, ...]
 
     @property
-    def address(self) -> str:
-        """Where sites find the server."""
-        return f"{self.host}:{self.port}"
-
-    @property
     def server(self) -> Path:
         """The folder that only the server may have."""
         return self.folder / "server"
@@ -122,25 +114,19 @@ def write(
     made = _checked(profile, folder=folder, profile=p, sites=sites, host=host, port=port, **policy)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another folder, its keys may be in use")
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    server = tmp / "server"
-    try:
-        for place in (server / "app", server / "flwr", *(tmp / "sites" / name for name in sites)):
-            place.mkdir(parents=True)
-        about = made.model_dump(mode="json", exclude={"folder", "profile"})
-        (tmp / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
-        (tmp / "profile.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
-        (server / "app" / "pyproject.toml").write_text(APP)
-        certificates.write(server, host)
-        for name in sites:
-            place = tmp / "sites" / name
-            certificates.node_key(place)
-            shutil.copy(server / "ca.crt", place)
-            shutil.copy(place / "key.pub", server / f"{name}.pub")
-            (place / "site.yaml").write_text(yaml.safe_dump({"site": name, "server": made.address}))
-        tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    for place in ("server/app", "server/flwr", *(f"sites/{name}" for name in sites)):
+        (folder / place).mkdir(parents=True)
+    (made.server / "app" / "pyproject.toml").write_text(APP)
+    certificates.write(made.server, host)
+    for name in sites:
+        place = folder / "sites" / name
+        certificates.node_key(place)
+        shutil.copy(made.server / "ca.crt", place)
+        shutil.copy(place / "key.pub", made.server / f"{name}.pub")
+        (place / "site.yaml").write_text(yaml.safe_dump({"site": name, "server": f"{host}:{port}"}))
+    (folder / "profile.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
+    about = made.model_dump(mode="json", exclude={"folder", "profile"})
+    (folder / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))  # last: it is whole
     return read(folder)
 
 

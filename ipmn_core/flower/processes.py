@@ -1,24 +1,20 @@
-"""A federation across machines as processes: server and sites started, runs ordered and awaited."""
+"""A federation across machines as processes: commands of server and sites, runs ordered and awaited."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
-from tqdm import tqdm
 
 from ipmn_core.disk import atomic
 from ipmn_core.flower.deployment import Federation, FederationError, Policy, flower
@@ -49,13 +45,8 @@ def server_command(federation: Federation) -> list[str]:
 def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[str]:
     """The command of the site in `folder`: Flower's SuperNode, with this site's own folders.
 
-    Raises FederationError for files that are missing, or a folder whose name cannot be passed on.
+    Raises FederationError for a folder that is missing or whose name cannot be passed on.
     """
-    missing = [name for name in ("site.yaml", "ca.crt", "key", "key.pub") if not (folder / name).is_file()]
-    if missing:
-        raise FederationError(
-            f"{folder} lacks {', '.join(missing)}; name the folder that `init` wrote for this site"
-        )
     if not data.is_dir():
         raise FederationError(f"{data}: no such folder; --data names this site's own copy of its cases")
     about = yaml.safe_load((folder / "site.yaml").read_text())
@@ -87,68 +78,21 @@ def environment(federation: Federation | None = None) -> dict[str, str]:
     return env | ({"FLWR_HOME": str(federation.server / "flwr")} if federation else {})
 
 
-def start(command: Sequence[str], env: dict[str, str], log: Path | None = None) -> subprocess.Popen:
-    """Start a process in a group of its own; its output is appended to `log`, or goes where ours goes.
-
-    On Linux it also ends when this process is killed.
-    """
-    with open(log, "ab") if log else contextlib.nullcontext() as file:
-        return subprocess.Popen(
-            command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
-        )
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # prctl's PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def stop(child: subprocess.Popen, seconds: float = 10.0) -> None:
-    """End a process of `start` and its group: SIGTERM, after `seconds` SIGKILL."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def stay(command: Sequence[str]) -> None:
-    """Keep a site's process running until this one is ended.
-
-    The server refuses a site that was killed for about a minute, so it is started again and again.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    while True:
-        child = start(command, environment())
-        try:
-            child.wait()
-        finally:
-            stop(child)  # Flower leaves a helper behind
-        print("the site's process ended; it is started again in 10 s", file=sys.stderr, flush=True)
-        time.sleep(10)
-
-
 def control(federation: Federation, *arguments: str) -> dict[str, Any]:
     """The answer of Flower's command `flwr`. Raises FederationError with its reason if it failed."""
-    root = federation.server / "ca.crt"
+    address, root = f"127.0.0.1:{federation.port}", federation.server / "ca.crt"
     with atomic(federation.server / "flwr" / "config.toml") as tmp:
-        tmp.write_text(
-            f'[superlink.{NAME}]\naddress = "127.0.0.1:{federation.port}"\nroot-certificates = "{root}"\n'
-        )
+        tmp.write_text(f'[superlink.{NAME}]\naddress = "{address}"\nroot-certificates = "{root}"\n')
     command, env = [flower("flwr"), *arguments, "--format", "json"], environment(federation)
-    about = f"flwr {' '.join(arguments[:2])}"
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ANSWER_SECONDS)
         answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise FederationError(f"{about}: no answer within {ANSWER_SECONDS:.0f} s") from error
-    except ValueError as error:
-        raise FederationError(f"{about}: {done.stdout}{done.stderr}".strip()) from error
+    except subprocess.TimeoutExpired:
+        answer = {"error-message": f"no answer within {ANSWER_SECONDS:.0f} s"}
+    except ValueError:
+        answer = {"error-message": f"{done.stdout}{done.stderr}".strip()}
     if not answer.get("success"):
-        raise FederationError(f"{about}: {answer.get('error-message', answer)}".strip())
+        raise FederationError(f"flwr {' '.join(arguments[:2])}: {answer.get('error-message', answer)}")
     return answer
 
 
@@ -164,11 +108,8 @@ def await_server(federation: Federation) -> None:
 
 
 def _answers(federation: Federation) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", federation.port), timeout=10):
-            return True
-    except OSError:
-        return False
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", federation.port)) == 0
 
 
 def register(federation: Federation) -> dict[str, int]:
@@ -192,7 +133,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
     call goes on from its last whole round), StaleRunError for one that was made with other settings.
     """
     from ipmn_core import runs
-    from ipmn_core.runs import store
+    from ipmn_core.runs import store, workers
 
     p = federation.profile
     await_server(federation)
@@ -205,38 +146,35 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
         if not (folder / "run.json").exists():
             policy = federation.model_dump(include=set(Policy.model_fields))
             order = {"profile": p.model_dump_json(), "run": asdict(each), "nodes": nodes, "policy": policy}
-            with tqdm(desc=runs.named(each), total=p.rounds, unit="round") as bar:
-                _train(federation, folder, order, bar)
+            with workers.progress(lambda at=folder: store.share_done(at), 1, runs.named(each)):
+                _train(federation, folder, order)
         yield store.whole(folder, runs.run_settings(p, each).protocol())
 
 
-def _train(federation: Federation, folder: Path, order: dict[str, Any], bar: tqdm) -> None:
-    """Have Flower carry out one run, and return once it is whole."""
+def _train(federation: Federation, folder: Path, order: dict[str, Any]) -> None:
+    """Have Flower carry out one run; return once it is whole."""
     (folder / FAILURE).unlink(missing_ok=True)
-    path = federation.server / "order.toml"
+    path, code = federation.server / "order.toml", str(federation.server / "app")
     with atomic(path) as tmp:
         tmp.write_text(f"order = {json.dumps(json.dumps(order))}\n")
-    code = str(federation.server / "app")
     number = control(federation, "run", code, NAME, "--run-config", str(path))["run-id"]
+    asked, status = time.monotonic(), ""
     try:
-        asked = time.monotonic()
         while not (folder / "run.json").exists():
-            if (folder / "rounds.csv").exists():
-                bar.update(len(pd.read_csv(folder / "rounds.csv")) - bar.n)
-            # Flower's command exits 0 even when a run failed, so the run's own files tell
-            if (folder / FAILURE).exists():
+            if (folder / FAILURE).exists():  # Flower's command exits 0 even when a run failed
                 raise FederationError((folder / FAILURE).read_text())
-            ended = "the server is gone; start it" if not _answers(federation) else ""
+            if not _answers(federation) or status.startswith("finished"):
+                reason = (
+                    f"the server app ended as {status}, see `flwr log`" if status else "the server is gone"
+                )
+                raise FederationError(
+                    f"{folder}: {reason}; the same command goes on from the last whole round"
+                )
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
                 status = control(federation, "ls", NAME, "--run-id", number)["runs"][0]["status"]
-                if status.startswith("finished") and not (folder / "run.json").exists():
-                    ended = f"the server app ended as {status}; see `flwr log`"
-            if ended:
-                raise FederationError(
-                    f"{folder}: {ended}; the same command goes on from the last whole round"
-                )
-            time.sleep(1.0)
+            else:
+                time.sleep(1.0)
     except BaseException:
         with contextlib.suppress(FederationError):
             control(federation, "stop", number, NAME)

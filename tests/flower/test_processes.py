@@ -74,13 +74,9 @@ def test_a_folders_name_is_passed_on_as_it_is_or_refused(place, tmp_path, quote)
         assert told["outputs"] == str(outputs) and told["site"] == "NU"
 
 
-def test_a_site_without_its_files_or_cases_is_told_so(written, tmp_path):
-    place = written.folder / "sites" / "NYU"
+def test_a_site_without_its_cases_is_told_so(place, tmp_path):
     with pytest.raises(FederationError, match=r"nowhere: no such folder; --data names"):
         processes.site_command(place, tmp_path / "nowhere", tmp_path, "scores")
-    (place / "key").unlink()
-    with pytest.raises(FederationError, match="lacks key; name the folder that `init` wrote"):
-        processes.site_command(place, tmp_path, tmp_path / "work", "scores")
 
 
 def test_flowers_processes_send_no_telemetry_and_keep_to_the_federations_folder(federation, monkeypatch):
@@ -163,5 +159,5 @@ def test_the_reason_for_which_a_run_failed_is_raised_and_the_run_is_stopped(writ
 
     monkeypatch.setattr(processes, "control", control)
     with pytest.raises(FederationError, match="NU did not answer"):
-        processes._train(written, tmp_path, {}, None)
+        processes._train(written, tmp_path, {})
     assert called == ["run", "stop"]

@@ -58,13 +58,6 @@ def test_the_folders_are_the_sites_own_as_seen_from_where_it_was_started(node, o
     assert at.folder == tmp_path / "kept" / at.token and at.share == "scores" and at.p.rounds == 2
 
 
-def test_a_setting_that_this_version_does_not_know_is_refused(node, order):
-    asked = order()
-    asked["profile"] = asked["profile"].replace('"batch_size"', '"batches"')
-    with pytest.raises(ValueError, match="batches"):
-        site.open_site(node, asked)
-
-
 def test_another_centers_cases_are_not_trained_on(node, order):
     at = site.open_site({**node, "site": "NU"}, order())
     with pytest.raises(site.SiteError, match="holds scans of NYU, this is NU"):
@@ -151,13 +144,3 @@ def test_predictions_of_a_round_tested_again_replace_the_earlier(node, order, w_
     assert kept.groupby("epoch").size().to_dict() == {1: 6, 2: 6}
     first, second = (kept[kept["epoch"] == k].set_index("case_id")["prob_1"] for k in (1, 2))
     assert (first != second).all()
-
-
-def test_a_site_keeps_a_list_of_what_left_it(node, order):
-    at = site.open_site(node, order())
-    site.note_sent(at, "train", {"n_k": 6, "loss": 0.5}, weights=1234)
-    site.note_sent(at, "evaluate", {"n": 6})
-    sent = pd.read_csv(at.folder / "sent.csv")
-    assert list(sent["what"]) == ["train", "evaluate"] and list(sent["weights_bytes"]) == [1234, 0]
-    assert list(sent["values"]) == ["n_k=6; loss=0.5", "n=6"]
-    assert pd.to_datetime(sent["at"]).notna().all()
