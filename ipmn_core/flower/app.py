@@ -31,7 +31,6 @@ from ipmn_core.disk import atomic
 from ipmn_core.federated import DivergedError, Epoch, State, Update
 from ipmn_core.flower import site
 from ipmn_core.flower.deployment import Policy
-from ipmn_core.flower.processes import FAILURE
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Params
 from ipmn_core.runs import store
@@ -110,15 +109,8 @@ def _work(at: site.Site, kind: str, order: Values, content: RecordDict) -> tuple
 def _main(grid: Grid, context: Context) -> None:
     order = json.loads(context.run_config["order"])
     p, run = Params.model_validate_json(order["profile"]), runs.Run(**order["run"])
-    folder = runs.folder_of(p, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        federated.prepare(p.threads)
-        execute(Sites(grid, p, run, order["nodes"], Policy(**order["policy"])))
-    except BaseException as error:
-        with atomic(folder / FAILURE) as tmp:
-            tmp.write_text(f"{type(error).__name__}: {error}")
-        raise
+    federated.prepare(p.threads)
+    execute(Sites(grid, p, run, order["nodes"], Policy(**order["policy"])))
 
 
 class Sites:
@@ -128,6 +120,7 @@ class Sites:
         self.grid, self.p, self.run, self.policy = grid, p, run, policy
         self.nodes = {center: nodes[center] for center in CENTERS if center in nodes}
         self.folder = runs.folder_of(p, run)
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "token"  # the name of the run at the sites, kept until it is whole
         if not path.exists():
             with atomic(path) as tmp:
@@ -209,8 +202,7 @@ def execute(sites: Sites) -> Path:
     rows = pd.concat([_numbered(name, hello, run) for name, hello in hellos.items()], ignore_index=True)
     rounds = _rounds(sites, settings, hellos, model, progress.learning)
     folder = runs.record(p, run, settings, key, rows, model, rounds, progress)
-    for name in ("token", FAILURE):
-        (folder / name).unlink(missing_ok=True)
+    (folder / "token").unlink()
     return folder
 
 

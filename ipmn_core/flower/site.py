@@ -56,45 +56,40 @@ class Site:
 
     @cached_property
     def cohort(self) -> data.Cohort:
-        """The site's own cases of all modalities. Raises SiteError if there are others."""
+        """The cases of the run's modality, each with its `role`. Raises SiteError for cases of others."""
         cohort = data.load_cohort(self.p)
         others = sorted(set(cohort.scans["center"]) - {self.center})
         if others:
             raise SiteError(
                 f"{self.p.data} holds scans of {', '.join(others)}, this is {self.center}: name its folder"
             )
-        return cohort
-
-    @cached_property
-    def rows(self) -> pd.DataFrame:
-        """The cases of the run's modality, each with its `role`, train or test."""
-        return runs.with_roles(self.cohort.of(self.run.modality), self.settings).scans
+        return runs.with_roles(cohort.of(self.run.modality), self.settings)
 
     @cached_property
     def cases(self) -> Cases:
-        """Cubes and targets of `rows`."""
-        cohort = self.cohort.of(self.run.modality)
-        y = torch.tensor(runs.targets(cohort.scans["label"].to_numpy(), self.run.task), device=self.device)
-        return Cases(torch.tensor(cohort.cubes).unsqueeze(1).to(self.device), y)
+        """Cubes and targets of `cohort`."""
+        x, device = torch.tensor(self.cohort.cubes).unsqueeze(1), federated.device_of(self.p)
+        y = torch.tensor(runs.targets(self.cohort.scans["label"].to_numpy(), self.run.task))
+        return Cases(x.to(device), y.to(device))
 
     @cached_property
-    def device(self) -> torch.device:
-        """Where this machine trains."""
-        return federated.device_of(self.p)
+    def test(self) -> pd.DataFrame:
+        """The test cases in the order of the files."""
+        return self.cohort.scans[self.cohort.scans["role"] == "test"]
 
     @cached_property
     def tested(self) -> pd.DataFrame:
-        """The test cases in the order in which anything of them leaves: one that only this site knows."""
+        """The test cases in the order in which their scores leave: one that only this site knows."""
         path = self.folder / "secret"
         if not path.exists():
             with atomic(path) as tmp:
                 tmp.write_bytes(secrets.token_bytes(16))
-        rows = self.rows[self.rows["role"] == "test"]
-        return rows.iloc[np.random.default_rng(list(path.read_bytes())).permutation(len(rows))]
+        rng = np.random.default_rng(list(path.read_bytes()))
+        return self.test.iloc[rng.permutation(len(self.test))]
 
     def model(self) -> torch.nn.Module:
         """The run's network, untrained, on the site's device."""
-        return runs.build(self.settings, self.device, [self.center])
+        return runs.build(self.settings, federated.device_of(self.p), [self.center])
 
 
 def open_site(node: dict[str, Any], order: dict[str, Any]) -> Site:
@@ -119,7 +114,7 @@ def open_site(node: dict[str, Any], order: dict[str, Any]) -> Site:
 
 def introduce(site: Site) -> dict[str, Any]:
     """What the server needs to know first: counts, a hash of the data keyed by the run, perhaps labels."""
-    n_train = int((site.rows["role"] == "train").sum())
+    n_train = int((site.cohort.scans["role"] == "train").sum())
     key = hmac.new(site.token.encode(), site.cohort.key.encode(), hashlib.sha256).hexdigest()
     hello = {"center": site.center, "n_train": n_train, "n_test": len(site.tested), "data": key}
     if site.share == "scores":
@@ -135,7 +130,7 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
     Raises SiteError if the state of `since` is not there.
     """
     model, settings = site.model(), site.settings
-    mine = runs.indices(site.rows, "train")[site.center]
+    mine = runs.indices(site.cohort.scans, "train")[site.center]
     learner = Learner(site.center, model, mine, settings)
     if since:
         path = site.folder / f"learner_{since}.pt"
@@ -144,7 +139,7 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
         learner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     if fresh:
         learner = federated.afresh(site.center, model, learner, settings)
-    w_global = {key: value.to(site.device) for key, value in w_global.items()}
+    w_global = {key: value.to(site.cases.y.device) for key, value in w_global.items()}
     seed = [*settings.seed, round_, k]
     loss = federated.local_update(model, w_global, learner, site.cases, settings, settings.strategy, seed)
     with atomic(site.folder / f"learner_{round_}.pt") as tmp:
@@ -161,9 +156,8 @@ def evaluate(site: Site, w_global: State, round_: int) -> dict[str, Any]:
     """What the site tells of the global model of a round on its test fold; by case only to its own disk."""
     model = site.model()
     model.load_state_dict(w_global)
-    rows = site.rows[site.rows["role"] == "test"]
-    prob = federated.evaluate(model, torch.tensor(rows.index), site.cases, site.settings)
-    frame = runs.predictions_of(round_, prob, site.settings, rows).drop(columns="role")
+    prob = federated.evaluate(model, torch.tensor(site.test.index), site.cases, site.settings)
+    frame = runs.predictions_of(round_, prob, site.settings, site.test).drop(columns="role")
     path = site.folder / "predictions.parquet"
     earlier = [pd.read_parquet(path).query("epoch != @round_")] if path.exists() else []
     with atomic(path) as tmp:
@@ -171,7 +165,7 @@ def evaluate(site: Site, w_global: State, round_: int) -> dict[str, Any]:
     y = frame["y_true"].to_numpy()
     told = {"n": len(y), "acc": metrics.accuracy(y, prob), "auc": metrics.auc(y, prob)}
     if site.share == "scores":
-        told["prob"] = pd.DataFrame(prob, rows.index).loc[site.tested.index].to_numpy().ravel().tolist()
+        told["prob"] = pd.DataFrame(prob, site.test.index).loc[site.tested.index].to_numpy().ravel().tolist()
     return told
 
 

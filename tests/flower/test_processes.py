@@ -154,10 +154,11 @@ def test_the_reason_for_which_a_run_failed_is_raised_and_the_run_is_stopped(writ
 
     def control(federation, *arguments):
         called.append(arguments[0])
-        (tmp_path / "failed.txt").write_text("SitesAwayError: NU did not answer")
-        return {"run-id": "7"}
+        failed = {"status": "finished:failed", "status-details": "NU did not answer"}
+        return {"run-id": "7", "runs": [failed]}
 
     monkeypatch.setattr(processes, "control", control)
+    monkeypatch.setattr(processes, "STATUS_SECONDS", -1.0)
     with pytest.raises(FederationError, match="NU did not answer"):
         processes._train(written, tmp_path, {})
-    assert called == ["run", "stop"]
+    assert called == ["run", "ls", "stop"]

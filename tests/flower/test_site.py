@@ -32,11 +32,6 @@ def states(at):
     return sorted(path.name for path in at.folder.glob("learner_*"))
 
 
-def steps_taken(at, round_):
-    saved = torch.load(at.folder / f"learner_{round_}.pt", weights_only=True)
-    return {float(state["step"]) for state in saved["optimizer"]["state"].values()}
-
-
 @pytest.mark.parametrize(
     "change", [{"site": None}, {"outputs": ""}, {"site": "nyu"}, {"share": "everything"}]
 )
@@ -69,7 +64,7 @@ def test_a_site_introduces_itself_by_counts_and_labels(node, order):
     hello = site.introduce(at)
     assert (hello["center"], hello["n_train"], hello["n_test"]) == ("NYU", 6, 6)
     assert hello["y_true"] == [int(label == 2) for label in at.tested["label"]]
-    assert set(at.tested["case_id"]) == set(at.rows.loc[at.rows["role"] == "test", "case_id"])
+    assert set(at.tested["case_id"]) == set(at.test["case_id"])
 
 
 def test_what_leaves_is_ordered_and_fingerprinted_anew_for_each_run(node, order):
@@ -92,18 +87,6 @@ def test_a_round_asked_for_again_ends_with_the_same_bits(node, order, w_global):
     assert states(at) == ["learner_1.pt", "learner_2.pt"]
     site.train(at, two.state, 3, 0, 2, False)
     assert states(at) == ["learner_2.pt", "learner_3.pt"]  # no round can ask for the first again
-
-
-def test_a_site_goes_on_from_its_own_state_unless_it_must_begin_afresh(node, order, w_global):
-    at = site.open_site(node, order(lr_step=1, lr_gamma=0.5))
-    site.train(at, w_global, 1, 0, 0, False)
-    kept = site.train(at, w_global, 2, 0, 1, False)
-    assert steps_taken(at, 2) == {2.0}
-    fresh = site.train(at, w_global, 2, 0, 1, True)
-    assert steps_taken(at, 2) == {1.0}
-    assert largest_difference(kept.state, fresh.state) > 0
-    saved = torch.load(at.folder / "learner_2.pt", weights_only=True)
-    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.5**2)  # its schedule stays
 
 
 def test_a_state_that_is_gone_is_an_error(node, order, w_global):
