@@ -19,7 +19,6 @@ from typing import Any
 import nbformat
 from filelock import FileLock, Timeout
 
-from ipmn_core import disk
 from ipmn_core.params import Params, ParamsError, project_root
 from ipmn_core.runs import spread
 
@@ -91,8 +90,6 @@ def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core.runs import probes, records
 
     privacy.note(p)
-    for folder in (p.folder, p.folder.parent / "cache", p.phantom_root.parent):
-        disk.sweep(folder)
     grids = {task: runs.grid(p, task) for task in runs.TASKS}
     spread.require(p.backend)
     machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)
