@@ -1,4 +1,4 @@
-"""Notebook 04 on what the smoke profile lacks: all arms and models, two modalities, inner validation, no truth.
+"""Notebook 04 on what smoke lacks: all arms and models, both modalities, inner validation, no truth.
 
 Every network is the tiny one under another's name, every cube noise.
 """
