@@ -16,7 +16,7 @@ from ipmn_core import data, metrics, predict, runs
 from ipmn_core.metrics import inference, tables
 from ipmn_core.names import display_name
 from ipmn_core.predict import PredictError, Trained
-from ipmn_core.runs import records
+from ipmn_core.runs import store
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -119,7 +119,7 @@ def _records(trained: list[Trained]) -> list[dict[str, Any]]:
         if missing:
             lacks = f"{one.weights.with_name('run.json')} lacks {', '.join(sorted(missing))}"
             raise PredictError(f"{lacks}; restore it, or repeat the run")
-        own = ("fold", *records.MACHINE)
+        own = ("fold", *store.MACHINE)
         found.append(record)
         shared.append(
             {k: v for k, v in record["settings"].items() if k not in own} | {"data": record["data"]}
@@ -140,7 +140,7 @@ def _predictions(trained: list[Trained], role: str) -> pd.DataFrame:
             continue
         if not (folder / name).exists():
             raise PredictError(f"{folder} lacks {name}: give the runs, not an export of them, or repeat them")
-        frames.append(records.read_predictions(folder, settings, role))
+        frames.append(store.read_predictions(folder, settings, role))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=metrics.COLUMNS)
 
 
@@ -240,7 +240,7 @@ def _versions(found: list[dict[str, Any]]) -> pd.DataFrame:
         own = "not installed"
     rows = []
     for record in found:
-        machine = {key: record["settings"].get(key) for key in records.MACHINE}
+        machine = {key: record["settings"].get(key) for key in store.MACHINE}
         machine |= {"processor": record["device"], "seconds": str(record["seconds"]), "card by ipmn": own}
         rows.append({"fold": record["settings"]["fold"], **record["versions"], **machine})
     return pd.DataFrame(rows)

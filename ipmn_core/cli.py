@@ -163,10 +163,6 @@ def run_profile(options: argparse.Namespace) -> int:
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
         page = pipeline.write_report(p)
     print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
-    if p.noise_multiplier is not None:
-        from ipmn_core.federated import privacy
-
-        print(f"{privacy.note(p)}\n")
     for what in ("tables", "figures", "notebooks"):
         print(f"{what:>10}  {p.folder / what}/")
     print(f"{'report':>10}  {page}")

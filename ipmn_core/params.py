@@ -1,7 +1,8 @@
-"""One typed schema for every setting; the paper's protocol is the default of each."""
+"""One typed schema for every setting; the default of each is the paper's protocol."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +10,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-Modality = Literal["t1", "t2"]
-Count = Annotated[int, Field(ge=1)]
-Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
+Names = Annotated[tuple[str, ...], List, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class ParamsError(ValueError):
@@ -21,79 +22,98 @@ class ParamsError(ValueError):
 
 
 class Params(BaseModel):
-    """The settings of one profile, flat, as they stand in `params/*.yaml` and in a notebook's first cell.
+    """The settings of one profile, flat. The defaults are those of the paper and of its released code.
 
-    Sizes are voxels, rates and probabilities plain numbers. Sections 2 and 3 of the paper and its
-    released code give the defaults.
+    `params/<profile>.yaml` lists what differs from them; `ipmn params` prints all of them.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = "paper"
-    outputs: Folder = "outputs"
-    data: Folder = "phantom"
-    columns: Literal["header", "position"] = "header"
-    phantom_max_per_cell: Count | None = None
-    phantom_shortcut: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_per_cell: Count | None = None
-    modalities: Annotated[tuple[Modality, ...], List, Field(min_length=1)] = ("t1", "t2")
-    size: Annotated[int, Field(ge=32)] = 96
-    fold_rule: Literal["center", "patient"] = "center"
-    three_class_folds: Annotated[int, Field(ge=2)] = 5
-    binary_folds: Annotated[int, Field(ge=2)] = 4
-    inner_validation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    three_class_models: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
-        "resnet34",
-        "shufflenetv2",
-        "mobilenetv2",
-        "efficientnetb0",
-        "densenet121",
+    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = Field(
+        "paper", description="name; results go to outputs/<profile>/"
     )
-    binary_model: str = "densenet121"
-    arms: Annotated[tuple[str, ...], List, Field(min_length=1)] = (
-        "centralized",
-        "fedavg",
-        "fedprox_0.1",
-        "fedprox_0.3",
-        "local_only",
+    outputs: Folder = Field("outputs", description="folder for everything that is written")
+    data: Folder = Field("phantom", description="phantom, or the folder of the real data set")
+    columns: Literal["header", "position"] = Field(
+        "header",
+        description="how to find columns in the label sheets: by header, or at the released position",
     )
-    epochs: Count = 100
-    epochs_by_model: dict[str, Count] = {}
-    rounds: Count = 100
-    local_epochs: Count = 1
-    clients_per_round: Count | None = None
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Annotated[int, Field(ge=2)] = 16
-    batches_per_epoch: Count | None = None
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    lr_step: Count = 30
-    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    augment_prob: Annotated[float, Field(ge=0, le=1)] = 0.1
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # scikit-learn takes no larger one
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    threads: Annotated[int, Field(ge=0)] = 0
-    jobs: Count = 1
-    backend: Literal["loky", "ray", "dask"] = "loky"
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    phantom_max_per_cell: Count | None = Field(
+        None, description="phantom only: cases written per center and class; null for those of table 1"
+    )
+    phantom_shortcut: float = Field(
+        0.0, ge=0, le=1, description="phantom only: tie of the scanning protocol to the label, 0 (none) to 1"
+    )
+    phantom_seed: int = Field(0, ge=0, lt=2**32, description="phantom only: draws patients and images")
+    max_per_cell: Count | None = Field(None, description="cases used per center and class; null for all")
+    modalities: Annotated[tuple[Literal["t1", "t2"], ...], List] = Field(
+        ("t1", "t2"), min_length=1, description="modalities, each with networks of its own"
+    )
+    size: int = Field(96, ge=32, description="edge of the ROI cube, voxels")
+    fold_rule: Literal["center", "patient"] = Field(
+        "center", description="center as in the paper; patient keeps T1 and T2 of a patient in one fold"
+    )
+    three_class_folds: int = Field(5, ge=2, description="folds of the three-class task")
+    binary_folds: int = Field(4, ge=2, description="folds of the binary task")
+    inner_validation: float = Field(
+        0.0, ge=0, le=0.5, description="share of each training fold held out to choose an epoch on"
+    )
+    three_class_models: Names = Field(
+        ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121"),
+        description="networks of the three-class task",
+    )
+    binary_model: str = Field("densenet121", description="network of the binary task")
+    arms: Names = Field(
+        ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only"),
+        description="arms of the binary task; local_only is not in the paper",
+    )
+    epochs: Count = Field(100, description="centralized epochs")
+    epochs_by_model: dict[str, Count] = Field(
+        {}, description="networks of the three-class task that train for another number of epochs"
+    )
+    rounds: Count = Field(100, description="federated rounds")
+    local_epochs: Count = Field(1, description="local epochs of a client in a round")
+    clients_per_round: Count | None = Field(None, description="clients drawn for a round; null for all")
+    batch_size: int = Field(16, ge=2, description="cases per batch")
+    batches_per_epoch: Count | None = Field(
+        None, description="batches after which an epoch ends; null for all"
+    )
+    lr: float = Field(1e-3, gt=0, description="learning rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    lr_step: Count = Field(30, description="epochs after which the learning rate is multiplied by lr_gamma")
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of the learning rate after lr_step epochs")
+    augment_prob: float = Field(
+        0.1, ge=0, le=1, description="probability of a random flip, and of a random 90-degree rotation"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="draws weights, batches, augmentation and inner splits")
+    keep_models: Annotated[tuple[str, ...], List] = Field(
+        ("*",), description="runs whose weights are kept, patterns of <task>/<modality>/<arm>/fold<k>"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="auto, cpu, cuda or cuda:1"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="float32, bfloat16 (autocast), or auto to ask the hardware"
+    )
+    threads: int = Field(0, ge=0, description="torch threads per run; 0 for all cores")
+    jobs: Count = Field(1, description="runs at a time")
+    checkpoint_seconds: float = Field(
+        60.0, ge=0, description="least time between two checkpoints of an unfinished run; 0: every epoch"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> Params:
-        if self.profile.lower() in ("phantom", "cache", "reference"):  # some disks know no case
+        if self.profile.lower() in ("phantom", "cache", "reference"):  # some disks ignore case
             raise ValueError(f"profile: {self.profile} is a folder of its own in outputs, take another name")
         for key in ("modalities", "three_class_models", "arms"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} lists a value twice: {list(values)}")
-        if self.noise_multiplier is not None and self.clip_norm is None:
-            raise ValueError("noise_multiplier: noise is in units of clip_norm, set that, too")
         return self
 
     @property
     def folder(self) -> Path:
-        """Where everything of this profile lands: `<outputs>/<profile>`."""
+        """The folder of everything that this profile writes: `<outputs>/<profile>`."""
         return project_root() / self.outputs / self.profile
 
     def folds(self, task: str) -> int:
@@ -102,10 +122,11 @@ class Params(BaseModel):
 
     @property
     def phantom_root(self) -> Path:
-        """Where the phantom cohort of this seed and size lies, shared by all profiles."""
+        """The folder of the phantom cohort of this seed and size, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
         shortcut = f"_shortcut{self.phantom_shortcut:g}" if self.phantom_shortcut else ""
-        return project_root() / self.outputs / "phantom" / f"{PHANTOM}_seed{self.seed}_{cases}{shortcut}"
+        name = f"{PHANTOM}_seed{self.phantom_seed}_{cases}{shortcut}"
+        return project_root() / self.outputs / "phantom" / name
 
     @property
     def cohort_root(self) -> Path:
@@ -123,39 +144,57 @@ def project_root() -> Path:
 
 
 def load(path: str | Path) -> Params:
-    """The validated settings of a YAML file. Raises ParamsError naming file, key and remedy."""
-    path = Path(path)
+    """The settings of a YAML file, the paper's where it has none. Raises ParamsError naming file and key."""
+    return validate(_read(Path(path)), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ParamsError(f"{path}: no such file; profiles lie in params/, for instance params/demo.yaml")
+        raise ParamsError(f"{path}: no such file; profiles are in params/, for instance params/demo.yaml")
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except Exception as error:  # PyYAML lets through whatever a date, number or tag provokes
-        raise ParamsError(f"{path}: not valid YAML: {error}; mend it, or start from a copy") from error
+    except Exception as error:  # PyYAML lets other errors through, by a date, a number or a tag
+        raise ParamsError(f"{path}: not valid YAML: {error}; fix it, or start from a copy") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
     keys = [key.value for key, _ in lines.value]
     twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:  # YAML would take the last without a word
-        raise ParamsError(f"{path}: {', '.join(twice)} stands there twice; keep one line for each setting")
-    return validate(values, str(path))
+    if twice:  # YAML would take the last one silently
+        raise ParamsError(f"{path}: {', '.join(twice)} is given twice; keep one line per setting")
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> Params:
-    """The settings in `values`, each checked. Raises ParamsError listing every fault with its key."""
+    """The settings in `values`, each checked. Raises ParamsError listing every invalid one by its key."""
     try:
         return Params.model_validate(dict(values))
     except ValidationError as error:
         faults = "\n".join(f"  {_in_words(fault)}" for fault in error.errors())
-        raise ParamsError(f"{source}: {error.error_count()} setting(s) to mend\n{faults}") from error
+        raise ParamsError(f"{source}: {error.error_count()} invalid setting(s)\n{faults}") from error
 
 
 def from_notebook(variables: Mapping[str, Any]) -> Params:
-    """The settings among a notebook's variables (`globals()`), validated like a file's."""
-    missing = [key for key in Params.model_fields if key not in variables]
-    if missing:
-        raise ParamsError(f"the notebook's parameters cell lacks {', '.join(missing)}; run that cell first")
-    return validate({key: variables[key] for key in Params.model_fields}, "the notebook's parameters cell")
+    """The settings of a notebook, from its variables (`globals()`).
+
+    In this order: the schema's defaults, `params/<profile>.yaml` (or the file that `profile` is the path of),
+    the variables that are named like a setting and are not None. Raises ParamsError for a setting of the
+    wrong kind, and for one that papermill injected and the schema does not know.
+    """
+    injected = [cell for cell in variables.get("In", ()) if cell.startswith("# Parameters")]  # papermill's
+    nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    names = {target.id for node in nodes for target in node.targets} | Params.model_fields.keys()
+    given = {key: variables[key] for key in names if variables.get(key) is not None}
+    profile = str(given.pop("profile", "paper"))
+    path = Path(profile) if profile.endswith(".yaml") else project_root() / "params" / f"{profile}.yaml"
+    values = _read(path) if path.is_file() or profile.endswith(".yaml") else {"profile": profile}
+    return validate({**values, **given}, "the notebook's parameters")
+
+
+def table() -> list[dict[str, str]]:
+    """All settings, one row each: setting, default (the paper's protocol), description."""
+    fields = Params.model_fields.items()
+    return [{"setting": k, "default": str(f.default), "description": f.description} for k, f in fields]
 
 
 def _in_words(fault: dict[str, Any]) -> str:

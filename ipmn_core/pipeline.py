@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 from filelock import FileLock, Timeout
 
+from ipmn_core.disk import atomic
+from ipmn_core.names import TASKS
 from ipmn_core.params import Params, ParamsError, project_root
-from ipmn_core.runs import spread
+from ipmn_core.process import end_with
 
 NOTEBOOKS = (
     "01_data_exploration",
@@ -53,17 +56,16 @@ def locked(p: Params) -> Iterator[None]:
 
 
 def prepare(p: Params, fresh: bool = False) -> None:
-    """Checks what can be checked before any training: models, arms, device, cohort, folds, every volume.
+    """Check what can be checked before any training, then train and fit what is missing.
 
-    Writes the phantom and the cache of cubes if they are missing. `fresh` then discards the profile's
-    training runs; otherwise those on disk must be of these settings and data. Then trains every run and fits
-    every probe that is missing, so that one pool of workers and one progress display serve all notebooks.
-    Errors are sentences. All of it in a process of its own, whose memory is free again for the notebooks.
+    Checks models, arms, device, cohort, folds, every volume, and that runs on disk are of these settings and
+    data; `fresh` discards the runs instead. Writes the phantom and the cache of cubes if they are missing.
+    Trains here, so that one pool of workers and one display of progress serve all notebooks, in a process of
+    its own, whose memory is free again for the notebooks. Raises what these steps raise, in sentences.
     """
-    with ProcessPoolExecutor(1, get_context(START), spread.end_with_parent) as alone:
+    with ProcessPoolExecutor(1, get_context(START), end_with, (os.getpid(),)) as alone:
         try:
             alone.submit(_prepare, p, fresh).result()
-            alone.submit(_train, p).result()
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "the process that trains was ended from outside (out of memory?); finished runs are kept, "
@@ -71,41 +73,23 @@ def prepare(p: Params, fresh: bool = False) -> None:
             ) from error
 
 
-def _train(p: Params) -> None:
+def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import data, runs
     from ipmn_core.runs import probes
 
-    scans = data.subset(data.open_cohort(p), p.max_per_cell)
-    cubes = data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
-    runs.train(p, ("binary", "three_class"), scans, cubes)  # the longer runs first: workers end together
-    for task in runs.TASKS:
-        probes.fit(p, task, scans, cubes)
-
-
-def _prepare(p: Params, fresh: bool) -> None:
-    from joblib.externals.loky import get_reusable_executor
-
-    from ipmn_core import data, runs
-    from ipmn_core.federated import machine, privacy
-    from ipmn_core.runs import probes, records
-
-    privacy.note(p)
-    grids = {task: runs.grid(p, task) for task in runs.TASKS}
-    spread.require(p.backend)
-    machine.uses_bfloat16(p, machine.device_of(p), p.binary_model)
-    try:
-        scans = data.subset(data.open_cohort(p), p.max_per_cell)
-    finally:  # idle workers of the phantom would hold memory, and this process, for minutes
-        get_reusable_executor().shutdown()
-    for task in runs.TASKS:
-        data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    key = records.data_key(scans, data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs))
+    grids = {task: runs.grid(p, task) for task in TASKS}
+    for run in (grid[0] for grid in grids.values()):
+        runs.on_this_machine(p, runs.run_settings(p, run))
+    cohort = data.load_cohort(p)
+    for task in TASKS:
+        data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
-    for task in runs.TASKS:
-        for of, grid in ((runs, grids[task]), (probes, probes.grid(p, task))):
-            for run in grid:
-                records.finished(runs.folder_of(p, run), of.settings_of(p, run), key)
+    for task in TASKS:
+        probes.unfinished(p, task, cohort)
+    runs.train(p, ("binary", "three_class"), cohort)  # the longer runs first: workers end together
+    for task in TASKS:
+        probes.fit(p, task, cohort)
 
 
 def run(p: Params) -> Iterator[Path]:
@@ -123,7 +107,7 @@ def run(p: Params) -> Iterator[Path]:
         return
     # in processes, not threads: papermill changes the working directory of the one it is in
     jobs = min(p.jobs, len(NOTEBOOKS))
-    with ProcessPoolExecutor(jobs, get_context(START), spread.end_with_parent) as lanes:
+    with ProcessPoolExecutor(jobs, get_context(START), end_with, (os.getpid(),)) as lanes:
         yield from lanes.map(_chapter, NOTEBOOKS, repeat(p))
 
 
@@ -148,20 +132,31 @@ def write_report(p: Params) -> Path:
 
 def _chapter(stem: str, p: Params) -> Path:
     source, target = (folder / "notebooks" / f"{stem}.ipynb" for folder in (project_root(), p.folder))
-    return execute(source, target, p.model_dump(mode="json"))
+    return execute(source, target, {"profile": str(_written(p))})
+
+
+def _written(p: Params) -> Path:
+    """`<outputs>/<profile>/params.yaml` with every setting, which the notebooks read."""
+    p.folder.mkdir(parents=True, exist_ok=True)
+    path = p.folder / "params.yaml"
+    with atomic(path) as tmp:
+        tmp.write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
+    return path
 
 
 def execute(source: Path, target: Path, parameters: dict) -> Path:
     """`target`, the notebook at `source` executed with `parameters`, written only if it ran to its end.
 
     A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook
-    without a `parameters` cell or a parameter it does not declare, NotebookError for one that did not finish.
+    without one cell tagged `parameters`, NotebookError for one that did not finish.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    check_parameters(source, parameters)
+    tagged = [c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:  # papermill would let the notebook's own values win, without an error
+        raise ParamsError(f"{source.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
     target.parent.mkdir(parents=True, exist_ok=True)
     running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
     for old in (target, running, failed):
@@ -205,21 +200,6 @@ def _reason(error: Exception) -> str:
     if hasattr(error, "ename"):  # papermill's; it counts cells with its own among them, people read In [n]
         return f", In [{error.exec_count}]: {error.ename}: {error.evalue}"
     return f": {error}" if isinstance(error, NotebookError) else ": the kernel died (out of memory?)"
-
-
-def check_parameters(source: Path, parameters: dict) -> None:
-    """Raises ParamsError unless `source` has one `parameters` cell, which assigns each of `parameters`."""
-    import ast
-
-    cells = [c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ParamsError(f"{source.name}: {len(cells)} cells are tagged `parameters`; tag exactly one")
-    known = {t.id for n in ast.parse(cells[0].source).body if isinstance(n, ast.Assign) for t in n.targets}
-    unknown = sorted(set(parameters) - known)
-    if unknown:
-        raise ParamsError(
-            f"{source.name}: no such parameter: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
 
 
 def check_executed(path: Path) -> None:

@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ipmn_core import data, models, params, runs
-from ipmn_core.federated import machine
+from ipmn_core import data, federated, models, params, runs
 from ipmn_core.names import LABEL_NAMES, LABELS
 
 CLASSES = {"three_class": LABELS, "binary": LABEL_NAMES[True]}
@@ -78,7 +77,7 @@ def predict(
     `local_only`. `size`: edge of the cubes, for bare weights. `case`: its name in the cohort, by default the
     file's; with it the prediction says whether the case was trained on. Raises PredictError or ScanError.
     """
-    where = machine.device_of(params.validate({"device": device, "size": size}, "predict"))
+    where = federated.device_of(params.validate({"device": device, "size": size}, "predict"))
     trained = find(folders, size)
     _refuse_mixed(trained, center)
     case = case or data.case_name(Path(image).name)

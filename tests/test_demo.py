@@ -15,7 +15,7 @@ import pytest
 
 from ipmn_core import data, metrics, models, params, phantom, runs
 from ipmn_core.metrics import tables, truth
-from ipmn_core.names import MODALITIES
+from ipmn_core.names import MODALITIES, TASKS
 from ipmn_core.phantom import cohort as phantom_cohort
 
 ROOT = Path(__file__).parents[1]
@@ -35,15 +35,14 @@ def demo(tmp_path_factory):
     values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
     values |= {"three_class_models": ["densenet121"], "arms": ["centralized", "fedavg"]}
     p = params.validate(values, "demo.yaml")
-    everyone = phantom.patients(p.seed)
+    everyone = phantom.patients(p.phantom_seed)
     labelled = everyone[everyone["label_t2"].notna()]
     chosen = labelled.groupby(["center", "label_t2"], sort=False).head(p.max_per_cell).sort_index()
     with pytest.MonkeyPatch.context() as patch:  # the demo writes the others, too, and leaves them out
         patch.setattr(phantom_cohort, "patients", lambda *_: chosen.reset_index(drop=True))
-        scans = data.open_cohort(p)
-    assert len(scans) == len(data.subset(scans, p.max_per_cell)) == len(chosen)
-    cubes = data.load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
-    predictions = pd.concat([runs.run_grid(p, task, scans, cubes) for task in runs.TASKS])
+        cohort = data.load_cohort(p)
+    assert len(cohort) == len(chosen)
+    predictions = pd.concat([runs.run_grid(p, task, cohort) for task in TASKS])
     selected = metrics.select(predictions)
     oracle = truth.reference_arms(selected, data.read_truth(p)).query("arm == 'oracle'")
     return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))

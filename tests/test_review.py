@@ -10,10 +10,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from ipmn_core import models, params, pipeline, runs
-from ipmn_core.data import Cubes
+from ipmn_core.data import Cohort
 from ipmn_core.metrics import tables
+from ipmn_core.names import TASKS
 from ipmn_core.runs import probes
 
 NAME = "04_analysis.ipynb"
@@ -28,7 +30,7 @@ FIGURES = {
 FIGURES |= {"decision_curves", "drift", "cosines", "gain"}
 
 
-def cohort_of(p, most):
+def scans_of(most):
     """At most `most` cases of each modality, center and class of table 1, none of high risk at AHN."""
     rows = []
     for cell in tables.paper(1).sort_values("modality", kind="stable").itertuples():
@@ -46,17 +48,21 @@ def reviewed(tmp_path_factory):
     (folder / "data").mkdir()
     values = {"profile": "review", "outputs": str(folder), "data": str(folder / "data"), "device": "cpu"}
     values |= {"size": 32, "epochs": 2, "rounds": 2, "inner_validation": 0.2, "threads": 1, "jobs": 1}
-    p = params.validate(values, "test")
-    scans = cohort_of(p, most=6)
+    (folder / "review.yaml").write_text(yaml.safe_dump(values))
+    p = params.load(folder / "review.yaml")
+    scans = scans_of(most=6)
     noise = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
+    cohort = Cohort(scans, noise, "noise")
     with pytest.MonkeyPatch.context() as patch:
         for name in p.three_class_models:
             patch.setitem(models.MODELS, name, models.MODELS["tiny"])
-        for task in runs.TASKS:
-            runs.run_grid(p, task, scans, Cubes(noise, "noise"))
-            probes.fit(p, task, scans, Cubes(noise, "noise"))
+        for task in TASKS:
+            runs.run_grid(p, task, cohort)
+            probes.fit(p, task, cohort)
     target = p.folder / "notebooks" / NAME
-    pipeline.execute(params.project_root() / "notebooks" / NAME, target, p.model_dump(mode="json"))
+    pipeline.execute(
+        params.project_root() / "notebooks" / NAME, target, {"profile": str(folder / "review.yaml")}
+    )
     return p, [cell for cell in nbformat.read(target, 4).cells if cell.cell_type == "code"]
 
 

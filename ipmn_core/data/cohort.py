@@ -246,7 +246,7 @@ def open_cohort(p) -> pd.DataFrame:
         from ipmn_core import phantom
 
         options = {"max_per_cell": p.phantom_max_per_cell, "shortcut": p.phantom_shortcut}
-        phantom.write(root, seed=p.seed, jobs=p.jobs, **options)
+        phantom.write(root, seed=p.phantom_seed, jobs=p.jobs, **options)
     if not root.is_dir():
         remedy = "set `data` to its folder (get it from https://osf.io/74vfs) or to phantom (synthetic)"
         raise CohortError(root, "no such folder, so no cohort", remedy)

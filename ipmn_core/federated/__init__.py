@@ -1,41 +1,27 @@
-"""How weights are learned: equations, clients, rounds."""
+"""How weights are learned: the equations, strategies, one client, the rounds of all."""
 
-from ipmn_core.federated.rounds import (
-    STRATEGIES,
-    State,
-    Strategy,
-    Update,
-    add_proximal_gradient,
+from ipmn_core.federated.client import (
+    Cases,
+    DivergedError,
+    Learner,
+    Settings,
     afresh,
-    aggregate,
-    drawn,
-    fault_of,
-    fit,
-    fit_local_only,
-    inner_products,
+    evaluate,
     local_update,
-    strategy,
-    update_of,
-    weighted_average,
+    snapshot,
+    train_epoch,
+)
+from ipmn_core.federated.device import autocast, device_of, one_thread, prepare, release_memory, uses_bfloat16
+from ipmn_core.federated.equations import State, add_proximal_gradient, local_objective, weighted_average
+from ipmn_core.federated.rounds import (
+    Epoch,
+    Update,
+    aggregate,
+    checkpoint_of,
+    fit_centralized,
+    fit_federated,
+    fit_local_only,
+    restore,
     without_any_client,
 )
-
-__all__ = [
-    "STRATEGIES",
-    "State",
-    "Strategy",
-    "Update",
-    "add_proximal_gradient",
-    "afresh",
-    "aggregate",
-    "drawn",
-    "fault_of",
-    "fit",
-    "fit_local_only",
-    "inner_products",
-    "local_update",
-    "strategy",
-    "update_of",
-    "weighted_average",
-    "without_any_client",
-]
+from ipmn_core.federated.strategies import STRATEGIES, Strategy, drawn, strategy

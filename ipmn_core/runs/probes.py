@@ -1,6 +1,6 @@
-"""Probes: what a scikit-learn model earns, on the folds of the arms, without seeing a shape.
+"""Probes: scikit-learn models on the folds of the arms, which see no shape.
 
-A network that scores no higher than a probe may have learnt the center or the scanner, not the pancreas, as
+A network that scores no higher than a probe may have learned the center or the scanner, not the pancreas, as
 one that told the hospitals of chest radiographs apart (Zech et al., PLoS Medicine 2018).
 """
 
@@ -15,18 +15,19 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ipmn_core import data, disk
-from ipmn_core.data import Cubes
-from ipmn_core.names import CENTERS
+from ipmn_core import data
+from ipmn_core.data import Cohort
+from ipmn_core.names import CENTERS, class_names
 from ipmn_core.params import Params
-from ipmn_core.runs import records
-from ipmn_core.runs.run import Run, folder_of, targets
+from ipmn_core.runs import store
+from ipmn_core.runs.grid import Run, folder_of
+from ipmn_core.runs.run import targets
 
 BINS = 32
 
 
 def features(name: str, scans: pd.DataFrame, array: np.ndarray) -> np.ndarray:
-    """What the probe `name` sees of each scan, (N, F) float64; NaN where a header says nothing.
+    """The features of each scan for the probe `name`, (N, F) float64; NaN where a header says nothing.
 
     `scans` are rows of one modality: T1 and T2 differ in their headers anyway. `array` (N, S, S, S) holds
     their cubes, row by row, in [0, 1]; only "histogram_only" reads it. Raises ValueError for an unknown
@@ -88,7 +89,7 @@ def predict(name: str, x: np.ndarray, y: np.ndarray, train, test, seed: int) -> 
 
 
 def _model(name: str, seed: int):
-    """The center's prevalence, all but unregularised, for "center_only"; else trees, which take NaN as it is.
+    """The center's prevalence, almost unregularized, for "center_only"; else trees, which accept NaN.
 
     Trees, for a header may go with the label inside each center while the centers differ more, which no
     linear model of pooled values sees. Every split may use every column: one that tells must not be hidden
@@ -113,50 +114,57 @@ def grid(p: Params, task: str) -> list[Run]:
     return [Run(task, m, name, k) for m in p.modalities for name in PROBES for k in range(p.folds(task))]
 
 
-def settings_of(p: Params, run: Run) -> dict[str, Any]:
-    """Everything of the profile that a probe's result depends on, as plain values for `run.json`."""
+def protocol(p: Params, run: Run) -> dict[str, Any]:
+    """The settings that a probe's result depends on, as plain values for `run.json`."""
     split = {"folds": p.folds(run.task), "fold_rule": p.fold_rule, "max_per_cell": p.max_per_cell}
     return {**asdict(run), **split, "size": p.size, "seed": p.seed}
 
 
-def fit(p: Params, task: str, scans: pd.DataFrame, cubes: Cubes) -> pd.DataFrame:
-    """The predictions of all probes of a task, after fitting those that are not on disk yet.
+def unfinished(p: Params, task: str, cohort: Cohort) -> list[Run]:
+    """The probes of a task that are not on disk yet. Raises StaleRunError as `runs.train`."""
+    return [
+        run for run in grid(p, task) if not store.finished(folder_of(p, run), protocol(p, run), cohort.key)
+    ]
 
-    `scans` and `cubes` row by row. A probe's run lies among those of the arms and has one epoch; no case is
-    held out for inner validation, for there is no epoch to choose. Raises StaleRunError as `runs.run_grid`.
+
+def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
+    """Fit the probes of a task that are not on disk yet; return the predictions of all of them.
+
+    A probe's run is among those of the arms and has one epoch; no case is held out for inner validation, for
+    there is no epoch to choose. Raises StaleRunError as `runs.train`.
     """
-    key = records.data_key(scans, cubes)
-    todo = [run for run in grid(p, task) if not records.finished(folder_of(p, run), settings_of(p, run), key)]
-    folds = data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    seen: dict[tuple[str, str], np.ndarray] = {}
+    todo = unfinished(p, task, cohort)
+    seen: dict[tuple[str, str], tuple[Cohort, np.ndarray]] = {}
     for run in tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1):
-        mine = (scans["modality"] == run.modality).to_numpy()
         if (run.modality, run.arm) not in seen:
-            seen = {(run.modality, run.arm): features(run.arm, scans[mine], cubes.array[mine])}
-        rows = scans[mine].assign(role=np.where(folds[mine] == run.fold, "test", "train"))
-        _fit(p, run, rows, seen[run.modality, run.arm], {"settings": settings_of(p, run), "data": key})
+            mine = cohort.of(run.modality)
+            seen = {(run.modality, run.arm): (mine, features(run.arm, mine.scans, mine.cubes))}
+        _fit(p, run, *seen[run.modality, run.arm])
     return predictions(p, task)
 
 
-def _fit(p: Params, run: Run, rows: pd.DataFrame, x: np.ndarray, record: dict[str, Any]) -> None:
+def _fit(p: Params, run: Run, cohort: Cohort, x: np.ndarray) -> None:
     started = time.perf_counter()
-    y, test = targets(rows["label"].to_numpy(), run.task), (rows["role"] == "test").to_numpy()
+    fold = data.assign_folds(cohort.scans, p.folds(run.task), p.fold_rule, binary=run.task == "binary")
+    test = (fold == run.fold).to_numpy()
+    y = targets(cohort.scans["label"].to_numpy(), run.task)
     prob = predict(run.arm, x, y, ~test, test, p.seed)
-    absent = (2 if run.task == "binary" else 3) - prob.shape[1]  # classes above all labels of the cohort
+    absent = len(class_names(run.task)) - prob.shape[1]  # classes above all labels of the cohort
     prob = np.pad(prob, ((0, 0), (0, absent)))
-    frame = rows.loc[test, ["case_id", "center", "modality"]].assign(
+    frame = cohort.scans.loc[test, ["case_id", "center", "modality"]].assign(
         task=run.task, arm=run.arm, fold=run.fold, seed=p.seed, epoch=1, y_true=y[test]
     )
     frame = frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
-    write = lambda tmp: frame.to_parquet(tmp, index=False)  # noqa: E731
-    disk.write(folder / "predictions.parquet", write)
-    records.seal(folder, record, rows, time.perf_counter() - started)
+    store.write_parquet(folder / "predictions.parquet", frame)
+    scans = cohort.scans.assign(role=np.where(test, "test", "train"))
+    store.seal(
+        folder, {"settings": protocol(p, run), "data": cohort.key}, scans, time.perf_counter() - started
+    )
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:
     """The test predictions of all probes of a task, as `runs.predictions` of the arms, with one epoch."""
-    read = records.read_predictions
-    frames = [read(folder_of(p, run), settings_of(p, run)) for run in grid(p, task)]
+    frames = [store.read_predictions(folder_of(p, run), protocol(p, run)) for run in grid(p, task)]
     return pd.concat(frames, ignore_index=True)

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ipmn_core import data, models, phantom, predict, runs
-from ipmn_core.data import Cubes
-from ipmn_core.federated import machine
+from ipmn_core import data, federated, models, phantom, predict, runs
+from ipmn_core.data import Cohort
 from ipmn_core.params import Params
-from ipmn_core.runs import Run, records
+from ipmn_core.runs import Run, store
 
 EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
 
@@ -178,34 +177,33 @@ def _input(network: nn.Module, cubes: np.ndarray) -> torch.Tensor:
 def of_run(
     p: Params,
     run: Run,
-    scans: pd.DataFrame,
-    cubes: Cubes,
+    cohort: Cohort,
     case_ids: Sequence[str] | None = None,
     asked: int = -1,
 ) -> list[Look]:
     """Where the network of a finished run looks in `case_ids` (default: all its test cases), in float32.
 
-    `scans` and `cubes` are the cohort's, row by row. `asked` is the class in question, the last by default:
+    `asked` is the class in question, the last by default:
     high risk. Of `local_only` each case is shown to its own center's network. The lesion is that of the
     phantom's truth. Raises FileNotFoundError or StaleRunError for a run that is not there, ValueError for an
     unknown case or a phantom of another seed.
     """
-    folder = records.whole(runs.folder_of(p, run), runs.protocol_of(p, run))
+    folder = store.whole(runs.folder_of(p, run), runs.run_settings(p, run).protocol())
     (trained,) = predict.find(folder)
     asked = range(len(predict.CLASSES[run.task]))[asked]
-    rows = _rows(scans, run.modality, _test_cases(folder) if case_ids is None else case_ids)
+    rows = _rows(cohort.scans, run.modality, _test_cases(folder) if case_ids is None else case_ids)
     patients = _patients(data.read_truth(p))
     looks = []
     for k, scan in tqdm(rows.iterrows(), "cases", len(rows), unit="case", delay=2):
         patient = patients.get(scan["patient_id"].casefold())
-        blank = _blank(scan, np.float32(cubes.array[k]), patient, p.seed)
+        blank = _blank(scan, np.float32(cohort.cubes[k]), patient, p.phantom_seed)
         looks.append(
             replace(blank, task=run.task, modality=run.modality, network=trained.network, asked=asked)
         )
     local = run.arm == runs.LOCAL_ONLY
     seen = {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
-        network = predict.load(trained, center).to(machine.device_of(p))
+        network = predict.load(trained, center).to(federated.device_of(p))
         mine = [look for look in looks if center in (None, look.center)]
         seen |= {look.case_id: look for look in _seen(network, mine)}
     return [seen[look.case_id] for look in looks]
@@ -216,7 +214,7 @@ def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     if not looks:
         return []
     few = looks[0].cube.size <= 2**16  # voxels: small cubes, for which threads only wait for each other
-    with machine.one_thread() if few else contextlib.nullcontext():
+    with federated.one_thread() if few else contextlib.nullcontext():
         return _in_batches(network, looks)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipmn_core import federated
-from ipmn_core.federated import machine, training
 
 SERVER = "server"
 WEIGHTS = ["w_0", "w_1"]
@@ -39,23 +38,23 @@ class TwoWeights(nn.Module):
         return logits(points(x), self.w)
 
 
-class PlainLearner(training.Learner):
+class PlainLearner(federated.Learner):
     """A learner with plain SGD, as in FedProx's paper (Li et al. 2020), in place of AdamW."""
 
-    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: training.Settings):
+    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: federated.Settings):
         super().__init__(name, model, indices, settings)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.lr_step, settings.lr_gamma)
 
 
-OPTIMIZERS = {"SGD": (PlainLearner, 0.5), "AdamW": (training.Learner, 0.05)}  # who trains, at what rate
+OPTIMIZERS = {"SGD": (PlainLearner, 0.5), "AdamW": (federated.Learner, 0.05)}  # who trains, at what rate
 
 
 @dataclass(frozen=True)
 class Centers:
     """Two centers: cases `data`, x (N, 1, 2, 2, 2) and y (N,); `clients`, case indices (N_k,) by name."""
 
-    data: training.Cases
+    data: federated.Cases
     clients: dict[str, torch.Tensor]
 
 
@@ -76,7 +75,7 @@ def draw_centers(heterogeneity: float = 1.0, n_k: tuple[int, int] = (60, 20), se
     for name, indices in clients.items():
         x[indices] *= scale(name, heterogeneity)
     cubes = F.pad(torch.from_numpy(x).float(), (0, VOXELS - 2)).view(-1, 1, 2, 2, 2)
-    return Centers(training.Cases(cubes, torch.from_numpy(y).long()), clients)
+    return Centers(federated.Cases(cubes, torch.from_numpy(y).long()), clients)
 
 
 def scale(client: str, heterogeneity: float) -> np.ndarray:
@@ -95,7 +94,7 @@ def logits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.pad((x @ w)[:, None], (1, 0))
 
 
-def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> training.Settings:
+def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> federated.Settings:
     """Settings with which an epoch is one step on all of a client's cases, at a rate that never falls.
 
     `n` is the number of cases of the largest client. Raises ValueError for what cannot be trained with.
@@ -104,7 +103,7 @@ def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> training.
         raise ValueError(f"optimizer: {optimizer} is unknown; known are {', '.join(OPTIMIZERS)}")
     if local_steps < 1 or rounds < 1:
         raise ValueError(f"local_steps: {local_steps}, rounds: {rounds}; both must be at least 1")
-    return training.Settings(
+    return federated.Settings(
         epochs=rounds,
         local_epochs=local_steps,
         batch_size=n,
@@ -120,7 +119,7 @@ def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> training.
     )
 
 
-@machine.one_thread()
+@federated.one_thread()
 def paths(
     centers: Centers, mu: float = 0.0, local_steps: int = 20, rounds: int = 6, optimizer: str = "SGD"
 ) -> pd.DataFrame:
@@ -153,13 +152,13 @@ def compare(centers: Centers, mus: Sequence[float] = (0.0, 0.3, 1.0), **settings
 
 def _round(model, learners, data, settings, strategy, round_) -> list[tuple]:
     """Rows of one round, after which `model` holds the server's new weights; seeds as in `federated.fit`."""
-    w_t = training.snapshot(model)
+    w_t = federated.snapshot(model)
     rows, states = [], []
     for k, (name, learner) in enumerate(learners.items()):
         seed = [*settings.seed, round_, k]
         steps = _walk(model, w_t, learner, data, settings, strategy, seed)
         rows += [(round_, name, step, *w) for step, w in enumerate(steps)]
-        states.append(training.snapshot(model))
+        states.append(federated.snapshot(model))
     n_k = [len(learner.indices) for learner in learners.values()]
     model.load_state_dict(federated.weighted_average(states, n_k))
     return [*rows, (round_, SERVER, 0, *model.w.tolist())]
@@ -187,7 +186,7 @@ def drift(paths: pd.DataFrame) -> pd.DataFrame:
     return ends.index.to_frame(index=False).assign(distance=np.linalg.norm(last - first, axis=1))
 
 
-@machine.one_thread()
+@federated.one_thread()
 def optima(centers: Centers) -> pd.DataFrame:
     """Where Eq. (1) is least for A's cases, for B's and for all, the federation's aim.
 
@@ -199,7 +198,7 @@ def optima(centers: Centers) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["client", *WEIGHTS, "loss"])
 
 
-def _optimum(data: training.Cases, cases: torch.Tensor) -> list[float]:
+def _optimum(data: federated.Cases, cases: torch.Tensor) -> list[float]:
     """The weights that minimise the local objective of some cases, and its value; float64, by L-BFGS."""
     x, y, w = points(data.x[cases]).double(), data.y[cases], torch.zeros(2, dtype=torch.float64)
     exact = {"max_iter": 100, "tolerance_grad": 1e-10, "tolerance_change": 1e-15}
@@ -207,7 +206,7 @@ def _optimum(data: training.Cases, cases: torch.Tensor) -> list[float]:
 
     def objective() -> torch.Tensor:
         search.zero_grad()
-        loss = training.local_objective(logits(x, w), y)
+        loss = federated.local_objective(logits(x, w), y)
         loss.backward()
         return loss
 
@@ -215,11 +214,11 @@ def _optimum(data: training.Cases, cases: torch.Tensor) -> list[float]:
     return [*w.tolist(), objective().item()]
 
 
-@machine.one_thread()
+@federated.one_thread()
 def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> np.ndarray:
     """Eq. (1), F_k(w), of a client on a grid: (len(w_1), len(w_0)), float32, as contour lines want it."""
     cases = centers.clients[client]
     x, y = points(centers.data.x[cases]), centers.data.y[cases]
     grid = torch.cartesian_prod(*(torch.tensor(w, dtype=x.dtype) for w in (w_1, w_0))).flip(1)
-    objective = torch.vmap(lambda w: training.local_objective(logits(x, w), y))
+    objective = torch.vmap(lambda w: federated.local_objective(logits(x, w), y))
     return objective(grid).view(len(w_1), len(w_0)).numpy()

@@ -1,4 +1,4 @@
-"""What is asked of the machine: its device, bfloat16 where it pays and is right, its threads and memory."""
+"""Device, mixed precision, threads and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def device_of(p: Params) -> torch.device:
-    """The device asked for; `auto` is the first GPU if there is one. Raises ValueError for an absent GPU."""
+    """The device of a profile; `auto` is the first GPU, if any. Raises ValueError for an absent GPU."""
     if p.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(p.device)
@@ -31,10 +31,10 @@ def device_of(p: Params) -> torch.device:
 
 
 def prepare(threads: int) -> None:
-    """Sets up this process for training: `threads` of torch (0: all cores), and memory that it keeps.
+    """Set up this process for training: `threads` of torch (0: all cores), and memory that it keeps.
 
     glibc gives large blocks back to the system as they are freed, and every tensor that follows pays for its
-    pages again: up to a third of a step. Kept, they are there for the next one; `release_memory` ends it.
+    pages again: up to a third of a step. Kept pages serve the next tensor; `release_memory` returns them.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -47,9 +47,9 @@ def prepare(threads: int) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A block, or a function, on one thread of torch: with little to compute several wait for each other.
+    """Run a block, or a function, on one thread of torch; on small tensors, threads wait for each other.
 
-    The more so beside other work on the same cores; and the bits do not depend on how many there are.
+    The bits then do not depend on the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def one_thread() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Gives what this process has freed back to the system."""
+    """Return the memory that this process has freed to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -78,7 +78,7 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
     """Whether to train `model` under bfloat16 autocast: as set, or for `auto` where it pays.
 
     It pays on a device that has it; on a CPU only for networks without depthwise convolutions, which
-    oneDNN computes more slowly in bfloat16. Raises ValueError if it is demanded of a device without it.
+    oneDNN computes more slowly in bfloat16. Raises ValueError if it is set for a device without it.
     """
     able = has_bfloat16(device)
     if p.precision == "bfloat16" and not able:
@@ -90,8 +90,8 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
     return able and (p.precision == "bfloat16" or (p.precision == "auto" and pays))
 
 
-class _GoneAround(TorchFunctionMode):
-    """Average pooling keeps type and layout; short volumes under bfloat16 are padded by hand.
+class _Workarounds(TorchFunctionMode):
+    """Keep type and layout in average pooling; pad short volumes by hand under bfloat16.
 
     A CPU pools channels-last volumes into contiguous ones and, under autocast, in float32; every later
     concatenation of a DenseNet would follow. And oneDNN 3.12 (torch 2.13) returns wrong weight gradients,
@@ -119,7 +119,7 @@ class _GoneAround(TorchFunctionMode):
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bfloat16: bool):
-    """A block for a model's forward pass, under `bfloat16` autocast or not, around what is slow or wrong."""
+    """Run a block, a model's forward pass, under `bfloat16` autocast or not, with workarounds for the CPU."""
     lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    with lower, _GoneAround(bfloat16):
+    with lower, _Workarounds(bfloat16):
         yield

@@ -1,0 +1,219 @@
+"""One client: a local update, an epoch of training, an evaluation; centralized training is one client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ipmn_core.federated import device
+from ipmn_core.federated.equations import State, add_proximal_gradient, local_objective
+from ipmn_core.federated.strategies import Strategy
+
+
+class DivergedError(ArithmeticError):
+    """The training loss is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What reaches a training step. `epochs` counts rounds, too; `seed` is that of the run, whole numbers.
+
+    `bfloat16` and `channels_last` are decided by the machine (`device`): recorded, not compared.
+    """
+
+    epochs: int
+    local_epochs: int
+    batch_size: int
+    batches_per_epoch: int | None
+    lr: float
+    weight_decay: float
+    lr_step: int
+    lr_gamma: float
+    augment_prob: float
+    seed: tuple[int, ...]
+    bfloat16: bool = field(default=False, compare=False)
+    channels_last: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """All cases of one modality on one device: cubes `x` (N, 1, S, S, S) in [0, 1], labels `y` (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Learner:
+    """The training state of one client: case indices, AdamW moments, learning-rate schedule.
+
+    Raises ValueError naming the client if it has fewer than two cases: BatchNorm needs two to normalize over.
+    """
+
+    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: Settings):
+        if len(indices) < 2:
+            raise ValueError(
+                f"{name}: {len(indices)} training case(s), at least 2 are needed (BatchNorm fails on one); "
+                "take fewer folds, or leave the center out"
+            )
+        self.indices = indices
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.lr_step, settings.lr_gamma)
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW and schedule, from which training goes on bit for bit."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set AdamW and schedule back to `state`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def afresh(name: str, model: nn.Module, client: Learner, settings: Settings) -> Learner:
+    """A client with new AdamW moments, for its own may be as wrong as its refused update; same schedule."""
+    fresh = Learner(name, model, client.indices, settings)
+    fresh.schedule.load_state_dict(client.schedule.state_dict())
+    for group, old in zip(fresh.optimizer.param_groups, client.optimizer.param_groups, strict=True):
+        group["lr"] = old["lr"]
+    return fresh
+
+
+def local_update(
+    model: nn.Module,
+    w_global: State,
+    client: Learner,
+    cases: Cases,
+    settings: Settings,
+    strategy: Strategy,
+    seed: Sequence[int],
+) -> float:
+    """One client's round: start at `w_global`, minimize Eq. (1), or Eq. (3) if `mu` > 0, for `local_epochs`.
+
+    Leaves the client's weights in `model` and returns its mean training loss without the proximal term.
+    The client keeps its own AdamW moments and learning-rate schedule across rounds.
+    """
+    model.load_state_dict(w_global)
+    add_gradient = None
+    if strategy.mu > 0:
+        w = [p for p in model.parameters() if p.requires_grad]
+        w_t = [p.detach().clone() for p in w]
+        add_gradient = partial(add_proximal_gradient, w, w_t, strategy.mu)
+    losses = [
+        train_epoch(model, client, cases, settings, [*seed, epoch], add_gradient)
+        for epoch in range(settings.local_epochs)
+    ]
+    return sum(losses) / len(losses)
+
+
+def train_epoch(
+    model: nn.Module,
+    learner: Learner,
+    cases: Cases,
+    settings: Settings,
+    seed: Sequence[int],
+    add_gradient: Callable[[], None] | None = None,
+) -> float:
+    """Train one pass over the learner's cases, in an order drawn from `seed`; return the mean training loss.
+
+    Cross-entropy, one AdamW step per batch, one schedule step per epoch. Departs from the paper: with
+    `batches_per_epoch` a pass ends after so many batches. `add_gradient` may add to the gradients before
+    each step (FedProx). Raises DivergedError if the loss is not finite.
+    """
+    model.train()
+    rng = seeded(seed)
+    order = learner.indices[torch.randperm(len(learner.indices), generator=rng)]
+    axes, quarters = draw_augmentations(len(order), settings.augment_prob, rng)
+    order = order.to(cases.y.device)  # once: a GPU then never waits for the host
+    total = torch.zeros((), device=cases.y.device)
+    seen = 0
+    for batch in batches(len(order), settings.batch_size)[: settings.batches_per_epoch]:
+        x = augmented(cases.x[order[batch]], axes[batch], quarters[batch]).float()
+        loss = local_objective(forward(model, x, settings), cases.y[order[batch]])
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if add_gradient is not None:
+            add_gradient()
+        learner.optimizer.step()
+        total += loss.detach() * len(x)
+        seen += len(x)
+    learner.schedule.step()
+    learner.optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next epoch
+    loss = total.item() / seen
+    if not np.isfinite(loss):
+        raise DivergedError(f"the training loss became {loss}; lower `lr`, or set `precision: float32`")
+    return loss
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Settings) -> np.ndarray:
+    """Class probabilities (n, K), float64, of the cases at `indices`."""
+    model.eval()
+    most = max(2 * settings.batch_size, 2**19 // cases.x[0].numel())  # no gradients are kept: more cases fit
+    pieces = indices.to(cases.y.device).split(most)
+    prob = [forward(model, cases.x[piece].float(), settings).softmax(1) for piece in pieces]
+    return torch.cat(prob).double().cpu().numpy()
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's state dict that later training does not touch."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if so set."""
+    if settings.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    with device.autocast(x.device, settings.bfloat16):
+        return model(x).float()
+
+
+def seeded(seed: Sequence[int]) -> torch.Generator:
+    """A CPU generator for `seed`, a few whole numbers; dropout's global one is seeded alike.
+
+    Every epoch of every client has its own seed, so nothing of a generator need be saved to resume.
+    """
+    words = np.random.SeedSequence(list(seed)).generate_state(2)
+    # without a GPU torch.manual_seed notes the whole call stack, three times, for GPUs that may yet appear
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(int(words[0]))
+    return torch.Generator().manual_seed(int(words[1]))
+
+
+def batches(n: int, size: int) -> list[slice]:
+    """`n` cases in pieces of `size`; a last piece of one joins the piece before it.
+
+    Departs from the paper: its code is silent on a batch of one, on which BatchNorm fails at small sizes.
+    """
+    ends = [*range(size, n, size), n]
+    if len(ends) > 1 and n - ends[-2] == 1:
+        del ends[-2]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def draw_augmentations(n: int, prob: float, rng: torch.Generator) -> tuple[list[int], list[int]]:
+    """Which axis of each of `n` cubes is flipped (1 to 3, 0: none), and by how many quarters it is turned.
+
+    Each with probability `prob`: MONAI's RandAxisFlip and RandRotate90, as in the released code.
+    """
+    flips, turns = torch.rand(2, n, generator=rng) < prob
+    axes = torch.randint(1, 4, (n,), generator=rng)
+    quarters = torch.randint(1, 4, (n,), generator=rng)
+    return (axes * flips).tolist(), (quarters * turns).tolist()
+
+
+def augmented(x: torch.Tensor, axes: Sequence[int], quarters: Sequence[int]) -> torch.Tensor:
+    """Cubes `x` (N, 1, S, S, S), changed in place: flipped along an axis, then turned in the first plane."""
+    for cube, axis, n in zip(x, axes, quarters, strict=True):
+        if axis:
+            cube.copy_(cube.flip(axis))
+        if n:
+            cube.copy_(cube.rot90(n, (1, 2)))
+    return x

@@ -1,0 +1,137 @@
+"""The grid of runs that a profile asks for: task x modality x arm x fold, each with its settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ipmn_core import federated, models
+from ipmn_core.federated import Settings, Strategy
+from ipmn_core.names import TASKS, class_names
+from ipmn_core.params import Params
+
+CENTRALIZED, LOCAL_ONLY = "centralized", "local_only"  # one model for all images; one model per center
+MACHINE = ("device", "bfloat16", "channels_last")  # recorded, not compared
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid: the task, modality and arm, and the fold that is tested."""
+
+    task: str
+    modality: str
+    arm: str
+    fold: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Everything that a run's result depends on. Facts about the machine are recorded, not compared."""
+
+    task: str
+    modality: str
+    arm: str
+    fold: int
+    model: str
+    folds: int
+    fold_rule: str
+    inner_validation: float
+    max_per_cell: int | None
+    size: int
+    threads: int
+    strategy: Strategy | None
+    device: str = field(default="cpu", compare=False)
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes of the task."""
+        return len(class_names(self.task))
+
+    def record(self) -> dict[str, Any]:
+        """All settings as plain values, for `run.json`."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def protocol(self) -> dict[str, Any]:
+        """The settings that two runs must share to be the same run, as plain values."""
+        return {key: value for key, value in self.record().items() if key not in MACHINE}
+
+
+def grid(p: Params, task: str) -> list[Run]:
+    """All runs of a task: models x modalities x folds, or arms x modalities x folds.
+
+    Raises ValueError naming an unknown task, model or arm.
+    """
+    if task not in TASKS:
+        raise ValueError(f"{task}: unknown task; known are {', '.join(TASKS)}")
+    for name in {*p.three_class_models, *p.epochs_by_model, p.binary_model} - set(models.MODELS):
+        raise ValueError(f"{name}: unknown model; known are {', '.join(models.MODELS)}")
+    for arm in set(p.arms) - {CENTRALIZED, LOCAL_ONLY}:
+        federated.strategy(arm)
+    arms = p.three_class_models if task == "three_class" else p.arms
+    # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
+    return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
+
+
+def named(run: Run) -> str:
+    """A run as people read it: `binary t2 fedavg fold 0`."""
+    return f"{run.task} {run.modality} {run.arm} fold {run.fold}"
+
+
+def folder_of(p: Params, run: Run) -> Path:
+    """The folder of a run: `<outputs>/<profile>/runs/<task>/<modality>/<arm>/fold<k>`."""
+    return p.folder / "runs" / run.task / run.modality / run.arm / f"fold{run.fold}"
+
+
+def keeps_model(p: Params, run: Run) -> bool:
+    """Whether the profile keeps the weights of a run: one of its patterns `keep_models` matches its path."""
+    path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
+    return any(fnmatch(path, pattern) for pattern in p.keep_models)
+
+
+def run_settings(p: Params, run: Run) -> RunSettings:
+    """The settings of a run of a profile, whatever machine trains it (see `on_this_machine`)."""
+    model = run.arm if run.task == "three_class" else p.binary_model
+    is_federated = run.task == "binary" and run.arm not in (CENTRALIZED, LOCAL_ONLY)
+    epochs = p.rounds if is_federated else p.epochs
+    if run.arm == LOCAL_ONLY:
+        epochs = p.rounds * p.local_epochs
+    elif run.task == "three_class":
+        epochs = p.epochs_by_model.get(model, p.epochs)
+    return RunSettings(
+        **asdict(run),
+        model=model,
+        folds=p.folds(run.task),
+        fold_rule=p.fold_rule,
+        inner_validation=p.inner_validation,
+        max_per_cell=p.max_per_cell,
+        size=p.size,
+        threads=p.threads,
+        strategy=federated.strategy(run.arm, p.clients_per_round) if is_federated else None,
+        epochs=epochs,
+        local_epochs=p.local_epochs if is_federated else 1,
+        batch_size=p.batch_size,
+        batches_per_epoch=p.batches_per_epoch,
+        lr=p.lr,
+        weight_decay=p.weight_decay,
+        lr_step=p.lr_step,
+        lr_gamma=p.lr_gamma,
+        augment_prob=p.augment_prob,
+        seed=(p.seed, run.fold),
+    )
+
+
+def on_this_machine(p: Params, settings: RunSettings) -> RunSettings:
+    """The same settings with device, precision and memory layout as this machine decides.
+
+    Raises ValueError for a device or a precision that this machine lacks.
+    """
+    device = federated.device_of(p)
+    return replace(
+        settings,
+        device=device.type,
+        bfloat16=federated.uses_bfloat16(p, device, settings.model),
+        channels_last=device.type == "cuda" or settings.model in models.CHANNELS_LAST,
+    )
