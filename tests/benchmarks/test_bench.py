@@ -11,11 +11,10 @@ from ipmn_core.federated import device
 
 
 @pytest.fixture
-def small_cohorts(tmp_path, phantom_root, monkeypatch):
+def small_cohorts(tmp_path, first_root, phantom_root, monkeypatch):
     """Links to cohorts of one case per center and class in place of the bench's own, which take longer."""
-    first = phantom.write(tmp_path / "cohort", layout="first", max_per_cell=1, progress=False)
     (tmp_path / "cohorts").mkdir()
-    roots = {"first": first, "second": phantom_root}
+    roots = {"first": first_root, "second": phantom_root}
     monkeypatch.setattr(phantom, "write", lambda root, *, layout, **_: root.symlink_to(roots[layout]))
 
 

@@ -4,7 +4,7 @@ import plain
 import pytest
 import torch
 
-from ipmn_core import federated, models, phantom
+from ipmn_core import federated, models
 from ipmn_core.data import load_cubes, read
 from ipmn_core.federated import client
 
@@ -13,10 +13,9 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def rois(tmp_path_factory):
+def rois(first_root):
     """Scans of a phantom in the first release's layout, T1 and T2, whose files are clean ROIs."""
-    root = tmp_path_factory.mktemp("plain") / "cohort"
-    scans = read(phantom.write(root, layout="first", max_per_cell=1, progress=False))
+    scans = read(first_root)
     return scans.assign(target=(scans["label"] == 2).astype(int))
 
 
