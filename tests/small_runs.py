@@ -1,4 +1,4 @@
-"""Small trained runs of a network that learns quickly, and scans to predict, for the tests of `predict` and `card`."""
+"""Small profiles and predictions for tests of runs."""
 
 import functools
 import json
