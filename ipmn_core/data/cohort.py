@@ -1,7 +1,6 @@
 """The table of scans, one row per labelled scan, and the cohort: that table with a cube for each row."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,34 +108,3 @@ def read_truth(p) -> pd.DataFrame:
     """The phantom's `truth.csv`, one row per patient: findings, true probabilities; empty for real data."""
     path = p.cohort_root / "truth.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame()
-
-
-# Escapes for spreadsheets and terminals
-
-FORMULA = r"[=+\-@\t\r\n]"  # what a cell starts with that a spreadsheet runs
-
-
-def for_spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with an apostrophe before each text, header or cell, that a spreadsheet would run.
-
-    Such text starts with = + - @, a tab or a line's end (OWASP, "CSV injection"). Apostrophes before these
-    count as part of it, so that `from_spreadsheet` gives back every text.
-    """
-    return _each_text(table, lambda text: re.sub(rf"^(?='*{FORMULA})", "'", text))
-
-
-def from_spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
-    """The table that `for_spreadsheet` was given."""
-    return _each_text(table, lambda text: re.sub(rf"^'(?='*{FORMULA})", "", text))
-
-
-def in_one_cell(text: str) -> str:
-    """The text for a cell of a Markdown table on a terminal: what does not print, and the bar, escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("|", r"\|")
-
-
-def _each_text(table, change):
-    """The table with every text cell and header changed."""
-    only_text = lambda cell: change(cell) if isinstance(cell, str) else cell  # noqa: E731
-    changed = {i: table.iloc[:, i].map(only_text) for i in range(table.shape[1])}
-    return pd.DataFrame(changed, index=table.index).set_axis(table.columns.map(only_text), axis=1)

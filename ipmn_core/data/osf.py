@@ -135,7 +135,7 @@ def _get(session, origins, url: str, source="ipmn fetch", ok=(200,), **options) 
 
 
 def _require_allowed(url, source, origins):
-    """Raises FetchError unless a URL's scheme, host and port, as they are written, are one of the origins."""
+    """Raise FetchError unless a URL's scheme, host and port, as they are written, are one of the origins."""
     origin = re.match(r"[a-z]+://[^/?#\\@\s]+(?=[/?#]|$)", str(url), flags=re.IGNORECASE)
     if not origin or origin.group().lower() not in origins:
         raise FetchError(

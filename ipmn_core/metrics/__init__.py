@@ -18,22 +18,3 @@ from ipmn_core.metrics.scores import (
     select,
     y_and_prob,
 )
-
-__all__ = [
-    "ARM",
-    "COLUMNS",
-    "GLOBAL",
-    "REPEAT",
-    "RULES",
-    "RUN",
-    "PredictionsError",
-    "accuracy",
-    "auc",
-    "by_fold",
-    "check",
-    "optimism",
-    "over_folds",
-    "per_epoch",
-    "select",
-    "y_and_prob",
-]

@@ -225,9 +225,8 @@ def intervals(
             reasons = filter(None, (mean["undefined"], lone, no_delong(y, n_classes, "interval")))
             numbers = n, int((y == n_classes - 1).sum()), auc, *limits, *pooled, *accuracy
             rows.append((*arm, center, *numbers, "; ".join(reasons)))
-    numbers = (
-        "n positives auc auc_low auc_high pooled_auc pooled_low pooled_high acc acc_low acc_high".split()
-    )
+    limits = [f"{name}_{end}" for name in ("auc", "pooled", "acc") for end in ("low", "high")]
+    numbers = ["n", "positives", "auc", *limits[:2], "pooled_auc", *limits[2:4], "acc", *limits[4:]]
     return _ordered(pd.DataFrame(rows, columns=[*ARM, "center", *numbers, "undefined"]), selected)
 
 

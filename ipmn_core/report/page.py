@@ -26,7 +26,7 @@ from ipmn_core.views.style import PALETTE
 
 NO_TEXT = r"<(?:script|style)\b.*?</|data:[\w.+-]+/[\w.+-]+[;,][^\"<]*"  # of a page: "/data" may be base64
 BEGINS = r"(?:(?<![\w.~</])|(?<=file://)|(?<=\\n))"  # not within a path, an address or a closing tag
-HOW = ("outputs", "threads", "jobs", "backend", "device", "checkpoint_seconds")  # not of the result
+HOW = ("outputs", "threads", "jobs", "device", "checkpoint_seconds")  # not of the result
 
 
 def write(p: Params, notebooks: Sequence[Path], target: Path) -> Path:

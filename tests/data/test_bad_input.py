@@ -20,8 +20,6 @@ from ipmn_core import cli, params, views
 from ipmn_core.data import (
     ScanError,
     case_name,
-    for_spreadsheet,
-    from_spreadsheet,
     inspect,
     load_cubes,
     load_image,
@@ -312,16 +310,3 @@ def test_any_text_is_a_profile_or_refused_by_its_file(tmp_path_factory, text):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(params.ParamsError, match=re.escape(str(path))):
         params.load(path)
-
-
-# Spreadsheets
-
-
-@fixed
-@given(st.lists(st.text(st.sampled_from("=+-@\t\r\n'a1 "), max_size=4), min_size=1, max_size=4))
-def test_every_text_comes_back_from_a_spreadsheet_where_none_is_a_formula(texts):
-    table = pd.DataFrame([texts], columns=texts)
-    escaped = for_spreadsheet(table)
-    for text in (*escaped.columns, *escaped.iloc[0]):
-        assert not text.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    pd.testing.assert_frame_equal(from_spreadsheet(escaped), table)

@@ -103,7 +103,3 @@ def test_importing_the_reader_imports_nothing_heavy():
     code = "import sys, ipmn_core.data; print({'torch', 'monai', 'sklearn'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
-
-
-def test_a_problem_is_one_cell_and_moves_no_cursor():
-    assert data.in_one_cell("a|b\x1b[2J\nü\udcff") == r"a\|b\x1b[2J\nü\udcff"

@@ -396,16 +396,6 @@ def test_a_dangerous_or_damaged_archive_is_refused_and_leaves_nothing(server, tm
     assert names(tmp_path) == {f"data/{name}"} and not (tmp_path / "up").exists()
 
 
-def test_a_zip_with_a_password_is_refused(tmp_path):
-    locked = bytearray(zipped(("a", b"some text")))
-    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        locked[locked.index(signature) + offset] |= 1
-    (tmp_path / "locked.zip").write_bytes(locked)
-    with pytest.raises(osf.FetchError, match="encrypted"):
-        archive.unpack(tmp_path / "locked.zip")
-    assert names(tmp_path) == {"locked.zip"}
-
-
 def test_what_was_edited_since_unpacking_stays_and_what_is_gone_comes_back(server, tmp_path):
     server.put("/a.zip", zipped(("labels.xlsx", b"old"), ("d/1", b"1")))
     fetch(server, tmp_path)

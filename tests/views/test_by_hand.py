@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from sklearn.linear_model import LogisticRegression
 
 from ipmn_core import federated
-from ipmn_core.federated import training
+from ipmn_core.federated import rounds
 from ipmn_core.views import by_hand
 from ipmn_core.views.by_hand import SERVER, WEIGHTS
 
@@ -34,13 +34,13 @@ def gradient(w, x, y):
     return x.T @ (1 / (1 + np.exp(-x @ w)) - y) / len(y)
 
 
-def fit(monkeypatch, centers, mu, local_steps, rounds, optimizer):
-    """The epochs of `federated.fit` with these settings, and the server's weights after each."""
+def fit(monkeypatch, centers, mu, local_steps, n_rounds, optimizer):
+    """The rounds of `federated.fit_federated` with these settings, and the server's weights after each."""
     if optimizer == "SGD":
-        monkeypatch.setattr(training, "Learner", by_hand.PlainLearner)
-    model, settings = by_hand.TwoWeights(), by_hand.protocol(optimizer, local_steps, rounds, 60)
-    test = [torch.arange(len(centers.data.y))]
-    run = federated.fit(model, centers.clients, test, centers.data, settings, federated.Strategy(mu=mu))
+        monkeypatch.setattr(rounds, "Learner", by_hand.PlainLearner)
+    model, settings = by_hand.TwoWeights(), by_hand.protocol(optimizer, local_steps, n_rounds, 60)
+    test, strategy = {"all": torch.arange(len(centers.data.y))}, federated.Strategy(mu=mu)
+    run = federated.fit_federated(model, centers.clients, test, centers.data, settings, strategy)
     return zip(*((epoch, model.w.tolist()) for epoch in run), strict=True)
 
 

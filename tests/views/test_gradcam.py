@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipmn_core import data, models, params, phantom, runs, views
-from ipmn_core.runs import records
+from ipmn_core.runs import store
 from ipmn_core.views import gradcam
 
 pytestmark = [
@@ -176,9 +176,9 @@ def finished_run(p, run, scans, network):
     """Write the folder of a run that was never trained; every case is a test case."""
     folder = runs.folder_of(p, run)
     folder.mkdir(parents=True)
-    records.save_model(folder, network)
+    store.save_model(folder, network)
     rows = scans[scans["modality"] == run.modality].assign(role="test")
-    records.seal(folder, {"settings": runs.settings_of(p, run), "data": "any"}, rows, 0.0)
+    store.seal(folder, {"settings": runs.run_settings(p, run).record(), "data": "any"}, rows, 0.0)
     return rows
 
 
@@ -239,7 +239,7 @@ def test_the_lesion_comes_to_the_cube_as_the_image_does(setting, phantom_root, m
         first_release["mask"] = ""
         one, two = (gradcam.lesion_cube(s, roi, patient, 0, S) for s in (scan, first_release))
         assert np.array_equal(one, two)
-        with pytest.raises(ValueError, match="set `seed` to that of the phantom"):
+        with pytest.raises(ValueError, match="set `phantom_seed` to that of the phantom"):
             gradcam.lesion_cube(scan, roi, patient, 1, S)
 
 
