@@ -225,10 +225,9 @@ def intervals(
             reasons = filter(None, (mean["undefined"], lone, no_delong(y, n_classes, "interval")))
             numbers = n, int((y == n_classes - 1).sum()), auc, *limits, *pooled, *accuracy
             rows.append((*arm, center, *numbers, "; ".join(reasons)))
-    numbers = (
-        "n positives auc auc_low auc_high pooled_auc pooled_low pooled_high acc acc_low acc_high".split()
-    )
-    return _ordered(pd.DataFrame(rows, columns=[*ARM, "center", *numbers, "undefined"]), selected)
+    aucs = ["auc", "auc_low", "auc_high", "pooled_auc", "pooled_low", "pooled_high"]
+    columns = [*ARM, "center", "n", "positives", *aucs, "acc", "acc_low", "acc_high", "undefined"]
+    return _ordered(pd.DataFrame(rows, columns=columns), selected)
 
 
 def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:

@@ -3,10 +3,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from frames import global_auc
 from scipy.integrate import quad
-from scipy.stats import ks_2samp, norm, ttest_1samp
-from sklearn.metrics import roc_auc_score
-from test_metrics import global_auc
+from scipy.stats import ks_2samp, norm
 
 from ipmn_core import metrics
 from ipmn_core.metrics import inference
@@ -60,21 +59,6 @@ def test_delong_equals_what_the_r_package_proc_prints(name):
         assert value == pytest.approx(printed[key], rel=1e-12), key  # 15 digits are printed
 
 
-def test_delong_equals_the_definition_by_pairs():
-    data = pd.read_csv(PROC / "tied.csv")
-    y, scores = data["y"].to_numpy(), data[["a", "b"]].to_numpy()
-    wins = (np.sign(scores[y == 1][:, None] - scores[y == 0][None]) + 1) / 2  # (n_pos, n_neg, 2)
-    s_pos, s_neg = np.cov(wins.mean(axis=1).T), np.cov(wins.mean(axis=0).T)
-    auc, covariance = inference.delong(y, scores)
-    np.testing.assert_allclose(auc, wins.mean(axis=(0, 1)), rtol=1e-12)  # float64 sums
-    np.testing.assert_allclose(covariance, s_pos / 60 + s_neg / 90, rtol=1e-12)
-
-
-def test_delongs_auc_is_the_one_of_the_tables():
-    y, prob = metrics.y_and_prob(run())
-    assert inference.auc_interval(y, prob[:, 1])[0] == pytest.approx(metrics.auc(y, prob), abs=1e-14)
-
-
 def test_equal_scores_differ_by_nothing_and_a_difference_without_variance_is_infinite_as_in_proc():
     y, score = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.4, 0.2, 0.3, 0.7, 0.9])
     assert inference.delong_test(y, score, score) == (0, 0, 0, 0, 1)
@@ -91,13 +75,6 @@ def test_delong_without_two_cases_of_each_class_is_nan(y, auc):
     difference, *others = inference.delong_test(y, [1, 2, 3], [1, 2, 3])
     np.testing.assert_equal(difference, auc * 0)
     assert np.isnan(others).all()
-
-
-def test_a_wider_level_gives_a_wider_interval():
-    y, prob = metrics.y_and_prob(run())
-    auc, low, high = inference.auc_interval(y, prob[:, 1], level=0.5)
-    half = norm.ppf(0.75) * np.sqrt(inference.delong(y, prob[:, [1]])[1][0, 0])
-    assert (low, high) == (pytest.approx(auc - half), pytest.approx(auc + half))
 
 
 # Intervals from counts
@@ -148,12 +125,6 @@ def test_corrected_t_gives_scikit_learns_documented_example():
     assert (round(t, 3), round(p / 2, 3)) == (0.750, 0.227)
 
 
-def test_corrected_t_without_overlap_is_the_ordinary_t():
-    differences = np.array([0.02, -0.01, 0.05, 0.03])
-    ordinary = ttest_1samp(differences, 0)
-    assert inference.corrected_t(differences, 0) == pytest.approx((ordinary.statistic, ordinary.pvalue))
-
-
 def test_corrected_t_of_equal_differences_and_of_too_few_folds():
     assert inference.corrected_t([0, 0, 0], 0.5) == (0, 1)
     assert inference.corrected_t([0.1, 0.1, 0.1], 0.5) == (np.inf, 0)
@@ -171,19 +142,6 @@ def test_holm_gives_the_values_worked_by_hand_and_leaves_nan_out_of_the_family()
 
 
 # Bootstrap
-
-
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_weights_give_the_auc_of_the_resample_that_they_count(n_classes):
-    y, prob = metrics.y_and_prob(run(n_classes=n_classes))
-    prob /= prob.sum(axis=1, keepdims=True)  # scikit-learn insists on rows that sum to one
-    rng, weights = np.random.default_rng(0), np.zeros((5, len(y)))
-    for k in range(n_classes):
-        weights[:, y == k] = rng.multinomial((y == k).sum(), np.full((y == k).sum(), 1 / (y == k).sum()), 5)
-    for w, auc in zip(weights, inference.weighted_auc(y, prob, weights), strict=True):
-        drawn = np.repeat(np.arange(len(y)), w.astype(int))
-        score = prob[drawn, 1] if n_classes == 2 else prob[drawn]
-        assert auc == pytest.approx(roc_auc_score(y[drawn], score, multi_class="ovr"), abs=1e-12)  # sums
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -228,20 +186,6 @@ def test_the_bootstrap_agrees_with_drawing_case_by_case(n_classes):
     # a normal's 2.5 % quantile has 2.67 times the error of its mean
     expected = np.quantile(literal, [0.025, 0.975])
     np.testing.assert_allclose([low, high], expected, atol=4 * 2.67 * error * literal.std())
-
-
-def test_bootstrap_variance_is_near_delongs_on_a_big_sample():
-    rows = run(n=600, folds=1, signal=0.2).assign(center="NYU")
-    y, prob = metrics.y_and_prob(rows)
-    variance = inference.delong(y, prob[:, [1]])[1][0, 0]
-    # 2,000 resamples know a variance to 3 %; (n - 1)/n and ties add less than 1 %
-    assert inference.resampled_auc(rows).var() == pytest.approx(variance, rel=0.12)
-
-
-def test_perfect_separation_stays_perfect():
-    rows = run()
-    perfect = rows.assign(prob_1=rows["y_true"], prob_0=1 - rows["y_true"])
-    assert inference.bootstrap_auc(perfect) == (1, 1)
 
 
 def test_lone_cases_do_not_vary_and_give_no_interval():
@@ -331,13 +275,6 @@ def test_intervals_say_why_a_number_is_undefined():
     three = inference.intervals(run(n_classes=3), n_resamples=10)
     assert set(three["undefined"]) == {"macro AUC has no DeLong interval"}
     assert not three[["auc", "auc_low", "auc_high"]].isna().any(axis=None)
-
-
-def test_several_epochs_are_refused():
-    epochs = pd.concat([run(), run().assign(epoch=2)])
-    for function in (inference.intervals, inference.compare_arms):
-        with pytest.raises(ValueError, match="several epochs"):
-            function(epochs)
 
 
 # Comparison of arms

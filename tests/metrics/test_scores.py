@@ -4,32 +4,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from frames import global_auc, random_run, rows
 from sklearn.metrics import roc_auc_score
 
 from ipmn_core import metrics
-
-CENTERS = ["NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC"]
-
-
-def predictions(y, prob, center="NYU", task="binary", modality="t2", arm="fedavg", fold=0, epoch=1):
-    """Rows of one epoch; center may be one name or one a case."""
-    prob = np.asarray(prob, dtype=float)
-    prob = np.column_stack([1 - prob, prob]) if prob.ndim == 1 else prob
-    frame = pd.DataFrame(
-        {"case_id": [f"case_{i}" for i in range(len(y))], "center": center, "modality": modality}
-    )
-    frame = frame.assign(task=task, arm=arm, fold=fold, seed=0, epoch=epoch, y_true=np.asarray(y))
-    return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
-
-
-def random_run(n_classes, epochs=3, n=60, seed=0, **run):
-    rng = np.random.default_rng(seed)
-    y, center = rng.integers(0, n_classes, n), rng.choice(CENTERS, n)
-    # two decimals: plenty of ties
-    draws = [rng.dirichlet(np.ones(n_classes), n).round(2) for _ in range(epochs)]
-    return pd.concat(
-        [predictions(y, p, center, epoch=e, **run) for e, p in enumerate(draws, 1)], ignore_index=True
-    )
+from ipmn_core.metrics import calibration, centers, heterogeneity, inference
 
 
 def global_accuracy(fold_frame):
@@ -38,11 +17,6 @@ def global_accuracy(fold_frame):
         (metrics.accuracy(*metrics.y_and_prob(rows)), len(rows)) for _, rows in fold_frame.groupby("center")
     ]
     return float(np.average([acc for acc, _ in centers], weights=[n for _, n in centers]))
-
-
-def global_auc(fold_frame):
-    """AUC of one fold's test cases, scores pooled over centers."""
-    return metrics.auc(*metrics.y_and_prob(fold_frame))
 
 
 def pairwise_auc(positive, score):
@@ -55,16 +29,6 @@ def test_binary_auc_with_ties_equals_the_value_counted_by_hand():
     # positives 0.8, 0.5; negatives 0.5, 0.5, 0.1: pairs 3 won by 0.8, then 0.5 + 0.5 + 1 for 0.5
     y, p = np.array([1, 1, 0, 0, 0]), np.array([0.8, 0.5, 0.5, 0.5, 0.1])
     assert metrics.auc(y, np.column_stack([1 - p, p])) == 5 / 6
-
-
-def test_macro_one_vs_rest_auc_equals_the_value_counted_by_hand():
-    y = np.array([0, 1, 2, 2])
-    prob = np.array([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.1, 0.2, 0.7], [0.7, 0.1, 0.2]])
-    # class 0: 0.6 beats 0.5, 0.1, not 0.7: 2/3. Class 1: 0.2 loses to 0.3, ties 0.2, beats 0.1: 1/2.
-    # class 2: 0.7 beats both, 0.2 beats 0.1 only: 3/4
-    assert metrics.auc(y, prob) == pytest.approx(
-        (2 / 3 + 1 / 2 + 3 / 4) / 3, abs=1e-15
-    )  # rounding of the mean
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -90,14 +54,6 @@ def test_accuracy_counts_the_most_probable_class_and_gives_a_tie_to_the_lower():
     assert metrics.accuracy([2, 0], np.array([[0.2, 0.3, 0.5], [0.3, 0.4, 0.3]])) == 0.5
 
 
-def test_scores_ignore_the_column_that_only_the_other_task_fills():
-    both = pd.concat([random_run(2), random_run(3, task="three_class")])
-    assert metrics.y_and_prob(both[both["task"] == "binary"])[1].shape == (180, 2)
-    assert metrics.y_and_prob(both[both["task"] == "three_class"])[1].shape == (180, 3)
-    with pytest.raises(ValueError, match="several tasks"):
-        metrics.y_and_prob(both)
-
-
 def test_a_diverged_run_is_refused_by_name():
     frame = random_run(2)
     frame.loc[100, ["prob_0", "prob_1"]] = np.nan
@@ -108,7 +64,7 @@ def test_a_diverged_run_is_refused_by_name():
 
 
 def test_global_accuracy_weights_centers_by_their_images_and_so_equals_the_pooled_accuracy():
-    fold = predictions([1, 1, 1, 0], [0.9, 0.9, 0.1, 0.9], center=["NYU", "NYU", "NYU", "AHN"])
+    fold = rows([1, 1, 1, 0], [0.9, 0.9, 0.1, 0.9], center=["NYU", "NYU", "NYU", "AHN"])
     assert global_accuracy(fold) == (2 / 3 * 3 + 0 * 1) / 4
     fold = random_run(3, epochs=1, n=137, task="three_class")
     assert global_accuracy(fold) == pytest.approx(metrics.accuracy(*metrics.y_and_prob(fold)), abs=1e-12)
@@ -117,10 +73,10 @@ def test_global_accuracy_weights_centers_by_their_images_and_so_equals_the_poole
 def test_global_auc_pools_centers_instead_of_averaging_them():
     # each center is ranked perfectly, but the scales of the centers disagree
     y, p = [1, 0, 1, 0], [0.9, 0.8, 0.2, 0.1]
-    fold = predictions(y, p, center=["NYU", "NYU", "AHN", "AHN"])
-    rows = metrics.by_fold(fold).set_index("center")["auc"]
-    assert rows["NYU"] == rows["AHN"] == 1
-    assert global_auc(fold) == rows["global"] == 0.75
+    fold = rows(y, p, center=["NYU", "NYU", "AHN", "AHN"])
+    auc = metrics.by_fold(fold).set_index("center")["auc"]
+    assert auc["NYU"] == auc["AHN"] == 1
+    assert global_auc(fold) == auc["global"] == 0.75
 
 
 def test_per_epoch_equals_the_metrics_of_each_epoch_taken_alone():
@@ -145,18 +101,18 @@ def test_per_epoch_equals_the_metrics_of_each_epoch_taken_alone():
     ],
 )
 def test_best_test_selects_the_earliest_epoch_of_highest_auc_and_last_the_last(scores, best):
-    run = pd.concat([predictions([1, 0], p, epoch=e) for e, p in enumerate(scores, 1)], ignore_index=True)
+    run = pd.concat([rows([1, 0], p, epoch=e) for e, p in enumerate(scores, 1)], ignore_index=True)
     assert metrics.select(run)["epoch"].tolist() == [best, best]
     assert metrics.select(run, "last")["epoch"].tolist() == [3, 3]
 
 
 def test_selection_falls_back_on_the_last_epoch_where_no_auc_is_defined():
-    run = pd.concat([predictions([0, 0], [0.2, 0.8], epoch=epoch) for epoch in (1, 2, 3)])
+    run = pd.concat([rows([0, 0], [0.2, 0.8], epoch=epoch) for epoch in (1, 2, 3)])
     assert set(metrics.select(run)["epoch"]) == {3}
 
 
 def test_every_run_has_its_own_selected_epoch():
-    worse, better = predictions([1, 0], [0.1, 0.9]), predictions([1, 0], [0.9, 0.1])
+    worse, better = rows([1, 0], [0.1, 0.9]), rows([1, 0], [0.9, 0.1])
     frame = pd.concat([better, worse.assign(epoch=2), worse.assign(fold=1), better.assign(fold=1, epoch=2)])
     assert metrics.select(frame).groupby("fold")["epoch"].unique().str[0].to_dict() == {0: 1, 1: 2}
     with pytest.raises(ValueError, match="best_test, best_inner, last"):
@@ -164,7 +120,7 @@ def test_every_run_has_its_own_selected_epoch():
 
 
 def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
-    fold = predictions([1, 0, 0, 0], [0.9, 0.2, 0.6, 0.1], center=["NYU", "NYU", "AHN", "AHN"], fold=3)
+    fold = rows([1, 0, 0, 0], [0.9, 0.2, 0.6, 0.1], center=["NYU", "NYU", "AHN", "AHN"], fold=3)
     table = metrics.by_fold(fold)
     assert list(table.columns) == [*metrics.RUN, "center", "n", "positives", "acc", "auc", "undefined"]
     assert table["center"].tolist() == ["NYU", "AHN", "global"]
@@ -173,19 +129,6 @@ def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
     assert table["acc"].tolist() == [1, 0.5, 0.75]
     assert table["auc"].isna().tolist() == [False, True, False]
     assert table["undefined"].tolist() == ["", "no high-risk case", ""]
-
-
-def test_positives_of_three_classes_are_the_high_risk_cases_even_where_a_center_has_none():
-    prob = np.full((4, 3), 1 / 3)
-    fold = predictions([2, 1, 1, 0], prob, center=["NYU", "NYU", "IU", "IU"], task="three_class")
-    assert metrics.by_fold(fold)["positives"].tolist() == [1, 0, 1]
-
-
-def test_by_fold_refuses_unselected_predictions():
-    with pytest.raises(
-        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select`"
-    ):
-        metrics.by_fold(random_run(2))
 
 
 def folds_of(acc, auc):
@@ -227,8 +170,8 @@ def test_every_absent_class_is_named():
 
 
 def test_best_inner_selects_by_the_held_out_cases_and_reports_the_test_cases():
-    test = pd.concat([predictions([1, 0], p, epoch=e) for e, p in enumerate([[0.9, 0.1], [0.1, 0.9]], 1)])
-    inner = pd.concat([predictions([1, 0], p, epoch=e) for e, p in enumerate([[0.1, 0.9], [0.9, 0.1]], 1)])
+    test = pd.concat([rows([1, 0], p, epoch=e) for e, p in enumerate([[0.9, 0.1], [0.1, 0.9]], 1)])
+    inner = pd.concat([rows([1, 0], p, epoch=e) for e, p in enumerate([[0.1, 0.9], [0.9, 0.1]], 1)])
     chosen = metrics.select(test, "best_inner", inner.assign(case_id=["a", "b", "a", "b"]))
     assert chosen["epoch"].tolist() == [2, 2]
     assert chosen["case_id"].tolist() == ["case_0", "case_1"]
@@ -303,3 +246,24 @@ def test_both_tasks_pass_the_check_in_one_frame():
         three[["prob_0", "prob_1", "prob_2"]].sum(axis=1).to_numpy()[:, None]
     )
     metrics.check(pd.concat([random_run(2), three], ignore_index=True))
+
+
+EPOCH_READERS = [
+    metrics.by_fold,
+    inference.intervals,
+    inference.compare_arms,
+    centers.decompose,
+    centers.within_by_center,
+    heterogeneity.gain,
+    calibration.reliability,
+    calibration.table,
+    calibration.decision_curve,
+]
+
+
+@pytest.mark.parametrize("function", EPOCH_READERS, ids=lambda f: f.__qualname__)
+def test_a_run_of_several_epochs_is_refused_by_name(function):
+    with pytest.raises(
+        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select`"
+    ):
+        function(random_run(2))
