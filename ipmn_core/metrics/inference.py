@@ -12,19 +12,8 @@ from scipy.stats import norm, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from ipmn_core.metrics.scores import (
-    ARM,
-    GLOBAL,
-    PLACES,
-    RUN,
-    by_fold,
-    in_folds,
-    kinds,
-    over_folds,
-    scored_classes,
-    wins,
-    y_and_prob,
-)
+from ipmn_core.metrics import scores
+from ipmn_core.metrics.scores import ARM, GLOBAL, PLACES, RUN, wins, y_and_prob
 
 STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
 
@@ -55,13 +44,13 @@ def _delong(of_pos: np.ndarray, of_neg: np.ndarray) -> tuple[np.ndarray, np.ndar
     return of_pos.mean(axis=0) / n_neg, covariance
 
 
-def delong(y, scores) -> tuple[np.ndarray, np.ndarray]:
-    """AUC (A,) and covariance (A, A) of A scores (N, A) of the same cases with labels 0/1 (N,).
+def delong(y, columns) -> tuple[np.ndarray, np.ndarray]:
+    """AUC (A,) and covariance (A, A) of A scores, `columns` (N, A), of the same cases with labels 0/1 (N,).
 
     DeLong et al. 1988, Biometrics 44:837-845. NaN: both where a class has no case, the covariance where a
     class has one.
     """
-    return _delong(*wins(np.asarray(y) == 1, scores))
+    return _delong(*wins(np.asarray(y) == 1, columns))
 
 
 def auc_interval(y, score, level: float = 0.95) -> tuple[float, float, float]:
@@ -102,11 +91,11 @@ def wilson(correct, n, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
 
 
 def corrected_t(differences, test_over_train: float) -> tuple[float, float]:
-    """Corrected resampled t and its two-sided p for J differences, one a fold, with J - 1 degrees of freedom.
+    """Corrected resampled t and its two-sided p for J differences, one per fold; J - 1 degrees of freedom.
 
     Nadeau and Bengio 2003, Machine Learning 52:239-281: the variance factor 1/J becomes 1/J + n_test/n_train,
-    for training sets overlap. NaN for fewer than two folds. Differences that are all equal have no variance:
-    t = 0, p = 1 if they are zero, else t is infinite and p = 0.
+    because training sets overlap. NaN for fewer than two folds. Differences that are all equal have no
+    variance: t = 0, p = 1 if they are zero, else t is infinite and p = 0.
     """
     differences = np.asarray(differences, dtype=float)
     n = len(differences)
@@ -134,7 +123,7 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
     sorts. NaN where a class is absent.
     """
     aucs = []
-    for k in scored_classes(prob):
+    for k in scores.scored_classes(prob):
         values, place = np.unique(prob[:, k], return_inverse=True)
         order = np.argsort(place, kind="stable")
         first = np.searchsorted(place[order], np.arange(len(values)))  # of the cases with each score
@@ -148,7 +137,7 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
 def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """AUC, mean over folds, of each bootstrap resample (n_resamples,) of one arm's test cases.
 
-    `rows` are one task, modality and arm, one epoch a run, all centers or one. Cases are drawn with
+    `rows` are one task, modality and arm, one epoch per run, all centers or one. Cases are drawn with
     replacement within center x label, over the folds; a fold without every class is left out of the mean, as
     in `metrics.over_folds`; NaN if no fold has every class. Arms with the same cases and seed get the same
     resamples.
@@ -186,7 +175,7 @@ def no_delong(y: np.ndarray, n_classes: int, result: str) -> str:
     """Why labels y (N,) give no DeLong `result` although no class need be absent; "" if they give one."""
     if n_classes > 2:
         return f"macro AUC has no DeLong {result}"
-    single = [name for k, name in enumerate(kinds(2)) if (y == k).sum() == 1]
+    single = [name for k, name in enumerate(scores.kinds(2)) if (y == k).sum() == 1]
     return f"one {' and one '.join(single)} case: too few for a DeLong {result}" if single else ""
 
 
@@ -209,7 +198,7 @@ def intervals(
     undefined: why a number is NaN or which folds it leaves out, "" if none. Raises ValueError if a run has
     several epochs.
     """
-    means = over_folds(by_fold(selected)).set_index([*ARM, "center"])
+    means = scores.over_folds(scores.by_fold(selected)).set_index([*ARM, "center"])
     rows = []
     for arm, frame in selected.groupby(ARM, sort=False):
         for center, part in [*frame.groupby("center"), (GLOBAL, frame)]:
@@ -225,9 +214,9 @@ def intervals(
             reasons = filter(None, (mean["undefined"], lone, no_delong(y, n_classes, "interval")))
             numbers = n, int((y == n_classes - 1).sum()), auc, *limits, *pooled, *accuracy
             rows.append((*arm, center, *numbers, "; ".join(reasons)))
-    limits = [f"{name}_{end}" for name in ("auc", "pooled", "acc") for end in ("low", "high")]
-    numbers = ["n", "positives", "auc", *limits[:2], "pooled_auc", *limits[2:4], "acc", *limits[4:]]
-    return _ordered(pd.DataFrame(rows, columns=[*ARM, "center", *numbers, "undefined"]), selected)
+    aucs = ["auc", "auc_low", "auc_high", "pooled_auc", "pooled_low", "pooled_high"]
+    columns = [*ARM, "center", "n", "positives", *aucs, "acc", "acc_low", "acc_high", "undefined"]
+    return _ordered(pd.DataFrame(rows, columns=columns), selected)
 
 
 def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
@@ -264,7 +253,7 @@ def compare_arms(
     ValueError naming the first case that only one of two arms was tested on, or if a run has several epochs.
     """
     # as if all were one center: the numbers of the others are not needed
-    everywhere = by_fold(selected.assign(center=GLOBAL)).drop_duplicates(RUN)
+    everywhere = scores.by_fold(selected.assign(center=GLOBAL)).drop_duplicates(RUN)
     folds = {arm: rows.set_index("fold", drop=False) for arm, rows in everywhere.groupby(ARM)}
     rows = []
     for (task, modality), frame in selected.groupby(["task", "modality"], sort=False):
@@ -281,7 +270,7 @@ def compare_arms(
             test_over_train = 1 / max(len(of_fold) - 1, 1) / (1 - inner_validation)
             corrected = defined.mean(), *corrected_t(defined, test_over_train)
             few = "corrected t needs two folds" if len(defined) < 2 else ""
-            reasons = filter(None, (in_folds(mine), no_delong(y, n_classes, "test"), few))
+            reasons = filter(None, (scores.in_folds(mine), no_delong(y, n_classes, "test"), few))
             rows.append((task, modality, name, reference, *tested, *corrected, "; ".join(reasons)))
     columns = [*ARM, "reference", "difference", "low", "high", "z", "p_delong", "fold_difference", "t"]
     table = _ordered(pd.DataFrame(rows, columns=[*columns, "p_corrected", "undefined"]), selected)

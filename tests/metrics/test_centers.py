@@ -1,38 +1,20 @@
 import itertools
-import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_metrics import global_auc
+from frames import random_run, rows
+from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from ipmn_core.metrics import centers
+from ipmn_core import metrics
+from ipmn_core.metrics import centers, inference
 from ipmn_core.names import CENTERS
 
-ARM = ["task", "modality", "arm"]
+pytestmark = pytest.mark.filterwarnings("error")  # an undefined value is NaN, never a warning
 
 
-@pytest.fixture(autouse=True)
-def no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-def run(y, prob, center="NYU", fold=0, task="binary", modality="t2", arm="fedavg"):
-    """One epoch's rows; prob is of class 1 or (N, K)."""
-    prob = np.asarray(prob, dtype=float)
-    prob = np.column_stack([1 - prob, prob]) if prob.ndim == 1 else prob
-    frame = pd.DataFrame({"case_id": [f"case_{i}" for i in range(len(y))], "center": center, "fold": fold})
-    frame = frame.assign(task=task, modality=modality, arm=arm, seed=0, epoch=1, y_true=np.asarray(y))
-    return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
-
-
-def random_run(n_classes, n=150, n_folds=3, seed=0, **names):
-    rng = np.random.default_rng(seed)
-    prob = rng.dirichlet(np.ones(n_classes), n).round(1)  # one decimal: plenty of ties
-    folds, centers = rng.integers(0, n_folds, n), rng.choice(CENTERS[:4], n)
-    return run(rng.integers(0, n_classes, n), prob, centers, folds, **names)
+def one(n_classes, seed=0, **names):
+    return random_run(n_classes, epochs=1, n=150, folds=3, seed=seed, **names)
 
 
 def count_pairs(frame, k, belongs):
@@ -52,70 +34,25 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_value_equals_the_pairs_counted_one_by_one(seed):
-    frame = random_run(2, seed=seed)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_every_value_is_the_mean_over_classes_of_the_pairs_counted_one_by_one(n_classes):
+    frame, classes = one(n_classes), [1] if n_classes == 2 else range(3)
     row = centers.decompose(frame).iloc[0]
-    counted = {kind: count_pairs(frame, 1, belongs) for kind, belongs in KINDS.items()}
-    for kind, (share, _) in counted.items():
-        assert row[kind] == share  # halves sum exactly
-    assert row["pairs"] == counted["pooled"][1]
-    assert row["share_within"] == counted["within"][1] / counted["pooled"][1]
-    assert row["undefined"] == ""
-
-
-def test_pooled_is_the_mixture_of_within_and_between():
-    for row in centers.decompose(random_run(2, seed=4)).itertuples():
-        mixture = row.share_within * row.within + (1 - row.share_within) * row.between
-        assert row.pooled == pytest.approx(mixture, abs=1e-12)  # float64 divisions
-
-
-def test_three_classes_are_the_mean_over_classes_against_the_rest():
-    frame = random_run(3, task="three_class")
-    row = centers.decompose(frame).iloc[0]
-    counted = {kind: [count_pairs(frame, k, f) for k in range(3)] for kind, f in KINDS.items()}
-    for kind, classes in counted.items():
-        assert row[kind] == pytest.approx(np.mean([share for share, _ in classes]), abs=1e-12)  # of a mean
-    pairs = {kind: [n for _, n in classes] for kind, classes in counted.items()}
-    assert row["pairs"] == sum(pairs["pooled"])
+    counted = {kind: [count_pairs(frame, k, f) for k in classes] for kind, f in KINDS.items()}
+    for kind, found in counted.items():
+        assert row[kind] == pytest.approx(np.mean([share for share, _ in found]), abs=1e-15)  # of a mean
+    pairs = {kind: [n for _, n in found] for kind, found in counted.items()}
+    assert (row["pairs"], row["undefined"]) == (sum(pairs["pooled"]), "")
     shares = np.divide(pairs["within"], pairs["pooled"])
-    assert row["share_within"] == pytest.approx(shares.mean(), abs=1e-12)
+    assert row["share_within"] == pytest.approx(shares.mean(), abs=1e-15)
+    if n_classes == 2:
+        mixture = row["share_within"] * row["within"] + (1 - row["share_within"]) * row["between"]
+        assert row["pooled"] == pytest.approx(mixture, abs=1e-12)  # float64 divisions
 
 
-@pytest.mark.parametrize(("n_classes", "task"), [(2, "binary"), (3, "three_class")])
-def test_pooled_of_one_fold_is_its_global_auc(n_classes, task):
-    frame = random_run(n_classes, n_folds=1, task=task)
-    row = centers.decompose(frame).iloc[0]
-    assert row["pooled"] == pytest.approx(global_auc(frame), abs=1e-12)  # ranks against pairs
-
-
-def test_a_fold_counts_by_its_pairs():
-    small = run([1, 0], [0.1, 0.9], fold=0)  # 1 pair, wrong
-    large = run([1, 1, 0, 0, 0], [0.9, 0.8, 0.1, 0.2, 0.3], fold=1)  # 6 pairs, all right
-    assert centers.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
-
-
-def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
-    rng = np.random.default_rng(0)
-    center = rng.choice(CENTERS, 300)
-    prevalence = dict(zip(CENTERS, np.linspace(0.1, 0.7, 7), strict=True))
-    p = np.array([prevalence[c] for c in center])
-    frame = run((rng.random(300) < p).astype(int), p, center, rng.integers(0, 4, 300))
-    row = centers.decompose(frame).iloc[0]
-    assert row["within"] == 0.5
-    assert row["between"] > row["pooled"] > 0.6
-    assert (centers.within_by_center(frame)["within"] == 0.5).all()
-
-
-def test_knowing_the_disease_but_not_the_centers_scale_shows_within_only():
-    frame = run([1, 0, 1, 0], [0.9, 0.8, 0.2, 0.1], ["NYU", "NYU", "IU", "IU"])
-    row = centers.decompose(frame).iloc[0]
-    assert (row["within"], row["between"], row["share_within"], row["pairs"]) == (1, 0.5, 0.5, 4)
-
-
-@pytest.mark.parametrize(("n_classes", "task"), [(2, "binary"), (3, "three_class")])
-def test_a_center_is_its_own_pairs_over_folds(n_classes, task):
-    frame = random_run(n_classes, task=task)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_center_is_its_own_pairs_over_folds(n_classes):
+    frame = one(n_classes)
     table = centers.within_by_center(frame)
     assert table["center"].tolist() == list(CENTERS[:4])  # in their order
     for row in table.itertuples():
@@ -126,87 +63,109 @@ def test_a_center_is_its_own_pairs_over_folds(n_classes, task):
         assert row.positives == (here["y_true"] == n_classes - 1).sum()
 
 
-def test_centers_weighted_by_their_pairs_give_within():
-    frame = random_run(2)
-    mine = centers.within_by_center(frame)
-    weighted = np.average(mine["within"], weights=mine["pairs"])
-    assert centers.decompose(frame).loc[0, "within"] == pytest.approx(weighted, abs=1e-12)  # float64 sums
+def test_a_fold_counts_by_its_pairs():
+    small = rows([1, 0], [0.1, 0.9], fold=0)  # 1 pair, wrong
+    large = rows([1, 1, 0, 0, 0], [0.9, 0.8, 0.1, 0.2, 0.3], fold=1)  # 6 pairs, all right
+    assert centers.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
+
+
+def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
+    rng = np.random.default_rng(0)
+    center = rng.choice(CENTERS, 300)
+    prevalence = dict(zip(CENTERS, np.linspace(0.1, 0.7, 7), strict=True))
+    p = np.array([prevalence[c] for c in center])
+    frame = rows((rng.random(300) < p).astype(int), p, center, fold=rng.integers(0, 4, 300))
+    row = centers.decompose(frame).iloc[0]
+    assert row["within"] == 0.5
+    assert row["between"] > row["pooled"] > 0.6
+    assert (centers.within_by_center(frame)["within"] == 0.5).all()
 
 
 @pytest.mark.parametrize(
     ("y", "center", "fold", "defined", "reason"),
     [
-        ([0, 0, 0, 0], "NYU", 0, "", "no high-risk case"),
-        ([1, 1, 1, 1], "NYU", 0, "", "only high-risk cases"),
-        ([1, 1, 0, 0], "NYU", [0, 0, 1, 1], "", "no fold has both high-risk and other cases"),
-        ([1, 1, 0, 0], ["NYU", "NYU", "IU", "IU"], 0, "between", "no center has both high-risk and other"),
-        ([1, 1, 0, 0], "NYU", 0, "within", "all pairs of high-risk and other cases are of one center"),
+        ([0, 0, 0, 0], "NYU", 0, [], "no high-risk case"),
+        ([1, 1, 1, 1], "NYU", 0, [], "only high-risk cases"),
+        ([1, 1, 0, 0], "NYU", [0, 0, 1, 1], [], "no fold has both high-risk and other cases"),
+        ([1, 1, 0, 0], ["NYU", "NYU", "IU", "IU"], 0, ["between"], "no center has both high-risk and other"),
+        ([1, 1, 0, 0], "NYU", 0, ["within"], "all pairs of high-risk and other cases are of one center"),
     ],
 )
 def test_a_value_without_pairs_is_nan_with_the_reason(y, center, fold, defined, reason):
-    row = centers.decompose(run(y, [0.9, 0.8, 0.7, 0.1], center, fold)).iloc[0]
+    row = centers.decompose(rows(y, [0.9, 0.8, 0.7, 0.1], center, fold=fold)).iloc[0]
     assert row["undefined"].startswith(reason)
     assert np.isnan(row["pooled"]) != bool(defined)
-    assert [kind for kind in ("within", "between") if not np.isnan(row[kind])] == (
-        [defined] if defined else []
-    )
+    assert [kind for kind in ("within", "between") if not np.isnan(row[kind])] == defined
 
 
 def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
-    prob = np.full((4, 3), 1 / 3)
-    frame = run([0, 1, 0, 2], prob, ["NYU", "NYU", "IU", "EMC"], task="three_class")
+    frame = rows([0, 1, 0, 2], np.full((4, 3), 1 / 3), ["NYU", "NYU", "IU", "EMC"], task="three_class")
     row = centers.decompose(frame).iloc[0]
-    assert row["pooled"] == pytest.approx(0.5, abs=1e-15)
-    assert np.isnan(row["within"])
+    assert row["pooled"] == pytest.approx(0.5, abs=1e-15) and np.isnan(row["within"])
     assert row["undefined"] == "no center has both high-risk and other cases in one fold"
     table = centers.within_by_center(frame).set_index("center")
     assert table["within"].isna().all()
     assert table.loc["NYU", "undefined"] == "no high-risk case"
     assert table.loc["IU", "undefined"] == "only no-risk cases; no low-risk case; no high-risk case"
-    assert table["pairs"].tolist() == [2, 0, 0]
-    assert table["positives"].tolist() == [0, 0, 1]
-
-
-def test_a_center_without_pairs_is_listed_with_the_reason():
-    frame = run([1, 0, 0, 1], [0.9, 0.1, 0.5, 0.5], ["EMC", "EMC", "NYU", "MCF"])
-    table = centers.within_by_center(frame)
-    assert table["center"].tolist() == ["NYU", "MCF", "EMC"]
-    assert table["undefined"].tolist() == ["no high-risk case", "only high-risk cases", ""]
-    assert table["within"].isna().tolist() == [True, True, False]
+    assert table["pairs"].tolist() == [2, 0, 0] and table["positives"].tolist() == [0, 0, 1]
 
 
 def test_tasks_modalities_and_arms_in_one_frame_are_each_measured_alone():
-    parts = [
-        random_run(2, arm="fedavg"),
-        random_run(2, arm="centralized", seed=1),
-        random_run(3, arm="resnet34", task="three_class", modality="t1", seed=2),
-    ]
+    parts = [one(2), one(2, seed=1, arm="centralized"), one(3, seed=2, arm="resnet34", modality="t1")]
     for measure in (centers.decompose, centers.within_by_center):
         together = measure(pd.concat(parts))
         pd.testing.assert_frame_equal(together, pd.concat(map(measure, parts), ignore_index=True))
         assert together["arm"].unique().tolist() == ["fedavg", "centralized", "resnet34"]
-        shuffled = measure(pd.concat(parts).sample(frac=1, random_state=0)).sort_values(ARM, kind="stable")
-        expected = together.sort_values(ARM, kind="stable", ignore_index=True)
-        pd.testing.assert_frame_equal(shuffled.reset_index(drop=True), expected)
 
 
-def test_columns_are_the_ones_promised():
-    frame = random_run(2)
-    values = ["pooled", "within", "between", "share_within", "pairs", "undefined"]
-    assert list(centers.decompose(frame)) == [*ARM, *values]
-    assert list(centers.within_by_center(frame)) == [
-        *ARM,
-        "center",
-        "within",
-        "pairs",
-        "positives",
-        "undefined",
-    ]
+@pytest.fixture(scope="module")
+def three_classes():
+    return random_run(3, n=48, folds=2, arm="resnet34", modality="t1")
 
 
-def test_several_epochs_of_a_run_are_refused_by_name():
-    frame = random_run(2)
-    with pytest.raises(
-        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select` first"
-    ):
-        centers.decompose(pd.concat([frame, frame.assign(epoch=2)]))
+def test_every_rule_is_that_of_metrics(three_classes):
+    selected = centers.by_rules(three_classes, three_classes)
+    assert list(dict.fromkeys(selected["rule"])) == list(metrics.RULES)
+    for rule, chosen in selected.groupby("rule"):
+        expected = metrics.select(three_classes, rule, three_classes)
+        pd.testing.assert_frame_equal(chosen.drop(columns="rule").reset_index(drop=True), expected)
+    for validation in (None, three_classes.iloc[:0]):
+        assert set(centers.by_rules(three_classes, validation)["rule"]) == {"best_test", "last"}
+
+
+def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(three_classes, binary_predictions):
+    selected = centers.by_rules(pd.concat([three_classes, binary_predictions]))
+    summary = centers.summary(selected, n_resamples=20)
+    for (rule, task), chosen in selected.groupby(["rule", "task"]):
+        numbers = inference.intervals(chosen.drop(columns="rule"), 20).set_index([*metrics.ARM, "center"])
+        for metric in ("acc", "auc"):
+            mine = summary[(summary[["rule", "task", "metric"]] == [rule, task, metric]).all(axis=1)]
+            mine = mine.set_index([*metrics.ARM, "center"])
+            for name, column in (("mean", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
+                pd.testing.assert_series_equal(mine[name], numbers[column], check_names=False)
+    assert len(summary) == 2 * 2 * (5 + 2 * 2 * 4)  # metrics, rules, centers of the one arm, of the others
+
+
+def test_high_risk_against_the_rest_is_the_last_class(three_classes, binary_predictions):
+    last = metrics.select(three_classes, "last")
+    y, prob = metrics.y_and_prob(centers.as_high_risk(last))
+    assert metrics.auc(y, prob) == pytest.approx(roc_auc_score(last["y_true"] == 2, last["prob_2"]))
+    same = centers.as_high_risk(binary_predictions)
+    np.testing.assert_allclose(same["prob_1"], binary_predictions["prob_1"])
+
+
+def test_confusions_are_scikit_learns_and_square_for_one_class(three_classes, binary_predictions):
+    last = metrics.select(three_classes, "last")
+    predicted = last[["prob_0", "prob_1", "prob_2"]].to_numpy().argmax(axis=1)
+    np.testing.assert_array_equal(centers.confusion(last), confusion_matrix(last["y_true"], predicted))
+    one_class = binary_predictions.query("modality == 't2' and arm == 'centralized'")
+    matrix = centers.confusion(centers.at(one_class, "AHN"))
+    assert matrix.shape == (2, 2) and matrix.sum() == 12 and not matrix[1].any()
+
+
+def test_the_worst_case_is_that_whose_truth_was_least_probable(three_classes):
+    last = metrics.select(three_classes, "last")
+    worst = centers.most_wrong(last, 5)
+    given = last[["prob_0", "prob_1", "prob_2"]].to_numpy()[np.arange(len(last)), last["y_true"]]
+    np.testing.assert_allclose(worst["probability"], np.sort(given)[:5])
+    assert worst["case_id"].iloc[0] == last["case_id"].iloc[given.argmin()]

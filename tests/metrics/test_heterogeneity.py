@@ -1,17 +1,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from frames import rows
 from sklearn.metrics import roc_auc_score
-from test_metrics import predictions
 
 from ipmn_core.metrics import heterogeneity
 
 
 def updates(vectors, **run):
     """The long form of the inner products of {client: update}."""
-    rows = [(a, b, float(np.dot(vectors[a], vectors[b]))) for a in vectors for b in vectors]
+    products = [(a, b, float(np.dot(vectors[a], vectors[b]))) for a in vectors for b in vectors]
     run = {"modality": "t1", "arm": "fedavg", "fold": 0, "round": 1} | run
-    return pd.DataFrame(rows, columns=["client", "other", "inner_product"]).assign(**run)
+    return pd.DataFrame(products, columns=["client", "other", "inner_product"]).assign(**run)
 
 
 def test_drift_is_the_length_of_a_clients_update():
@@ -29,52 +29,42 @@ def test_cosines_are_those_of_the_vectors_in_the_order_of_the_centers():
         assert row.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-12)
 
 
-def test_cosines_are_means_over_rounds_and_folds_and_undefined_for_a_client_that_stood_still():
-    east, north, still = np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.zeros(2)
+def test_cosines_are_means_over_rounds_and_undefined_for_a_client_that_did_not_move():
+    east, north = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     rounds = [updates({"NYU": east, "AHN": east}), updates({"NYU": east, "AHN": north}, round=2)]
-    table = heterogeneity.cosines(pd.concat(rounds)).set_index(["client", "other"])["cosine"]
-    assert table["NYU", "AHN"] == 0.5 and table["NYU", "NYU"] == 1
-    table = heterogeneity.cosines(updates({"NYU": east, "AHN": still})).set_index(["client", "other"])[
-        "cosine"
-    ]
-    assert np.isnan(table["NYU", "AHN"]) and table["NYU", "NYU"] == 1
+    still = updates({"NYU": east, "AHN": np.zeros(2)})
+    for frame, expected in ((pd.concat(rounds), 0.5), (still, np.nan)):
+        cosine = heterogeneity.cosines(frame).set_index(["client", "other"])["cosine"]
+        np.testing.assert_equal([cosine["NYU", "AHN"], cosine["NYU", "NYU"]], [expected, 1])
 
 
+@pytest.fixture
 def three_arms():
     rng = np.random.default_rng(1)
     y, center = rng.integers(0, 2, 80), np.repeat(["NYU", "AHN"], 40)
     y[40:] = 0  # AHN has no high-risk case
-    frames = []
-    for arm in ("centralized", "local_only", "fedavg"):
-        frame = predictions(y, rng.random(80), center, arm=arm)
-        frames.append(frame.assign(fold=np.arange(80) % 2))
-    return pd.concat(frames, ignore_index=True)
+    names = ("centralized", "local_only", "fedavg")
+    arms = [rows(y, rng.random(80), center, arm=arm, fold=np.arange(80) % 2) for arm in names]
+    return pd.concat(arms, ignore_index=True)
 
 
-def test_gain_is_the_difference_of_the_centers_pooled_auc():
-    arms = three_arms()
-    table = heterogeneity.gain(arms).set_index(["over", "center"])
+def test_gain_is_the_difference_of_the_centers_pooled_auc(three_arms):
+    table = heterogeneity.gain(three_arms).set_index(["over", "center"])
     assert len(table) == 2 * 3
+    at_nyu = three_arms[three_arms["center"] == "NYU"].groupby("arm")
+    auc = {arm: roc_auc_score(mine["y_true"], mine["prob_1"]) for arm, mine in at_nyu}
     for over in ("centralized", "local_only"):
-        auc = {
-            arm: roc_auc_score(rows["y_true"], rows["prob_1"])
-            for arm, rows in arms[arms["center"] == "NYU"].groupby("arm")
-        }
         row = table.loc[(over, "NYU")]
         assert row["difference"] == pytest.approx(auc["fedavg"] - auc[over], abs=1e-12)
         assert row["low"] < row["difference"] < row["high"] and row["undefined"] == ""
-        assert (row["n"], row["positives"]) == (40, arms["y_true"][:40].sum())
-
-
-def test_gain_of_a_center_of_one_class_is_undefined_with_the_reason():
-    row = heterogeneity.gain(three_arms()).query("center == 'AHN'").iloc[0]
+        assert (row["n"], row["positives"]) == (40, three_arms["y_true"][:40].sum())
+    row = table.loc[("centralized", "AHN")]
     assert np.isnan(row["difference"]) and row["undefined"] == "no high-risk case"
 
 
-def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers_alone():
-    arms = three_arms()
-    arms.loc[(arms["center"] == "AHN") & (arms["case_id"] == "case_50"), "y_true"] = 1
-    table = heterogeneity.gain(arms).set_index(["over", "center"])
+def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers_alone(three_arms):
+    three_arms.loc[(three_arms["center"] == "AHN") & (three_arms["case_id"] == "case_50"), "y_true"] = 1
+    table = heterogeneity.gain(three_arms).set_index(["over", "center"])
     row = table.loc[("centralized", "AHN")]
     assert row["positives"] == 1 and np.isfinite(row["difference"]) and np.isnan(row["low"])
     assert row["undefined"] == "one high-risk case: too few for a DeLong interval"
@@ -83,16 +73,9 @@ def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers
     assert np.isnan(row["difference"]) and "no common scale" in row["undefined"]
 
 
-def test_gain_refuses_arms_tested_on_other_cases_and_several_epochs():
-    arms = three_arms()
-    lost = (arms["arm"] == "fedavg") & (arms["case_id"] == "case_7")
+def test_gain_refuses_arms_tested_on_other_cases_and_leaves_out_what_was_not_trained(three_arms):
+    lost = (three_arms["arm"] == "fedavg") & (three_arms["case_id"] == "case_7")
     with pytest.raises(ValueError, match=r"Case case_7 .*tested by centralized, not by fedavg"):
-        heterogeneity.gain(arms[~lost])
-    with pytest.raises(ValueError, match="several epochs"):
-        heterogeneity.gain(pd.concat([arms, arms.assign(epoch=2)]))
-
-
-def test_gain_leaves_out_what_was_not_trained():
-    table = heterogeneity.gain(three_arms().query("arm != 'local_only'"))
-    assert set(table["over"]) == {"centralized"}
-    assert heterogeneity.gain(three_arms().query("arm == 'centralized'")).empty
+        heterogeneity.gain(three_arms[~lost])
+    assert set(heterogeneity.gain(three_arms.query("arm != 'local_only'"))["over"]) == {"centralized"}
+    assert heterogeneity.gain(three_arms.query("arm == 'centralized'")).empty

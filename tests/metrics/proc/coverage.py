@@ -1,7 +1,7 @@
-"""Prints how often 95 % intervals hold the truth; `inference.bootstrap_auc` quotes it. Minutes, no test.
+"""Print how often 95 % intervals hold the truth; `inference.bootstrap_auc` quotes it. Minutes, no test.
 
 300 cohorts with the counts of the paper's T2, or at most 5 cases of a center and label, in 4 folds; scores
-are normal, of one AUC everywhere. Run from the project's folder: python tests/proc/coverage.py
+are normal, of one AUC everywhere. Run from the project's folder: python tests/metrics/proc/coverage.py
 """
 
 import numpy as np

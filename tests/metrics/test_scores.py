@@ -1,0 +1,232 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from frames import global_auc, random_run, rows
+from sklearn.metrics import roc_auc_score
+
+from ipmn_core import metrics
+from ipmn_core.metrics import calibration, centers, heterogeneity, inference
+from ipmn_core.metrics.scores import absent_classes
+
+
+def global_accuracy(fold_frame):
+    """The paper's definition: accuracies of the centers, each weighted by its number of test images."""
+    parts = [metrics.y_and_prob(part) for _, part in fold_frame.groupby("center")]
+    return np.average([metrics.accuracy(*part) for part in parts], weights=[len(y) for y, _ in parts])
+
+
+def pairwise_auc(positive, score):
+    """Share of (positive, negative) pairs in the right order, ties one half: the definition itself."""
+    pairs = list(itertools.product(score[positive], score[~positive]))
+    return sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auc_agrees_with_scikit_learn_and_is_exactly_that_of_counted_pairs(seed):
+    y, p = metrics.y_and_prob(random_run(2, epochs=1, seed=seed))
+    assert metrics.auc(y, p) == pytest.approx(roc_auc_score(y, p[:, 1]), abs=1e-12)  # float64 sums
+    assert metrics.auc(y, p) == pairwise_auc(y == 1, p[:, 1])
+    y, p = metrics.y_and_prob(random_run(3, epochs=1, seed=seed, task="three_class"))
+    p /= p.sum(axis=1, keepdims=True)  # scikit-learn insists on rows that sum to one
+    expected = roc_auc_score(y, p, multi_class="ovr", average="macro", labels=[0, 1, 2])
+    assert metrics.auc(y, p) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("y", "n_classes"), [([0, 0, 0], 2), ([1, 1, 1], 2), ([1, 2, 1], 3), ([2, 2, 2], 3)])
+def test_auc_without_every_class_is_nan_and_silent(y, n_classes):
+    assert np.isnan(metrics.auc(np.array(y), np.full((3, n_classes), 1 / n_classes)))
+
+
+def test_accuracy_counts_the_most_probable_class_and_gives_a_tie_to_the_lower():
+    assert metrics.accuracy([0, 1, 1, 1], np.array([[0.5, 0.5], [0.5, 0.5], [0.4, 0.6], [0.9, 0.1]])) == 0.5
+    assert metrics.accuracy([2, 0], np.array([[0.2, 0.3, 0.5], [0.3, 0.4, 0.3]])) == 0.5
+
+
+def test_a_diverged_run_is_refused_by_name():
+    frame = random_run(2)
+    frame.loc[100, ["prob_0", "prob_1"]] = np.nan
+    with pytest.raises(ValueError, match=r"case_40 of binary/t2/fedavg/fold0, epoch 2.*diverged"):
+        metrics.per_epoch(frame)
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.y_and_prob(frame.assign(prob_0=np.nan, prob_1=np.nan))
+
+
+def test_global_accuracy_weights_centers_by_their_images_and_so_equals_the_pooled_accuracy():
+    fold = rows([1, 1, 1, 0], [0.9, 0.9, 0.1, 0.9], center=["NYU", "NYU", "NYU", "AHN"])
+    assert global_accuracy(fold) == (2 / 3 * 3 + 0 * 1) / 4
+    fold = random_run(3, epochs=1, n=137, task="three_class")
+    assert global_accuracy(fold) == pytest.approx(metrics.accuracy(*metrics.y_and_prob(fold)), abs=1e-12)
+
+
+def test_global_auc_pools_centers_instead_of_averaging_them():
+    # each center is ranked perfectly, but the scales of the centers disagree
+    y, p = [1, 0, 1, 0], [0.9, 0.8, 0.2, 0.1]
+    fold = rows(y, p, center=["NYU", "NYU", "AHN", "AHN"])
+    auc = metrics.by_fold(fold).set_index("center")["auc"]
+    assert auc["NYU"] == auc["AHN"] == 1
+    assert global_auc(fold) == auc["global"] == 0.75
+
+
+def test_per_epoch_equals_the_metrics_of_each_epoch_taken_alone():
+    frame = pd.concat([random_run(2), random_run(3, seed=1), random_run(2, seed=2, fold=1)])
+    table = metrics.per_epoch(frame.sample(frac=1, random_state=0))  # row order must not matter
+    assert list(table.columns) == [*metrics.RUN, "epoch", "acc", "auc", "n"]
+    assert len(table) == 9
+    for row in table.itertuples():
+        alone = frame[(frame.task == row.task) & (frame.fold == row.fold) & (frame.epoch == row.epoch)]
+        assert row.n == 60
+        assert row.auc == pytest.approx(global_auc(alone), abs=1e-12)  # order of summation
+        assert row.acc == pytest.approx(global_accuracy(alone), abs=1e-12)
+
+
+def test_the_earliest_epoch_of_highest_auc_is_selected_by_each_run_on_its_own():
+    aucs = {0: [0, 1, 0], 1: [0, 1, 1], 2: [1, 0, 1]}
+    frame = [
+        rows([1, 0], [0.2, 0.8] if auc == 0 else [0.8, 0.2], fold=fold, epoch=epoch)
+        for fold, values in aucs.items()
+        for epoch, auc in enumerate(values, 1)
+    ]
+    frame.append(rows([0, 0], [0.2, 0.8], fold=3, epoch=1))  # no AUC is defined: the last
+    frame.append(rows([0, 0], [0.2, 0.8], fold=3, epoch=2))
+    frame = pd.concat(frame, ignore_index=True)
+    chosen = {rule: metrics.select(frame, rule).groupby("fold")["epoch"] for rule in ("best_test", "last")}
+    assert chosen["best_test"].agg(list).to_list() == [[2, 2], [2, 2], [1, 1], [2, 2]]
+    assert chosen["last"].agg(list).to_list() == [[3, 3], [3, 3], [3, 3], [2, 2]]
+    with pytest.raises(ValueError, match="best_test, best_inner, last"):
+        metrics.select(frame, "best_validation")
+
+
+def test_best_inner_selects_by_the_held_out_cases_and_reports_the_test_cases():
+    test = pd.concat([rows([1, 0], p, epoch=e) for e, p in enumerate([[0.9, 0.1], [0.1, 0.9]], 1)])
+    inner = pd.concat([rows([1, 0], p, epoch=e) for e, p in enumerate([[0.1, 0.9], [0.9, 0.1]], 1)])
+    chosen = metrics.select(test, "best_inner", inner.assign(case_id=["a", "b", "a", "b"]))
+    assert chosen["epoch"].tolist() == [2, 2] and chosen["case_id"].tolist() == ["case_0", "case_1"]
+    for nothing in (None, inner.assign(fold=1)):
+        with pytest.raises(ValueError, match=r"binary/t2/fedavg/fold0 has no inner validation"):
+            metrics.select(test, "best_inner", nothing)
+
+
+def test_optimism_is_what_choosing_on_the_test_fold_adds():
+    test, inner = random_run(2), random_run(2, seed=1)
+    row = metrics.optimism(test, inner).iloc[0]
+    auc, inner_auc = metrics.per_epoch(test)["auc"], metrics.per_epoch(inner)["auc"]  # one fold
+    chosen = [auc.max(), auc[inner_auc.idxmax()], auc.iloc[-1]]
+    assert row[["best_test", "best_inner", "last"]].tolist() == pytest.approx(chosen)
+    differences = row[["peak_minus_inner", "peak_minus_last"]].tolist()
+    assert differences == pytest.approx([chosen[0] - chosen[1], chosen[0] - chosen[2]])
+    assert (row["epochs"], row["undefined"]) == (3, "")
+    without = metrics.optimism(test)
+    assert without[["best_inner", "peak_minus_inner"]].isna().all(axis=None)
+    assert without["undefined"].tolist() == ["no inner validation split"]
+
+
+def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is_not():
+    # 40 folds of noise: the best of 10 epochs is well above chance, the inner choice's mean error is 0.01
+    test, inner = (
+        pd.concat([random_run(2, epochs=10, seed=first + k, fold=k) for k in range(40)])
+        for first in (0, 1000)
+    )
+    row = metrics.optimism(test, inner).iloc[0]
+    assert row["best_test"] > 0.58
+    assert abs(row["best_inner"] - 0.5) < 0.04 and abs(row["last"] - 0.5) < 0.04
+
+
+def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
+    table = metrics.by_fold(rows([1, 0, 0, 0], [0.9, 0.2, 0.6, 0.1], ["NYU", "NYU", "AHN", "AHN"], fold=3))
+    assert list(table.columns) == [*metrics.RUN, "center", "n", "positives", "acc", "auc", "undefined"]
+    assert table["center"].tolist() == ["NYU", "AHN", "global"]
+    assert table[["n", "positives", "acc"]].to_numpy().tolist() == [[2, 1, 1], [2, 0, 0.5], [4, 1, 0.75]]
+    assert table["auc"].isna().tolist() == [False, True, False]
+    assert table["undefined"].tolist() == ["", "no high-risk case", ""]
+
+
+def test_both_tasks_in_one_frame_are_measured_each_with_its_own_classes():
+    both = pd.concat([random_run(2), random_run(3)])
+    apart = [metrics.by_fold(metrics.select(part)) for _, part in both.groupby("task")]
+    together = metrics.by_fold(metrics.select(both)).sort_values("task", kind="stable", ignore_index=True)
+    pd.testing.assert_frame_equal(together, pd.concat(apart, ignore_index=True))
+    high = both[both["epoch"] == 1].groupby("task")["y_true"].agg(lambda y: (y == y.max()).sum())
+    assert (together.query("center == 'global'").set_index("task")["positives"] == high).all()
+
+
+def folds_of(acc, auc):
+    keys = {"task": "binary", "modality": "t1", "arm": "centralized", "center": "AHN"}
+    why = ["no high-risk case" if np.isnan(value) else "" for value in auc]
+    return pd.DataFrame({"fold": range(len(acc)), "acc": acc, "auc": auc, "undefined": why}).assign(**keys)
+
+
+def test_deviation_over_folds_divides_by_their_number_as_only_that_gives_the_papers_ahn():
+    row = metrics.over_folds(folds_of([1, 0.75, 1, 0.75], [1, 0, 2 / 3, 1])).iloc[0]
+    assert (row["acc_mean"], row["acc_std"]) == (0.875, 0.125)  # table 3: 0.8750 +/- 0.1250
+    assert (round(row["auc_mean"], 4), round(row["auc_std"], 4)) == (0.6667, 0.4082)  # table 3, too
+
+
+def test_undefined_folds_are_left_out_of_the_auc_and_counted():
+    row = metrics.over_folds(folds_of([1, 0.5, 1, 0.5], [np.nan, 0.5, 1, np.nan])).iloc[0]
+    assert (row["auc_mean"], row["auc_std"], row["folds"], row["auc_folds"]) == (0.75, 0.25, 4, 2)
+    assert row["undefined"] == "no high-risk case in fold 0, 3"
+    row = metrics.over_folds(folds_of([1, 0.5], [np.nan, np.nan])).iloc[0]
+    assert np.isnan([row["auc_mean"], row["auc_std"]]).all() and row["auc_folds"] == 0
+
+
+def test_every_absent_class_is_named():
+    assert absent_classes([1, 1], 2) == "no other case"
+    assert absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
+    assert absent_classes([2, 1, 0], 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.drop(columns=["fold", "prob_1"]), "no column fold, prob_1"),
+        (lambda f: f.assign(task="three_class"), "no column prob_2"),
+        (
+            lambda f: pd.concat([f, f.iloc[[7]]]),
+            r"row 180 \(case case_7 of binary/t2/fedavg/fold0, epoch 1\)",
+        ),
+        (lambda f: f.assign(prob_0=f["prob_0"].where(f.index != 61, 0.98)), r"61 \(case case_1 .*sum to 1"),
+        (lambda f: f.assign(prob_1=f["prob_1"].where(f.index != 5)), r"row 5 .* between 0 and 1"),
+        (lambda f: f.assign(prob_0=f["prob_0"] + 1, prob_1=f["prob_1"] - 1), r"row 0 .* between 0 and 1"),
+        (lambda f: f.assign(y_true=2), r"row 0 .*label is no class"),
+        (lambda f: f.assign(y_true=f["y_true"] ^ (f.index == 60)), r"row 60 .*has another label"),
+        (lambda f: f.assign(center=f["center"].where(f.index != 9)), r"row 9 .*a cell is empty"),
+        (lambda f: f.assign(fold=[0] * 90 + [1] * 90), r"row 90 .*tested in two folds"),
+    ],
+)
+def test_invalid_predictions_are_refused_with_the_row(spoil, message):
+    with pytest.raises(metrics.PredictionsError, match=message):
+        metrics.check(spoil(random_run(2)))
+
+
+def test_valid_predictions_of_both_tasks_come_back_and_a_case_that_was_trained_on_is_refused():
+    three = random_run(3)
+    prob = three.filter(like="prob_")
+    three[list(prob)] = prob.div(prob.sum(axis=1), axis=0)
+    both = pd.concat([random_run(2), three], ignore_index=True)
+    assert metrics.check(both) is both
+    with pytest.raises(metrics.PredictionsError, match=r"file x, row 3 \(case case_3 .* was trained on"):
+        metrics.check(both, ["case_3", "other"], "file x")
+
+
+EPOCH_READERS = [
+    metrics.by_fold,
+    inference.intervals,
+    inference.compare_arms,
+    centers.decompose,
+    centers.within_by_center,
+    heterogeneity.gain,
+    calibration.reliability,
+    calibration.table,
+    calibration.decision_curve,
+]
+
+
+@pytest.mark.parametrize("function", EPOCH_READERS, ids=lambda f: f.__qualname__)
+def test_a_run_of_several_epochs_is_refused_by_name(function):
+    with pytest.raises(
+        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select`"
+    ):
+        function(random_run(2))
