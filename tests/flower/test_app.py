@@ -145,7 +145,7 @@ def killed(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("train", "NU"), ("evaluate", "MCF")])
-def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, kind, name):
+def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, trained, kind, name):
     first, second = Hospitals(nodes, away=killed(kind, name)), Hospitals(nodes)
     with pytest.raises(ServerKilledError):
         serve(first, p())
@@ -154,7 +154,7 @@ def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, kin
     there = serve(second, p())
     assert first.token == second.token and not second.orders("train", 1)
     assert not (there / "token").exists()
-    assert_same_bits(there, demo.in_process(p(), SITES), nodes, second.token)
+    assert_same_bits(there, trained.here, nodes, second.token)
 
 
 def test_a_server_does_not_go_on_with_other_cases(nodes, p, tmp_path):
