@@ -1,20 +1,25 @@
-"""`ipmn bench`: this package beside the plain pipeline, both in one call on one machine.
+"""Time this package beside the plain pipeline, both in one call on one machine: `python benchmarks/bench.py`.
 
-A side of a case runs in a process of its own, warmed up with one batch; the sides alternate, and the median
-of the repeats counts. A ratio above 1 is in our favour. `docs/performance.md` reads the results.
+Each side of a case runs in a process of its own, warmed up with one batch; the sides alternate, and the
+median of the repeats counts. A ratio above 1 is in our favor. `docs/performance.md` discusses the results.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+import os
 import platform
-import resource
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -24,19 +29,18 @@ from tqdm import tqdm
 
 from ipmn_core import federated, models, phantom
 from ipmn_core.data import load_cubes, read
-from ipmn_core.federated import machine, training
+from ipmn_core.federated import device
 from ipmn_core.names import CENTERS
-from ipmn_core.runs import spread
 
 COLUMNS = ["case", "unit", "plain", "ours", "ratio"]
 LESS_IS_BETTER = ("s", "s/sample", "GB")
 GEMM = 2048  # edge of the matrices multiplied
-STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each with those before it
+STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each includes those before
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: an epoch of `model` on `n` cubes of `size`^3, or a round of `arm` with `n` a center."""
+    """An epoch of `model` on `n` cubes of `size`^3, or a round of `arm` with `n` cubes per center."""
 
     model: str
     size: int
@@ -47,7 +51,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What is timed, and how far ours goes if not all the way."""
+        """Model or arm and size; the step of ours, if not the last."""
         step = "" if self.step == STEPS[-1] else f", {self.step}"
         return f"{self.arm or self.model} {self.size}^3{step}"
 
@@ -64,38 +68,50 @@ CASES = (
 )
 
 
-def run(only: str = "", repeats: int = 3, jobs: int = 2) -> dict:
-    """The cases whose name holds `only`: `rows` of case, unit, plain, ours, ratio, `gemm_gflops` by dtype.
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and write it as JSON if asked."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.partition(":")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    options = parser.parse_args(arguments)
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: no such folder; make it first")
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
+    names = [*(case.name for case in CASES), "preprocessing"]
+    if not any(options.only in name for name in names):
+        parser.error(f"no case is called {options.only!r}; there are {', '.join(names)}")
+    results = run(options.only, options.repeats, options.jobs)
+    print("matrix product:", *(f"{v:.0f} GFLOP/s {k}" for k, v in results["gemm_gflops"].items()))
+    print(pd.DataFrame(results["rows"]).to_markdown(index=False, floatfmt=".4g"))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
 
-    Writes a small phantom cohort to a temporary folder first. Raises ValueError if no case has such a name.
+
+def run(only: str = "", repeats: int = 3, jobs: int = 2) -> dict:
+    """Time the cases whose name contains `only`: `rows` of COLUMNS, `gemm_gflops` by dtype, `machine`.
+
+    Writes a small phantom cohort to a temporary folder first.
     """
-    chosen = [case for case in CASES if only in case.name]
-    if not chosen and only not in "preprocessing":
-        names = ", ".join([*(case.name for case in CASES), "preprocessing"])
-        raise ValueError(f"no case is called {only!r}; there are {names}")
+    has_bfloat16 = device.has_bfloat16(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("first", "second"):
             phantom.write(Path(folder) / layout, layout=layout, max_per_cell=2, jobs=jobs, progress=False)
         rows = list(_preprocessing(Path(folder), repeats, jobs)) if only in "preprocessing" else []
-        gemm = {str(dtype).removeprefix("torch."): apart(_gemm, dtype)[0] for dtype in _dtypes()}
-        for case in tqdm(chosen, "bench", unit="case"):
+        gemm = {dtype: apart(_gemm, dtype)[0] for dtype in ("float32", "bfloat16")[: 1 + has_bfloat16]}
+        for case in tqdm([case for case in CASES if only in case.name], "bench", unit="case"):
             rows += _beside(case, Path(folder), repeats)
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return {"machine": about_machine(), "gemm_gflops": gemm, "rows": table.round(4).to_dict("records")}
-
-
-def about_machine() -> dict:
-    """What the results were measured on."""
-    return {
+    about = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "bfloat16": machine.has_bfloat16(torch.device("cpu")),
+        "bfloat16": has_bfloat16,
         "torch": torch.__version__,
     }
-
-
-def _dtypes() -> list[torch.dtype]:
-    return [torch.float32, *([torch.bfloat16] if machine.has_bfloat16(torch.device("cpu")) else [])]
+    table = pd.DataFrame(rows, columns=COLUMNS).round(4)
+    return {"machine": about, "gemm_gflops": gemm, "rows": table.to_dict("records")}
 
 
 def _beside(case: Case, folder: Path, repeats: int) -> Iterator[tuple]:
@@ -109,7 +125,7 @@ def _beside(case: Case, folder: Path, repeats: int) -> Iterator[tuple]:
     yield _row(case.name, unit, **seconds)
     yield _row(f"{case.name}, peak memory", "GB", **gigabytes)
     if not case.arm:
-        gflop = 6 * models.complexity(case.model, 2, case.size)[0]  # 2 a MAC; the backward pass costs two
+        gflop = 6 * models.complexity(case.model, 2, case.size)[0]  # 2 per MAC; the backward pass costs two
         yield _row(f"{case.name}, rate", "GFLOP/s", **{side: gflop / s for side, s in seconds.items()})
 
 
@@ -118,24 +134,24 @@ def _row(name: str, unit: str, plain: float, ours: float) -> tuple:
 
 
 def apart(function: Callable, *arguments) -> tuple[float, float]:
-    """What `function` returns, seconds or a rate, and the peak memory in GB, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        reason = spread.alone(_answer, (function, arguments, answer))
-        if reason:
-            raise RuntimeError(f"{function.__name__}{arguments}: {reason}")
-        return tuple(json.loads(answer.read_text()))
+    """Result of `function`, seconds or a rate, and the peak memory in GB, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measured, function, arguments).result()
+        except Exception as error:
+            name = f"{function.__name__}{arguments}"
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _answer(function: Callable, arguments: tuple, answer: Path) -> None:
+def _measured(function: Callable, arguments: tuple) -> tuple[float, float]:
     value = function(*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    answer.write_text(json.dumps([value, peak]))
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())  # of Linux
+    return value, int(peak[1]) * 1024 / 1e9 if peak else float("nan")
 
 
-def _gemm(dtype: torch.dtype) -> float:
+def _gemm(dtype: str) -> float:
     """GFLOP/s of the product of two square matrices, the best of ten."""
-    a, b = (torch.rand(GEMM, GEMM).to(dtype) for _ in "ab")
+    a, b = (torch.rand(GEMM, GEMM).to(getattr(torch, dtype)) for _ in "ab")
     seconds = []
     for _ in range(10):
         started = time.perf_counter()
@@ -145,7 +161,7 @@ def _gemm(dtype: torch.dtype) -> float:
 
 
 def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
-    """The case's scans of the cohort in `folder`: `n`, or for an arm `n` of each center, in center order."""
+    """The case's scans of the cohort in `folder`: `n`, or for an arm `n` per center, in center order."""
     scans = read(folder / "first")
     scans = scans[scans["modality"] == "t2"]
     if case.arm:
@@ -156,22 +172,12 @@ def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
     return scans.assign(target=(scans["label"] == 2).astype(int)).reset_index(drop=True)
 
 
-def settings_for(case: Case, bfloat16: bool, channels_last: bool) -> training.Settings:
+def settings_for(case: Case, bfloat16: bool, channels_last: bool) -> federated.Settings:
     """The paper's protocol for one epoch or round of `case`."""
-    return training.Settings(
-        epochs=1,
-        local_epochs=1,
-        batch_size=case.batch_size,
-        batches_per_epoch=None,
-        lr=1e-3,
-        weight_decay=0.01,
-        lr_step=30,
-        lr_gamma=0.1,
-        augment_prob=0.1,
-        bfloat16=bfloat16,
-        channels_last=channels_last,
-        seed=(0,),
-    )
+    protocol = {"epochs": 1, "local_epochs": 1, "batches_per_epoch": None, "lr": 1e-3, "weight_decay": 0.01}
+    protocol |= {"lr_step": 30, "lr_gamma": 0.1, "augment_prob": 0.1, "seed": (0,)}
+    on_machine = {"bfloat16": bfloat16, "channels_last": channels_last}
+    return federated.Settings(batch_size=case.batch_size, **protocol, **on_machine)
 
 
 def _plain(case: Case, folder: Path) -> float:
@@ -195,26 +201,29 @@ def _plain(case: Case, folder: Path) -> float:
 def _ours(case: Case, folder: Path) -> float:
     step = STEPS.index(case.step)
     if step >= 2:
-        machine.prepare(0)
+        federated.prepare(0)
     scans = chosen_scans(case, folder)
     cubes = load_cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
-    data = training.Cases(torch.tensor(cubes.array).unsqueeze(1), torch.tensor(scans["target"].to_numpy()))
-    bfloat16 = machine.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
+    y = torch.tensor(scans["target"].to_numpy())
+    cases = federated.Cases(torch.tensor(cubes.array).unsqueeze(1), y)
+    bfloat16 = device.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
     settings = settings_for(case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1)
     model = models.build(case.model, 2)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last_3d)
     places = {c: torch.tensor(rows.index.to_numpy()) for c, rows in scans.groupby("center", sort=False)}
     everyone = torch.cat(list(places.values()))
-    warm_up = training.Learner("warm-up", model, everyone[: case.batch_size], settings)
-    training.train_epoch(model, warm_up, data, settings, (1,))
+    warm_up = federated.Learner("warm-up", model, everyone[: case.batch_size], settings)
+    federated.train_epoch(model, warm_up, cases, settings, (1,))
     if case.arm:
-        started = time.perf_counter()  # drift of the clients and one test case included, which plain spares
-        next(federated.fit(model, places, [everyone[:1]], data, settings, federated.strategy(case.arm)))
+        one = {next(iter(places)): everyone[:1]}
+        strategy = federated.strategy(case.arm)
+        started = time.perf_counter()  # includes the clients' drift and one test case, which plain omits
+        next(federated.fit_federated(model, places, one, cases, settings, strategy))
         return time.perf_counter() - started
-    learner = training.Learner("all", model, everyone, settings)
+    learner = federated.Learner("all", model, everyone, settings)
     started = time.perf_counter()
-    training.train_epoch(model, learner, data, settings, (2,))
+    federated.train_epoch(model, learner, cases, settings, (2,))
     return (time.perf_counter() - started) / len(everyone)
 
 
@@ -234,9 +243,13 @@ def _plain_cubes(scans: pd.DataFrame, size: int) -> float:
 
 
 def _our_cubes(scans: pd.DataFrame, size: int, jobs: int) -> float:
-    machine.prepare(0)
+    federated.prepare(0)
     with tempfile.TemporaryDirectory() as cache:
         load_cubes(scans.head(1), size, cache, jobs)  # a warm-up
         started = time.perf_counter()
         load_cubes(scans, size, cache, jobs)
         return len(scans) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

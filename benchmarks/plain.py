@@ -1,7 +1,7 @@
-"""The pipeline one would write without this package: yardstick of `ipmn bench`, oracle of the training.
+"""The pipeline one would write without this package: yardstick of `bench.py`, oracle of the training tests.
 
-MONAI's own pieces put together as its tutorials do: files read, scaled and resized every epoch, float32, for
-FedProx a deep copy of the global model and the norm through autograd. Nothing else here imports it.
+MONAI's own pieces put together as its tutorials do: files read, scaled and resized every epoch, float32; for
+FedProx a deep copy of the global model and the norm through autograd.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def train_epoch(
     model.train()
     for x, y in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x.as_tensor()), y)  # less MONAI's metadata, which slow every operation
+        loss = F.cross_entropy(
+            model(x.as_tensor()), y
+        )  # without MONAI's metadata, which slow every operation
         if mu > 0:
             pairs = zip(model.parameters(), w_global.parameters(), strict=True)
             loss = loss + mu / 2 * sum(((w - w_t.detach()) ** 2).sum() for w, w_t in pairs)

@@ -1,7 +1,4 @@
-"""The command `ipmn`: fetch and check the data, run a profile, predict a case and export models.
-
-Those of a federation across machines are in `cli_federation`.
-"""
+"""The command `ipmn`; its commands of a federation across machines are in `flower.cli`."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import errno
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from ipmn_core.flower import cli
@@ -28,22 +26,14 @@ EPILOG = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 a fault that the message explains, 2 wrong usage, 130 interrupted."""
+    """Run a command; return 0 if done, 1 after an explained error, 2 for wrong usage, 130 if interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; what is finished is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+        print("\ninterrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return 130
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-        ArithmeticError,
-    ) as error:  # what this package raises for people to read
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # this package's own messages
         if os.environ.get("IPMN_DEBUG"):
             raise
         print(f"ipmn: {_in_words(error)}", file=sys.stderr)
@@ -66,93 +56,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    _add_run(commands)
+    def add(name, command, text):
+        """The function that adds an argument to a new command."""
+        new = commands.add_parser(name, help=text)
+        new.set_defaults(command=command)
+        return new.add_argument
 
-    check = commands.add_parser(
-        "check", help="print what is wrong with a copy of the data set; exit 1 on errors"
-    )
-    check.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds the label sheets")
-    check.add_argument(
-        "--columns", choices=("header", "position"), default="header", help="how to find the sheets' columns"
-    )
-    check.set_defaults(command=check_cohort)
+    one_of = lambda *choices: {"choices": choices, "default": choices[0]}  # noqa: E731
+    profile = {"type": Path, "metavar": "PARAMS", "help": "a profile, for instance params/demo.yaml"}
+    new_folder = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
-    _add_phantom(commands)
+    argument = add("run", run_profile, "run a profile's four notebooks; write its tables, figures and report")
+    argument("params", **profile)
+    argument("--fresh", action="store_true", help="discard this profile's finished training runs first")
 
-    fetch = commands.add_parser("fetch", help="download the real data set from OSF, verify, unpack, check it")
-    fetch.add_argument("root", type=Path, metavar="ROOT", help="the folder to put it in")
-    fetch.add_argument("--yes", action="store_true", help="do not ask before downloading")
-    fetch.set_defaults(command=fetch_cohort, columns="header")
+    argument = add("report", write_report, "write a profile's report.html again, from its executed notebooks")
+    argument("params", **profile)
 
-    _add_predict(commands)
+    argument = add("check", check_cohort, "print what is wrong with a copy of the data set; exit 1 on errors")
+    argument("root", type=Path, metavar="ROOT", help="the folder that holds the label sheets")
+    argument("--columns", **one_of("header", "position"), help="how to find the sheets' columns")
 
-    export = commands.add_parser("export", help="an arm's trained models with a model card, to hand on")
-    export.add_argument("arm", type=Path, metavar="ARM", help="<outputs>/runs/<task>/<modality>/<arm>")
-    export.add_argument("target", type=Path, metavar="TARGET", help="the folder to write; it must not exist")
-    export.set_defaults(command=export_arm)
+    argument = add("phantom", write_phantom, "write the synthetic cohort")
+    argument("root", metavar="ROOT", **new_folder)
+    argument("--layout", **one_of("second", "first"), help="release whose layout to use")
+    argument("--seed", type=int, default=0)
+    argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
+    text = "tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)"
+    argument("--shortcut", type=float, default=0.0, metavar="Q", help=text)
+    argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+
+    argument = add("fetch", fetch_cohort, "download the real data set from OSF, verify, unpack, check it")
+    argument("root", type=Path, metavar="ROOT", help="the folder to put it in")
+    argument("--yes", action="store_true", help="do not ask before downloading")
+
+    argument = add("predict", predict_case, "probabilities of a new case; not for clinical use")
+    argument("image", type=Path, metavar="IMAGE", help="a scan with --mask, or a clean ROI")
+    argument("--mask", type=Path, metavar="FILE", help="the pancreas, on the image's grid")
+    paths = {"nargs": "+", "required": True, "type": Path, "metavar": "PATH"}
+    argument("--models", **paths, help="runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121")
+    argument("--center", help="which center's model to use; for the arm local_only")
+    argument("--size", type=int, default=96, help="edge of the cube, for bare weights (default: 96)")
+    argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    argument("--json", action="store_true", help="print JSON instead of a table")
+    argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
+
+    argument = add("export", export_arm, "copy an arm's trained models, with a model card")
+    argument("arm", type=Path, metavar="ARM", help="<outputs>/runs/<task>/<modality>/<arm>")
+    argument("target", metavar="TARGET", **new_folder)
 
     cli.add(commands)
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction) -> None:
-    run = commands.add_parser(
-        "run", help="run the four notebooks of a profile; write its tables, figures and report"
-    )
-    run.add_argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/demo.yaml")
-    run.add_argument(
-        "--fresh", action="store_true", help="discard this profile's finished training runs first"
-    )
-    run.set_defaults(command=run_profile)
-
-    report = commands.add_parser(
-        "report", help="write a profile's report.html again, from its executed notebooks"
-    )
-    report.add_argument("params", type=Path, metavar="PARAMS", help="the profile that `ipmn run` ran")
-    report.set_defaults(command=write_report)
-
-
-def _add_phantom(commands: argparse._SubParsersAction) -> None:
-    phantom = commands.add_parser("phantom", help="write the synthetic cohort")
-    phantom.add_argument("root", type=Path, metavar="ROOT", help="the folder to write; it must not exist yet")
-    phantom.add_argument(
-        "--layout", choices=("second", "first"), default="second", help="release whose layout to use"
-    )
-    phantom.add_argument("--seed", type=int, default=0)
-    phantom.add_argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
-    phantom.add_argument(
-        "--shortcut",
-        type=float,
-        default=0.0,
-        metavar="Q",
-        help="tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)",
-    )
-    phantom.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    phantom.set_defaults(command=write_phantom)
-
-
-def _add_predict(commands: argparse._SubParsersAction) -> None:
-    predict = commands.add_parser("predict", help="probabilities of a new case; not for clinical use")
-    predict.add_argument("image", type=Path, metavar="IMAGE", help="a scan with --mask, or a clean ROI")
-    predict.add_argument("--mask", type=Path, metavar="FILE", help="the pancreas, on the image's grid")
-    predict.add_argument(
-        "--models",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="runs (fold<k>), an arm's folder, an export, or the weights of a 3D DenseNet-121",
-    )
-    predict.add_argument("--center", help="whose model to ask; for the arm local_only")
-    predict.add_argument("--size", type=int, default=96, help="of the cube, for bare weights (default: 96)")
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    predict.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    predict.add_argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
-    predict.set_defaults(command=predict_case)
-
-
 def run_profile(options: argparse.Namespace) -> int:
-    """Runs the notebooks of a profile and says where everything lies."""
+    """Run the notebooks of a profile and print where the results are."""
     from ipmn_core import params, pipeline
 
     p = params.load(options.params)
@@ -170,7 +128,7 @@ def run_profile(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace) -> int:
-    """Writes the report of a profile again, from its executed notebooks, and says where."""
+    """Write the report of a profile again, from its executed notebooks, and print its path."""
     from ipmn_core import params, pipeline
 
     p = params.load(options.params)
@@ -180,7 +138,7 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def check_cohort(options: argparse.Namespace) -> int:
-    """Prints the problems of a data set, its table 1, and a last line that says whether it can be used."""
+    """Print the problems of a data set, its table 1, and a last line that says whether it can be used."""
     import pandas as pd
 
     from ipmn_core import data
@@ -189,7 +147,7 @@ def check_cohort(options: argparse.Namespace) -> int:
     of_volumes = data.volume_problems(scans, progress=True)
     problems = data.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
     if len(problems):
-        print(problems.map(data.in_one_cell).to_markdown(index=False, disable_numparse=True))
+        print(problems.map(_in_one_cell).to_markdown(index=False, disable_numparse=True))
     errors = int((problems["severity"] == "error").sum())
     if not errors:
         print(f"\n{data.table1(scans).to_markdown(index=False)}")
@@ -198,22 +156,26 @@ def check_cohort(options: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
+def _in_one_cell(text: str) -> str:
+    """The text for a cell of a Markdown table on a terminal: what does not print, and the bar, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("|", r"\|")
+
+
 def fetch_cohort(options: argparse.Namespace) -> int:
-    """Downloads the real data set, says what could not be verified, and checks it like `ipmn check`."""
+    """Download the real data set, list what could not be verified, and check it like `ipmn check`."""
     from ipmn_core.data import osf
 
-    options.root, unverified = osf.fetch(options.root, _agreed if options.yes else _asked)
+    options.columns = "header"
+    options.root, unverified = osf.fetch(options.root, partial(_confirmed, options.yes))
     for name in unverified:
         print(f"not verified, OSF gives no checksum: {name}")
     return check_cohort(options)
 
 
-def _agreed(question: str) -> bool:
-    print(question, "yes (--yes)")
-    return True
-
-
-def _asked(question: str) -> bool:
+def _confirmed(yes: bool, question: str) -> bool:
+    if yes:
+        print(question, "yes (--yes)")
+        return True
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -221,16 +183,16 @@ def _asked(question: str) -> bool:
 
 
 def predict_case(options: argparse.Namespace) -> int:
-    """Prints the probabilities of a case by each model, their mean and spread, and what to mind."""
-    from ipmn_core import predict
+    """Print the probabilities of a case by each model, their mean and spread, and warnings."""
+    from ipmn_core import data, predict
 
-    result = predict.predict(
-        options.image, options.mask, options.models, options.center, options.size, options.device
-    )
+    given = options.image, options.mask, options.models, options.center, options.size, options.device
+    result = predict.predict(*given)
     if options.picture:
-        from ipmn_core import data
+        from ipmn_core import views
 
-        predict.picture(result, data.load_roi(options.image, options.mask, result.case), options.picture)
+        roi = data.load_roi(options.image, options.mask, result.case)
+        views.prediction(result, roi).savefig(options.picture)
     if options.json:
         print(predict.to_json(result))
     else:
@@ -240,7 +202,7 @@ def predict_case(options: argparse.Namespace) -> int:
 
 
 def export_arm(options: argparse.Namespace) -> int:
-    """Writes an arm's models and their card, and says where."""
+    """Write an arm's models and their card, and print where."""
     from ipmn_core import card
 
     print(f"models and their card (README.md) in {card.export(options.arm, options.target)}/")
@@ -248,17 +210,11 @@ def export_arm(options: argparse.Namespace) -> int:
 
 
 def write_phantom(options: argparse.Namespace) -> int:
-    """Writes the phantom cohort and says where."""
-    from ipmn_core.phantom import write
+    """Write the phantom cohort and print where."""
+    from ipmn_core import phantom
 
-    root = write(
-        options.root,
-        seed=options.seed,
-        layout=options.layout,
-        max_per_cell=options.max_per_cell,
-        shortcut=options.shortcut,
-        jobs=options.jobs,
-    )
+    settings = ("seed", "layout", "max_per_cell", "shortcut", "jobs")
+    root = phantom.write(options.root, **{name: getattr(options, name) for name in settings})
     print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")
     return 0
 

@@ -137,6 +137,7 @@ def _chapter(stem: str, p: Params) -> Path:
 
 def _written(p: Params) -> Path:
     """`<outputs>/<profile>/params.yaml` with every setting, which the notebooks read."""
+    p.folder.mkdir(parents=True, exist_ok=True)
     path = p.folder / "params.yaml"
     with atomic(path) as tmp:
         tmp.write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))

@@ -10,10 +10,17 @@ PROFILES = sorted((Path(__file__).parents[1] / "params").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_every_profile_is_whole_and_named_after_its_file(path):
-    p = params.load(path)
-    assert p.profile == path.stem
-    assert set(yaml.safe_load(path.read_text())) == set(Params.model_fields)
+def test_a_profile_is_named_after_its_file_and_lists_only_what_differs_from_the_protocol(path):
+    assert params.load(path).profile == path.stem
+    for key, value in yaml.safe_load(path.read_text()).items():
+        default = Params.model_fields[key].default
+        assert key == "profile" or (tuple(value) if isinstance(value, list) else value) != default, key
+
+
+def test_every_setting_is_described():
+    rows = params.table()
+    assert [row["setting"] for row in rows] == list(Params.model_fields)
+    assert all(row["description"] for row in rows)
 
 
 def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
@@ -90,7 +97,7 @@ def test_exponents_that_yaml_reads_as_text_get_a_hint(tmp_path):
         ("data: !!timestamp x", "not valid YAML"),
         (f"seed: {'9' * 5000}", "not valid YAML"),
         (f"arms: {'[' * 1000}", "not valid YAML"),
-        ("epochs: 2\nsize: 32\nepochs: 3", "epochs stands there twice; keep one"),
+        ("epochs: 2\nsize: 32\nepochs: 3", "epochs is given twice; keep one"),
         ("1: 2", "1: unknown setting; known are"),
         ("? [a]\n: 2", "not valid YAML"),
     ],
@@ -107,15 +114,44 @@ def test_a_missing_file_says_where_profiles_lie(tmp_path):
 
 
 def test_every_fault_is_listed_at_once():
-    with pytest.raises(ParamsError, match=r"(?s)2 setting.*epochs.*wrong"):
+    with pytest.raises(ParamsError, match=r"(?s)2 invalid setting.*epochs.*wrong"):
         params.validate({"epochs": "x", "wrong": 1}, "a.yaml")
 
 
-def test_a_notebook_gives_its_variables_and_hears_what_is_missing():
-    variables = {**Params().model_dump(), "modalities": ["t1"], "np": object()}
-    assert params.from_notebook(variables).modalities == ("t1",)
-    del variables["epochs"]
-    with pytest.raises(ParamsError, match="epochs"):
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project whose profile `small` has two settings, as the working directory."""
+    for name in ("params", "notebooks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "params" / "small.yaml").write_text("profile: small\nepochs: 3\nmax_per_cell: 2\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_notebook_takes_the_schema_then_the_profile_then_its_cell(project):
+    cell = {"profile": "small", "epochs": None, "rounds": 7, "modalities": ["t1"], "np": object(), "x": 1}
+    p = params.from_notebook(cell)
+    assert (p.profile, p.epochs, p.max_per_cell, p.rounds, p.modalities) == ("small", 3, 2, 7, ("t1",))
+    assert p.batch_size == Params().batch_size
+    other = params.from_notebook({**cell, "profile": "mine", "epochs": 5})  # no such file: only the schema
+    assert (other.profile, other.epochs, other.max_per_cell) == ("mine", 5, None)
+
+
+def test_a_profile_may_be_the_path_of_a_file(project):
+    (project / "whole.yaml").write_text("profile: other\nmax_per_cell: null\nepochs: 4\n")
+    p = params.from_notebook({"profile": str(project / "whole.yaml"), "epochs": None})
+    assert (p.profile, p.epochs, p.max_per_cell) == ("other", 4, None)
+    with pytest.raises(ParamsError, match=r"gone\.yaml: no such file"):
+        params.from_notebook({"profile": str(project / "gone.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("epoch = 3", "epoch: unknown setting"), ('epochs = "3"', "epochs: Input")]
+)
+def test_what_papermill_injects_is_refused_by_name(project, line, message):
+    variables = {"In": ["", "profile = None", f"# Parameters\n{line}"], "profile": "small"}
+    exec(line, variables)
+    with pytest.raises(ParamsError, match=message):
         params.from_notebook(variables)
 
 

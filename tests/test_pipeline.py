@@ -3,9 +3,10 @@ import json
 import nbformat
 import pytest
 
-from ipmn_core import data, params, pipeline
+from ipmn_core import data, params, pipeline, runs
 from ipmn_core.params import ParamsError
 from ipmn_core.pipeline import NotebookError
+from ipmn_core.runs import probes
 
 
 def notebook(folder, *sources, tags=("parameters",)):
@@ -42,14 +43,7 @@ def executed(folder, change=lambda notebook: None):
 def test_a_notebook_must_have_one_parameters_cell(tmp_path):
     for tags, count in ((), 0), (("parameters", "parameters"), 2), (("other",), 0):
         with pytest.raises(ParamsError, match=rf"chapter\.ipynb: {count} cells are tagged `parameters`"):
-            pipeline.check_parameters(notebook(tmp_path, "x", tags=tags), {"x": 2})
-
-
-def test_an_unknown_parameter_is_named_with_the_known_ones(tmp_path):
-    source = notebook(tmp_path, "z = 1")
-    pipeline.check_parameters(source, {"x": 2, "y": 3})
-    with pytest.raises(ParamsError, match=r"chapter\.ipynb: no such parameter: speed, z; known: x, y"):
-        pipeline.check_parameters(source, {"x": 2, "z": 2, "speed": 1})
+            pipeline.execute(notebook(tmp_path, "x", tags=tags), tmp_path / "done.ipynb", {"x": 2})
 
 
 def test_a_notebook_that_ran_to_its_end_is_accepted(tmp_path):
@@ -126,7 +120,7 @@ def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path,
     p, calls = params.validate({"profile": "t", "outputs": str(tmp_path)}, "test"), []
 
     def execute(source, target, parameters):
-        assert [path.name for path in (tmp_path / "t").iterdir()] == ["runs"]
+        assert {path.name for path in (tmp_path / "t").iterdir()} == {"runs", "params.yaml"}
         calls.append((source, target, parameters))
         return target
 
@@ -134,7 +128,7 @@ def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path,
     paths = list(pipeline.run(p))
     assert paths == [tmp_path / "t" / "notebooks" / f"{stem}.ipynb" for stem in pipeline.NOTEBOOKS]
     assert all(source.is_file() for source, _, _ in calls)
-    assert all(params.validate(parameters, "test") == p for _, _, parameters in calls)
+    assert all(params.from_notebook(parameters) == p for _, _, parameters in calls)
     assert (tmp_path / "t" / "runs" / "old").exists()
 
 
@@ -148,6 +142,8 @@ def prepared(tmp_path, phantom_root):
 @pytest.mark.parametrize("fresh", [True, False])
 def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, monkeypatch, fresh):
     monkeypatch.setattr(data, "assign_folds", lambda *_, **__: None)  # one case a class cannot be split
+    for module, name in ((runs, "train"), (probes, "unfinished"), (probes, "fit")):
+        monkeypatch.setattr(module, name, lambda *_: [])
     pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
     assert (tmp_path / "t" / "runs" / "old").exists() == (not fresh)
 
@@ -169,16 +165,12 @@ def test_the_first_notebook_that_fails_ends_the_run(tmp_path, monkeypatch):
 
 def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(tmp_path, monkeypatch):
     p = params.validate({"profile": "t", "outputs": "out", "jobs": 2}, "test")
-    settings = "\n".join(f"{key} = {value!r}" for key, value in p.model_dump(mode="json").items())
     for name in ("params", "notebooks", "out/t/tables"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "out" / "t" / "tables" / "table2.csv").write_text("of an earlier run")
     for stem in pipeline.NOTEBOOKS:
         source = "raise ValueError('no scans')" if stem.startswith("02") else "print(profile)"
-        chapter = notebook(tmp_path, source)
-        cells = nbformat.read(chapter, 4)
-        cells.cells[1].source = settings
-        nbformat.write(cells, tmp_path / "notebooks" / f"{stem}.ipynb")
+        notebook(tmp_path, source).rename(tmp_path / "notebooks" / f"{stem}.ipynb")
     monkeypatch.chdir(tmp_path)
     done = []
     with pytest.raises(NotebookError, match=r"^02_three_class_.*\.ipynb, In \[3\]: ValueError: no scans"):

@@ -1,53 +1,5 @@
-"""A synthetic cohort with known truth."""
+"""A synthetic cohort with known truth: patients -> anatomy -> scanner -> files."""
 
-from ipmn_core.phantom.cohort import (
-    NAMES,
-    PATIENT_COLUMNS,
-    THRESHOLDS,
-    TOTALS,
-    WEIGHTS,
-    apportion,
-    cells,
-    clean_roi,
-    draw_cells,
-    guideline,
-    lesion,
-    names,
-    patients,
-    population,
-    protocols,
-    risk,
-    save,
-    split,
-    stratified,
-    volumes,
-    write,
-    write_patient,
-    write_sheets,
-)
-
-__all__ = [
-    "NAMES",
-    "PATIENT_COLUMNS",
-    "THRESHOLDS",
-    "TOTALS",
-    "WEIGHTS",
-    "apportion",
-    "cells",
-    "clean_roi",
-    "draw_cells",
-    "guideline",
-    "lesion",
-    "names",
-    "patients",
-    "population",
-    "protocols",
-    "risk",
-    "save",
-    "split",
-    "stratified",
-    "volumes",
-    "write",
-    "write_patient",
-    "write_sheets",
-]
+from ipmn_core.phantom.files import clean_roi, split, write, write_patient, write_sheets
+from ipmn_core.phantom.patients import THRESHOLDS, guideline, patients, population
+from ipmn_core.phantom.scanner import lesion, volumes

@@ -18,7 +18,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 from ipmn_core import views
-from ipmn_core.views import walks
+from ipmn_core.views import by_hand
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 KINDS = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain")  # best first
@@ -49,8 +49,8 @@ def chapter(stem: str, notebook: NotebookNode, ids: dict[str, str]) -> Chapter:
     soup = bs4.BeautifulSoup(text, "html.parser")
     headings = _name_headings(soup, ids[stem])
     _mark_remarks(soup)
-    _mend_tables(soup)
-    _mend_links(soup, ids)
+    _fix_tables(soup)
+    _fix_links(soup, ids)
     for tag in soup.select("meta, base, link"):  # a refresh is a request that no policy forbids
         tag.decompose()
     for picture in soup.select("img:not([src^='data:'])"):  # it would be a request
@@ -92,7 +92,7 @@ def _mathml(latex: str, display: str) -> str:
 def _to_show(stem: str, notebook: NotebookNode) -> NotebookNode:
     """A copy whose outputs need no kernel and no eyes: each in one form, pictures with a text beside them.
 
-    Of two cells of parameters the one that papermill put in stays: the chapter ran with it.
+    Of two cells of parameters the one that papermill injected stays: the chapter ran with it.
     """
     notebook, heading = nbformat.from_dict(json.loads(json.dumps(notebook))), stem
     given = any("injected-parameters" in _tags(cell) for cell in notebook.cells)
@@ -148,9 +148,9 @@ def _as_left(text: str, stream: str) -> str:
 
 def _drawn(source: str) -> str:
     """What a cell draws: the first docstring line of the function of `views` that it calls."""
-    for module, name in re.findall(r"\b(views|walks)\.(\w+)\(", source):
-        called = getattr(walks if module == "walks" else views, name, None)
-        if name not in ("save", "use_style") and getattr(called, "__doc__", None):
+    for module, name in re.findall(r"\b(views|by_hand)\.(\w+)\(", source):
+        called = getattr(by_hand if module == "by_hand" else views, name, None)
+        if name not in ("save", "use_style", "draw_centers", "compare") and getattr(called, "__doc__", None):
             return called.__doc__.splitlines()[0].rstrip(".").replace("`", "")
     return "Figure"
 
@@ -175,7 +175,7 @@ def _slug(text: str) -> str:
 
 
 def _mark_remarks(soup: bs4.BeautifulSoup) -> None:
-    """Gives the paragraphs that begin with one of `REMARKS` a class."""
+    """Give the paragraphs that begin with one of `REMARKS` a class."""
     for paragraph in soup.select(".text p"):
         first = paragraph.find(["em", "strong"])
         if first and paragraph.get_text().startswith(first.get_text()):
@@ -184,13 +184,13 @@ def _mark_remarks(soup: bs4.BeautifulSoup) -> None:
                     paragraph["class"] = name
 
 
-def _mend_tables(soup: bs4.BeautifulSoup) -> None:
-    """Puts each table into a box that scrolls, without pandas' styles; says so where it has no rows."""
+def _fix_tables(soup: bs4.BeautifulSoup) -> None:
+    """Put each table into a box that scrolls, without pandas' styles; say so where it has no rows."""
     for style in soup.select("style"):
         if style.has_attr("scoped") or not style.get_text().strip():
             style.decompose()
     for table in soup.select("table:not(.ipmn-view table)"):
-        _mend_cells(table)
+        _fix_cells(table)
         if table.tbody and not table.tbody.find("tr"):
             row = bs4.BeautifulSoup('<tr><td class="words" colspan="99">no rows</td></tr>', "html.parser")
             table.tbody.append(row)
@@ -200,8 +200,8 @@ def _mend_tables(soup: bs4.BeautifulSoup) -> None:
         table.wrap(soup.new_tag("div", attrs=box))
 
 
-def _mend_cells(table: bs4.Tag) -> None:
-    """Says what header cells head and which columns hold words; an empty header is none."""
+def _fix_cells(table: bs4.Tag) -> None:
+    """Mark what header cells head and which columns hold words; an empty header is none."""
     for tag in (table, *table.find_all(True)):
         tag.attrs = {key: tag[key] for key in ("rowspan", "colspan", "href") if key in tag.attrs}
     for cell in table.select("th"):
@@ -209,7 +209,7 @@ def _mend_cells(table: bs4.Tag) -> None:
             cell["scope"] = "col" if cell.find_parent("thead") else "row"
         else:
             cell.name = "td"
-    # counted from the right, for a cell that spans rows stands left of the others
+    # counted from the right, for a cell that spans rows is left of the others
     rows = [row.find_all(["th", "td"])[::-1] for row in table.select("tr")]
     for column in zip_longest(*rows):
         cells = [cell for cell in column if cell is not None]
@@ -219,8 +219,8 @@ def _mend_cells(table: bs4.Tag) -> None:
                 cell["class"] = "words long" if max(map(len, body)) > LONG else "words"
 
 
-def _mend_links(soup: bs4.BeautifulSoup, ids: dict[str, str]) -> None:
-    """Links between chapters lead within the page, those to the web stay, others become text."""
+def _fix_links(soup: bs4.BeautifulSoup, ids: dict[str, str]) -> None:
+    """Lead links between chapters within the page, keep those to the web, turn others into text."""
     for link in soup.select("a[href]"):
         path = Path(link["href"].partition("#")[0])
         if path.stem in ids and path.suffix == ".ipynb":

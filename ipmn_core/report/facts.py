@@ -1,14 +1,11 @@
-"""What the report says beside its chapters: tables beside the paper's, settings, effort, versions."""
+"""The report's parts around its chapters: tables beside the paper's, settings, effort, versions."""
 
 from __future__ import annotations
 
-import ast
 import base64
 import json
-import tokenize
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,9 @@ import pandas as pd
 import yaml
 from nbformat import NotebookNode
 
-from ipmn_core import data, runs
+from ipmn_core import runs
 from ipmn_core.metrics import tables
-from ipmn_core.names import display_name
+from ipmn_core.names import TASKS, display_name
 from ipmn_core.params import Params
 from ipmn_core.runs import probes
 
@@ -29,23 +26,10 @@ CAPTIONS = {
 }
 PICTURES = {2: "table2", 3: "forest_beside_paper"}  # figures of a profile that show a table
 PACKAGES = ("ipmn", "numpy", "pandas", "scipy", "scikit-learn", "nibabel", "matplotlib", "nbconvert")
-MEANINGS = {  # of the settings whose comment, where they are set, does not say it, or that have none
-    "modalities": "which scans: t1, t2",
-    "three_class_folds": "folds of the three-class task",
-    "binary_folds": "folds of the binary task",
-    "three_class_models": "networks of the three-class task",
-    "binary_model": "network of the binary task",
-    "arms": "methods of the binary task",
-    "batch_size": "cases in a step of training",
-    "lr": "learning rate of AdamW",
-    "weight_decay": "weight decay of AdamW",
-    "lr_gamma": "what the rate is multiplied by every lr_step epochs",
-    "seed": "of everything that is drawn by chance",
-}
 
 
 def parameters(notebook: NotebookNode) -> dict[str, Any]:
-    """What papermill executed a notebook with."""
+    """The parameters that papermill executed a notebook with."""
     return json.loads(json.dumps(notebook.metadata.get("papermill", {}).get("parameters", {})))
 
 
@@ -54,7 +38,7 @@ def result(folder: Path, n: int) -> dict[str, Any]:
     path = folder / "tables" / f"table{n}_beside_paper.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `ipmn run` writes it")
-    printed = tables.as_printed(data.from_spreadsheet(pd.read_csv(path)))
+    printed = tables.as_printed(pd.read_csv(path))
     columns, first, n_names = list(printed), printed.columns[0], len(tables.KEYS[n]) - 1
     groups = printed.groupby(first, sort=False)
     return {
@@ -79,35 +63,25 @@ def _picture(path: Path) -> str:
 
 def settings(notebook: NotebookNode) -> list[tuple[str, str, str, str]]:
     """Name, value, default and meaning of each setting that `notebook` was executed with."""
-    cells = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    said = {**(_comments(cells[0]) if cells else {}), **MEANINGS}
-    made, defaults = parameters(notebook), Params().model_dump(mode="json")
+    made, defaults, fields = parameters(notebook), Params().model_dump(mode="json"), Params.model_fields
     return [
-        (key, _yaml(made.get(key, default)), _yaml(default), said.get(key, "").replace("None", "null"))
+        (key, _yaml(made.get(key, default)), _yaml(default), fields[key].description)
         for key, default in defaults.items()
     ]
 
 
-def _comments(source: str) -> dict[str, str]:
-    """The comment at the end of each assignment."""
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    lines = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return {node.targets[0].id: lines[node.end_lineno] for node in assigned if node.end_lineno in lines}
-
-
 def _yaml(value: Any) -> str:
-    """A value as it stands in a profile."""
+    """A value as written in a profile."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
 def read_records(p: Params) -> list[dict[str, Any]]:
-    """The records (`run.json`) of the runs and probes that the profile asks for, of those that are there.
+    """The records (`run.json`) of those runs and probes of the profile that are finished.
 
-    Raises ValueError for one that is not whole.
+    Raises ValueError for a damaged one.
     """
-    asked = [run for task in runs.TASKS for run in (*runs.grid(p, task), *probes.grid(p, task))]
+    asked = [run for task in TASKS for run in (*runs.grid(p, task), *probes.grid(p, task))]
     found = []
     for path in sorted(runs.folder_of(p, run) / "run.json" for run in asked):
         if not path.is_file():
@@ -115,9 +89,7 @@ def read_records(p: Params) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(path.read_text()))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is not whole; delete that folder, `ipmn run` repeats the run"
-            ) from error
+            raise ValueError(f"{path} is damaged; delete that folder, `ipmn run` repeats the run") from error
     return found
 
 
@@ -132,7 +104,7 @@ def effort(records: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
 
 
 def facts(notebooks: list[NotebookNode], records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the results were made of, where, when and with which versions."""
+    """Data, machine, time and versions of the results."""
     made = [notebook.metadata.get("papermill", {}) for notebook in notebooks]
     ended = max(str(one.get("end_time") or "") for one in made)
     trained = [run for run in records if "device" in run["settings"]]

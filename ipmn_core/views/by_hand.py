@@ -1,8 +1,8 @@
-"""FedProx by hand: two centers, two weights, every local step. What `federated` does, small enough to draw.
+"""FedProx by hand: two centers, two weights, every local step, drawn in the plane of the weights.
 
 A logistic regression on two findings. The centers' patients are alike, but each center measures on scales of
-its own (two scanners, two protocols), so that its own optimum lies elsewhere. Whatever is learnt, `federated`
-and `training` learn; this file draws the cases and notes where the weights went.
+its own (two scanners, two protocols), so that each has an optimum of its own. `federated` does the learning;
+this file draws cases, notes where the weights went, and makes the figures.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import nn
 from torch.nn import functional as F
 
 from ipmn_core import federated
+from ipmn_core.views.style import BLACK, PALETTE, SMALL, WIDTH
 
 SERVER = "server"
 WEIGHTS = ["w_0", "w_1"]
@@ -24,7 +29,14 @@ RUN = ["optimizer", "mu"]
 SEED = 1423  # of the first 3000, one whose two centers have nearly one optimum at heterogeneity 0
 TRUE_WEIGHTS = (1.25, 1.25)  # of the log odds from which the labels are drawn, before the scales
 LARGEST_SCALE = 2.0  # at heterogeneity 1
-VOXELS = 2**3  # of the smallest cube that `training` can turn; the first two hold the findings
+VOXELS = 2**3  # of the smallest cube that `federated` can turn; the first two hold the findings
+COLORS = {"A": PALETTE[0], "B": PALETTE[1], SERVER: BLACK, "all": BLACK}
+LIMITS = (-0.2, 2.8)  # of both weights, the same for all settings, so that pictures compare
+GRID = np.linspace(*LIMITS, 61)
+RISES = (0.01, 0.03, 0.06, 0.12, 0.25, 0.5)  # of the contours, in nats above an objective's least value
+LEAST_TOP = 1.2  # of the axis of drift, for the same reason; more where a drift is larger
+APART = 0.13  # in weights: numbers of rounds nearer than this would overlap
+HALO = [withStroke(linewidth=2, foreground="white")]
 
 
 class TwoWeights(nn.Module):
@@ -47,7 +59,7 @@ class PlainLearner(federated.Learner):
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.lr_step, settings.lr_gamma)
 
 
-OPTIMIZERS = {"SGD": (PlainLearner, 0.5), "AdamW": (federated.Learner, 0.05)}  # who trains, at what rate
+OPTIMIZERS = {"SGD": (PlainLearner, 0.5), "AdamW": (federated.Learner, 0.05)}  # learner, rate
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Centers:
 
 
 def draw_centers(heterogeneity: float = 1.0, n_k: tuple[int, int] = (60, 20), seed: int = SEED) -> Centers:
-    """Centers A and B with `n_k` cases, their optima the farther apart the larger `heterogeneity` (0 to 1).
+    """Draw centers A and B with `n_k` cases, their optima farther apart the larger `heterogeneity` (0 to 1).
 
     Findings (x_0, x_1) are standard normal, labels drawn from the logistic of `TRUE_WEIGHTS`, so they overlap
     and the optima are finite. Then A's are multiplied by (s, 1/s) and B's by (1/s, s), s = 2^heterogeneity:
@@ -79,7 +91,7 @@ def draw_centers(heterogeneity: float = 1.0, n_k: tuple[int, int] = (60, 20), se
 
 
 def scale(client: str, heterogeneity: float) -> np.ndarray:
-    """What a center's two findings are multiplied by: (s, 1/s) for A, (1/s, s) for B."""
+    """Factors of a center's two findings: (s, 1/s) for A, (1/s, s) for B."""
     s = LARGEST_SCALE**heterogeneity
     return np.array({"A": (s, 1 / s), "B": (1 / s, s)}[client])
 
@@ -95,9 +107,9 @@ def logits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> federated.Settings:
-    """Settings with which an epoch is one step on all of a client's cases, at a rate that never falls.
+    """Settings with which an epoch is one step on all of a client's cases, at a constant rate.
 
-    `n` is the number of cases of the largest client. Raises ValueError for what cannot be trained with.
+    `n` is the number of cases of the largest client. Raises ValueError for values that cannot train.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: {optimizer} is unknown; known are {', '.join(OPTIMIZERS)}")
@@ -123,7 +135,7 @@ def protocol(optimizer: str, local_steps: int, rounds: int, n: int) -> federated
 def paths(
     centers: Centers, mu: float = 0.0, local_steps: int = 20, rounds: int = 6, optimizer: str = "SGD"
 ) -> pd.DataFrame:
-    """Where the weights went: a row for each local step of each client in each round, and for the server.
+    """The weights on their way: one row per local step of each client in each round, and for the server.
 
     Columns optimizer, mu, round, client, step, w_0, w_1. A client's step 0 is where its round began, the
     global weights w_t; row "server" of a round holds the weights that the round ended with (Eq. 2), that of
@@ -146,7 +158,7 @@ def paths(
 
 
 def compare(centers: Centers, mus: Sequence[float] = (0.0, 0.3, 1.0), **settings) -> pd.DataFrame:
-    """The `paths` of several mu, one below the other; `settings` are those of `paths`."""
+    """The `paths` of several mu in one table; `settings` are those of `paths`."""
     return pd.concat([paths(centers, mu, **settings) for mu in mus], ignore_index=True)
 
 
@@ -165,7 +177,7 @@ def _round(model, learners, data, settings, strategy, round_) -> list[tuple]:
 
 
 def _walk(model, w_t, learner, *how) -> list[list[float]]:
-    """The weights before and after each step of one `federated.local_update`, which never knows of it."""
+    """The weights before and after each step of one `federated.local_update`, noted by a hook."""
     steps = [w_t["w"].tolist()]
     hook = learner.optimizer.register_step_post_hook(lambda *_: steps.append(model.w.tolist()))
     try:
@@ -176,7 +188,7 @@ def _walk(model, w_t, learner, *how) -> list[list[float]]:
 
 
 def drift(paths: pd.DataFrame) -> pd.DataFrame:
-    """Client drift ||w_k - w_t|| of each round, as `heterogeneity.drift` has it of a run's.
+    """Client drift ||w_k - w_t|| of each round, as `heterogeneity.drift` computes it for runs.
 
     Columns optimizer, mu, round, client, distance.
     """
@@ -188,7 +200,7 @@ def drift(paths: pd.DataFrame) -> pd.DataFrame:
 
 @federated.one_thread()
 def optima(centers: Centers) -> pd.DataFrame:
-    """Where Eq. (1) is least for A's cases, for B's and for all, the federation's aim.
+    """Weights at which Eq. (1) is least for A's cases, for B's and for all, the federation's aim.
 
     Columns client ("A", "B", "all"), w_0, w_1, and `loss`, the objective there. That of all cases is
     sum_k N_k F_k / sum_k N_k, the mean loss over all of them.
@@ -199,7 +211,7 @@ def optima(centers: Centers) -> pd.DataFrame:
 
 
 def _optimum(data: federated.Cases, cases: torch.Tensor) -> list[float]:
-    """The weights that minimise the local objective of some cases, and its value; float64, by L-BFGS."""
+    """The weights that minimize the local objective of some cases, and its value; float64, by L-BFGS."""
     x, y, w = points(data.x[cases]).double(), data.y[cases], torch.zeros(2, dtype=torch.float64)
     exact = {"max_iter": 100, "tolerance_grad": 1e-10, "tolerance_change": 1e-15}
     search = torch.optim.LBFGS([w.requires_grad_()], line_search_fn="strong_wolfe", **exact)
@@ -222,3 +234,85 @@ def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> 
     grid = torch.cartesian_prod(*(torch.tensor(w, dtype=x.dtype) for w in (w_1, w_0))).flip(1)
     objective = torch.vmap(lambda w: federated.local_objective(logits(x, w), y))
     return objective(grid).view(len(w_1), len(w_0)).numpy()
+
+
+def _plane(ax: Axes, centers: Centers, paths: pd.DataFrame) -> None:
+    """Draw both objectives, Eq. (1), as contours, their optima, every local step, the server's rounds.
+
+    `paths` are of one mu.
+    """
+    *own, of_all = optima(centers).itertuples(index=False)
+    for best, cases in zip(own, centers.clients.values(), strict=True):
+        rise, hue = surface(centers, best.client, GRID, GRID) - best.loss, COLORS[best.client]
+        ax.contour(GRID, GRID, rise, RISES, colors=hue, linewidths=0.6, alpha=0.45, zorder=1)
+        label = f"local steps of {best.client}, {len(cases)} cases"
+        for _, walk in paths[paths["client"] == best.client].groupby("round"):
+            ax.plot(walk["w_0"], walk["w_1"], ".-", ms=2.5, lw=0.9, color=hue, label=label)
+            label = None
+        _star(ax, best, f"optimum of {best.client}")
+    _server(ax, paths[paths["client"] == SERVER])
+    _star(ax, of_all, "optimum of all cases")
+    (mu,), (optimizer,), steps = paths["mu"].unique(), paths["optimizer"].unique(), paths["step"].max()
+    method = "FedProx" if mu > 0 else "FedAvg"
+    walked = f"{steps} local step{'' if steps == 1 else 's'} of {optimizer} per round"
+    ax.set(xlim=LIMITS, ylim=LIMITS, aspect="equal", title=f"{method}, $\\mu$ = {mu:g}\n{walked}")
+    ax.set(xlabel="weight $w_0$ (finding 0)", ylabel="weight $w_1$ (finding 1)")
+
+
+def _star(ax: Axes, optimum: tuple, label: str) -> None:
+    look = {"marker": "*", "linestyle": "none", "ms": 10, "mec": "white", "zorder": 5}
+    ax.plot(optimum.w_0, optimum.w_1, color=COLORS[optimum.client], label=label, **look)
+
+
+def _server(ax: Axes, server: pd.DataFrame) -> None:
+    """Draw the global weights, with the numbers of their rounds where there is room for them."""
+    look = {"ms": 3.5, "lw": 1.4, "color": COLORS[SERVER], "label": "server, by round $t$"}
+    ax.plot(server["w_0"], server["w_1"], "o-", **look)
+    last = np.full(2, np.inf)
+    for row in server[::-1].itertuples():  # the last round always has its number
+        here = np.array([row.w_0, row.w_1])
+        if not np.linalg.norm(here - last) < APART:
+            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
+            ax.annotate(str(row.round), here, path_effects=HALO, zorder=6, **place)
+            last = here
+
+
+def _drift(ax: Axes, distances: pd.DataFrame) -> None:
+    """Draw the distances of `drift` over rounds, a line per client."""
+    for client, rows in distances.groupby("client"):
+        ax.plot(rows["round"], rows["distance"], "o-", ms=3.5, color=COLORS[client])
+    top = 1.05 * max(LEAST_TOP, distances["distance"].max())
+    ax.set(xlabel="round", ylabel="drift $\\Vert w_k - w_t \\Vert$")
+    ax.set(xlim=(0.5, distances["round"].max() + 0.5), ylim=(0, top))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _legend(figure: Figure, ax: Axes) -> Figure:
+    """The figure, with all that is drawn on `ax` named below its axes, a column per client."""
+    place = {"loc": "outside lower center", "ncols": 3, "fontsize": SMALL}
+    figure.legend(*ax.get_legend_handles_labels(), **place)
+    return figure
+
+
+def view(centers: Centers, paths: pd.DataFrame) -> Figure:
+    """The plane of the weights and, beside it, the drift, of paths of one mu."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.6), width_ratios=(3, 2), layout="constrained")
+    _plane(left, centers, paths)
+    _drift(right, drift(paths))
+    right.set_box_aspect(1)
+    return _legend(figure, left)
+
+
+def beside(centers: Centers, paths: pd.DataFrame) -> Figure:
+    """Plane and drift of each mu, side by side on the same axes; `paths` as of `compare`."""
+    runs = [rows for _, rows in paths.groupby(RUN, sort=False)]
+    rows = {"height_ratios": (3, 1), "sharex": "row", "sharey": "row"}
+    figure, axes = plt.subplots(2, len(runs), figsize=(WIDTH, 5.8), squeeze=False, **rows)
+    top = 1.05 * max(LEAST_TOP, drift(paths)["distance"].max())
+    for (upper, lower), of_mu in zip(axes.T, runs, strict=True):
+        _plane(upper, centers, of_mu)
+        _drift(lower, drift(of_mu))
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    axes[1, 0].set_ylim(0, top)  # the panels share it
+    return _legend(figure, axes[0, 0])

@@ -1,4 +1,4 @@
-"""Live views for JupyterLab: thin; choosing is ipywidgets', drawing is done by the modules of figures.
+"""Live views for JupyterLab: ipywidgets to choose, the figures of this room to show.
 
 A picture is an Image widget, not what an Output widget captures: a client that runs the notebook headless
 answers an Output widget while it waits for the kernel, and may then never see the kernel's reply. Each view
@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from ipmn_core import metrics
 from ipmn_core.data import ScanError
-from ipmn_core.metrics import by_center
-from ipmn_core.names import CENTERS, LABEL_NAMES, LABELS, MODALITIES, display_name
-from ipmn_core.report import static_views
-from ipmn_core.views import by_hand, figures, heatmaps, hospitals, planes, walks
-from ipmn_core.views.attention import Look
+from ipmn_core.metrics import centers
+from ipmn_core.names import CENTERS, LABELS, MODALITIES, class_names, display_name
+from ipmn_core.views import by_hand, gradcam, results, static, style
+from ipmn_core.views.gradcam import Look
+from ipmn_core.views.scans import Case, header_facts, middle, open_case, three_planes, window_of
 
 ANY = -1  # no choice of class
 LIVE_PICTURE = {"savefig.bbox": None, "savefig.dpi": 100}  # of one size: nothing jumps; and soon drawn
@@ -40,7 +40,7 @@ class LiveView(w.VBox):
 
 
 class RoiViewer(LiveView):
-    """A viewer of one case of `scans`, chosen by center, modality and class, in three planes.
+    """A viewer of one case of `scans`, chosen by center, modality and class, in three opening.
 
     Above the image with the pancreas outlined, below the cube of edge `size` that a network gets, both with
     one cross-hair; beside them the header's facts. Of cases among `looks` a switch shows where a network
@@ -91,7 +91,7 @@ class RoiViewer(LiveView):
         self.niivue.observe(self._show_native, "value")
 
     def show(self, case_id: str, modality: str) -> None:
-        """Shows a case by name. Raises KeyError if it is none of the scans."""
+        """Show a case by name. Raises KeyError if it is none of the scans."""
         rows = self.scans[(self.scans["case_id"] == case_id) & (self.scans["modality"] == modality)]
         if rows.empty:
             raise KeyError(f"{case_id} ({modality}) is none of the viewer's scans")
@@ -120,15 +120,15 @@ class RoiViewer(LiveView):
             return
         self.opened = None  # nothing is drawn while the sliders move to the new case
         try:
-            opened = planes.open_case(self.scans.loc[self.case.value], self.size)
+            opened = open_case(self.scans.loc[self.case.value], self.size)
         except ScanError as error:  # or the last case's picture would stay beside this one's name
             self._show_nothing(str(error))
             return
-        for slider, at, n in zip(self.position, planes.middle(opened), opened.image.shape, strict=True):
+        for slider, at, n in zip(self.position, middle(opened), opened.image.shape, strict=True):
             slider.max, slider.value = n, at + 1
         _fit(self.level, self.window, opened)
         self.opened = opened
-        self.facts.value = _as_list(planes.header_facts(opened) | self._told())
+        self.facts.value = _as_list(header_facts(opened) | self._told())
         self._draw()
         self._show_native()
 
@@ -141,7 +141,7 @@ class RoiViewer(LiveView):
         if look is None:
             return {}
         lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
-        asked = LABEL_NAMES[look.task == "binary"][look.asked]
+        asked = look.asked_name
         return {"Grad-CAM of": f"{asked}, probability {look.prob:.2f}", "on the lesion": lesion}
 
     def _draw(self, _=None) -> None:
@@ -150,9 +150,9 @@ class RoiViewer(LiveView):
         half, heat, lesion = self.window.value / 2, None, None
         look = self.looks.get(self.opened.scan["case_id"])
         if self.heat.value and look is not None:
-            _, heat, lesion, _ = heatmaps.canonical(look)
+            _, heat, lesion, _ = gradcam.canonical(look)
         self.picture.value = _png(
-            planes.three_planes(
+            three_planes(
                 self.opened,
                 [slider.value - 1 for slider in self.position],
                 (self.level.value - half, self.level.value + half),
@@ -174,7 +174,7 @@ class RoiViewer(LiveView):
             return "<p>Live in JupyterLab: the heat map over the cube, plane by plane, of every case.</p>"
         first = self.scans[self.scans["modality"] == self.scans["modality"].iloc[-1]]
         high = first.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
-        return static_views.viewer(high.sort_values("center", key=lambda c: c.map(CENTERS.index)), self.size)
+        return static.viewer(high.sort_values("center", key=lambda c: c.map(CENTERS.index)), self.size)
 
 
 def roi_viewer(scans: pd.DataFrame, size: int = 32) -> RoiViewer:
@@ -183,7 +183,7 @@ def roi_viewer(scans: pd.DataFrame, size: int = 32) -> RoiViewer:
 
 
 def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> RoiViewer:
-    """The same of the cases of `looks` (`attention.of_run`), the heat map over the cube."""
+    """The same for the cases of `looks` (`gradcam.of_run`), with the heat map over the cube."""
     cases = {look.case_id for look in looks}
     mine = scans[scans["case_id"].isin(cases) & (scans["modality"] == looks[0].modality)]
     return RoiViewer(mine, len(looks[0].cube), looks)
@@ -207,9 +207,9 @@ def _toggle(name: str, value: bool, tooltip: str) -> w.ToggleButton:
     return w.ToggleButton(value=value, description=name, tooltip=tooltip, layout=w.Layout(width="100px"))
 
 
-def _fit(level: w.FloatSlider, window: w.FloatSlider, opened: planes.Case) -> None:
+def _fit(level: w.FloatSlider, window: w.FloatSlider, opened: Case) -> None:
     """The sliders' range and values for the stored values of a case."""
-    low, high = planes.window_of(opened)
+    low, high = window_of(opened)
     span = max(high - low, 1e-6)
     for slider, least, most, value in (
         (level, low - span / 2, high + span / 2, (low + high) / 2),
@@ -229,7 +229,7 @@ def _as_list(facts: dict[str, str]) -> str:
 
 def _png(figure: Figure) -> bytes:
     with plt.rc_context(LIVE_PICTURE):
-        return figures.png(figure)
+        return style.png(figure)
 
 
 def _in_niivue(scan: pd.Series) -> w.Widget:
@@ -259,7 +259,7 @@ class CenterExplorer(LiveView):
         size: int = 32,
         seed: int = 0,
     ):
-        self.selected, self.seed, self.summaries = by_center.by_rules(predictions, validation), seed, {}
+        self.selected, self.seed, self.summaries = centers.by_rules(predictions, validation), seed, {}
         self.viewer = RoiViewer(scans, size)
         self.viewer.layout.display = "none"
         self._choices()
@@ -281,7 +281,7 @@ class CenterExplorer(LiveView):
         named = lambda names: [(display_name(n).replace("_", " "), n) for n in names]  # noqa: E731
         self.task = _dropdown("task", named(known("task")))
         self.modality = _dropdown("modality", named(sorted(known("modality"))))
-        self.rule = _dropdown("rule", [(by_center.RULES[rule], rule) for rule in known("rule")])
+        self.rule = _dropdown("rule", [(centers.RULES[rule], rule) for rule in known("rule")])
         self.metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
         self.arms = w.SelectMultiple(description="arms", rows=8, layout=w.Layout(width="260px"))
         present = [c for c in CENTERS if (self.selected["center"] == c).any()]
@@ -305,12 +305,12 @@ class CenterExplorer(LiveView):
         return s[chosen & (s["rule"] == self.rule.value) & s["arm"].isin(self.arms.value)]
 
     def summary(self, key: tuple[str, str, str] | None = None) -> pd.DataFrame:
-        """Intervals of a task, modality and rule, by default those chosen, computed when first asked for."""
+        """Intervals of a task, modality and rule, by default those chosen, computed once."""
         key = key or (self.task.value, self.modality.value, self.rule.value)
         if key not in self.summaries:
             s = self.selected
             rows = s[(s["task"] == key[0]) & (s["modality"] == key[1]) & (s["rule"] == key[2])]
-            self.summaries[key] = by_center.summary(rows, seed=self.seed) if len(rows) else pd.DataFrame()
+            self.summaries[key] = centers.summary(rows, seed=self.seed) if len(rows) else pd.DataFrame()
         return self.summaries[key]
 
     def _list_arms(self, _=None) -> None:
@@ -329,20 +329,20 @@ class CenterExplorer(LiveView):
         table = self.summary()
         if len(table):
             table = table[(table["metric"] == self.metric.value) & table["arm"].isin(self.arms.value)]
-        self.forest.value = _png(hospitals.overview(table, self.center.value)) if len(table) else b""
+        self.forest.value = _png(results.overview(table, self.center.value)) if len(table) else b""
 
     def _show_center(self, _=None) -> None:
         if not self.listed:
             return
         rows, center, arm = self.rows(), self.center.value, self.arm.value
-        self.details.value = _png(hospitals.center_in_detail(rows, center, arm)) if len(rows) else b""
-        mine = by_center.at(rows[rows["arm"] == arm], center)
-        worst = by_center.most_wrong(mine).itertuples() if len(mine) else ()
-        names = LABEL_NAMES[self.task.value == "binary"]
+        self.details.value = _png(results.center_in_detail(rows, center, arm)) if len(rows) else b""
+        mine = centers.at(rows[rows["arm"] == arm], center)
+        worst = centers.most_wrong(mine).itertuples() if len(mine) else ()
+        names = class_names(self.task.value)
         self.worst.options = [("choose a case to open it in the viewer", None)] + [
             (
-                f"{case.center} {case.case_id}: {names[case.y_true]}, held for {names[case.predicted]}; "
-                f"{case.probability:.2f} given to the truth",
+                f"{case.center} {case.case_id}: {names[case.y_true]}, predicted {names[case.predicted]}; "
+                f"p(true class) = {case.probability:.2f}",
                 (case.case_id, case.modality),
             )
             for case in worst
@@ -357,7 +357,7 @@ class CenterExplorer(LiveView):
         keys = (
             self.selected[["task", "modality", "rule"]].drop_duplicates().itertuples(index=False, name=None)
         )
-        return static_views.explorer(self.selected, pd.concat([self.summary(key) for key in keys]))
+        return static.explorer(self.selected, pd.concat([self.summary(key) for key in keys]))
 
 
 def center_explorer(
@@ -379,7 +379,7 @@ class ByHand(LiveView):
 
 
 def fedprox_by_hand() -> ByHand:
-    """The two centers of `by_hand`: choose mu, local steps, rounds, heterogeneity and optimiser.
+    """The two centers of `by_hand`: choose mu, local steps, rounds, heterogeneity and optimizer.
 
     Left every step in the plane of the two weights, right the drift of each round.
     """
@@ -388,13 +388,13 @@ def fedprox_by_hand() -> ByHand:
     steps = w.IntSlider(description="local steps", value=20, min=1, max=50, **look)
     rounds = w.IntSlider(description="rounds", value=6, min=1, max=8, **look)
     apart = w.FloatSlider(description="heterogeneity", value=1, min=0, max=1, step=0.1, **look)
-    optimizer = w.ToggleButtons(options=list(by_hand.OPTIMIZERS), description="optimiser")
+    optimizer = w.ToggleButtons(options=list(by_hand.OPTIMIZERS), description="optimizer")
     picture = _picture()
 
     def draw(_=None) -> None:
         centers = by_hand.draw_centers(apart.value)
         paths = by_hand.paths(centers, mu.value, steps.value, rounds.value, optimizer.value)
-        picture.value = _png(walks.view(centers, paths))
+        picture.value = _png(by_hand.view(centers, paths))
 
     for control in (mu, steps, rounds, apart, optimizer):
         control.observe(draw, "value")

@@ -1,8 +1,8 @@
 import base64
-import contextlib
 import hashlib
 import json
 import re
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def paths(p):
 
 
 def parsed(p):
-    return bs4.BeautifulSoup(report.page(p, paths(p)), "html.parser")
+    return bs4.BeautifulSoup(report.page_of(p, paths(p)), "html.parser")
 
 
 @pytest.fixture(scope="module")
@@ -278,15 +278,15 @@ def test_text_of_a_name_is_never_markup(page, tmp_path):
 def test_no_folder_of_this_machine_stands_in_the_page(tmp_path, monkeypatch, name):
     home, secret = tmp_path / "people" / name, tmp_path / "secret" / name
     monkeypatch.setenv("HOME", str(home))
-    told = f"{home}/.venv/x.py:3: UserWarning\nfile://{home}/y {[str(secret / 'ipmn')]} {report.sys.prefix}/z"
+    told = f"{home}/.venv/x.py:3: UserWarning\nfile://{home}/y {[str(secret / 'ipmn')]} {sys.prefix}/z"
     code = f"data = {PythonTranslator.translate(str(secret / 'ipmn'))}"  # as papermill puts it in
     cells = ["# A", ("a", [{"stderr": told}]), (code, [{"text/plain": repr(told)}])]
     p = profile(secret / "results", [cells, *CHAPTERS[1:]], data=str(secret / "ipmn"))
     shown = parsed(p)
     texts = (shown.get_text(), str(shown))
-    assert not [word for word in ("secret", name, "people", report.sys.prefix) for t in texts if word in t]
+    assert not [word for word in ("secret", name, "people", sys.prefix) for t in texts if word in t]
     first, second = (one.get_text().strip() for one in section(shown, 1).select(".output"))
-    prefix = Path(report.sys.prefix).name
+    prefix = Path(sys.prefix).name
     assert (
         first == f"~/.venv/x.py:3: UserWarning\nfile://~/y ['ipmn'] {prefix}/z" and "\\nfile://~/y" in second
     )
@@ -298,7 +298,7 @@ def test_no_folder_of_this_machine_stands_in_the_page(tmp_path, monkeypatch, nam
 
 def test_no_folder_that_a_relative_path_names_stands_in_the_page(tmp_path):
     data = "../clinic_of_alice/ipmn"
-    cells = ["# A", (f'data = "{data}"', [{"text/plain": repr(str(report.project_root() / data))}])]
+    cells = ["# A", (f'data = "{data}"', [{"text/plain": repr(str(params.project_root() / data))}])]
     shown = parsed(profile(tmp_path, [cells, *CHAPTERS[1:]], data=data))
     assert "alice" not in str(shown) and "cohort ipmn" in shown.header.get_text()
 
@@ -389,18 +389,11 @@ def test_every_setting_stands_beside_default_and_meaning(tmp_path):
         for row in parsed(p).find("table", attrs={"aria-labelledby": "the-settings"}).tbody("tr")
     }
     assert list(cells) == list(params.Params.model_fields)
-    assert cells["size"] == ["48", "96", "about size"] and cells["clip_norm"][:2] == ["null", "null"]
+    assert (
+        cells["size"] == ["48", "96", "edge of the ROI cube, voxels"] and cells["max_per_cell"][1] == "null"
+    )
     assert cells["epochs_by_model"][0] == "{resnet34: 2}" and cells["arms"][0] == "[fedavg, local_only]"
     assert all(meaning for _, _, meaning in cells.values())
-
-
-def test_settings_that_the_notebooks_leave_without_comment_have_a_meaning_here(tmp_path):
-    p = profile(tmp_path)
-    real = nbformat.read(ROOT / "notebooks" / f"{pipeline.NOTEBOOKS[0]}.ipynb", 4)
-    real.metadata = nbformat.read(paths(p)[0], 4).metadata
-    nbformat.write(real, paths(p)[0])
-    rows = parsed(p).find("table", attrs={"aria-labelledby": "the-settings"}).tbody("tr")
-    assert all(row("td")[-1].get_text() for row in rows)
 
 
 def test_data_machine_and_versions_are_those_of_the_runs(tmp_path):
@@ -456,37 +449,24 @@ def test_a_missing_or_broken_notebook_is_named_and_no_page_is_written(tmp_path, 
 
 def test_notebooks_of_other_settings_are_refused_but_not_of_another_number_of_jobs(tmp_path):
     p = profile(tmp_path)
-    report.page(p.model_copy(update={"jobs": 7}), paths(p))
+    report.page_of(p.model_copy(update={"jobs": 7}), paths(p))
     with pytest.raises(ValueError, match=r"01_data.*other settings \(size: 96 there, 48 now\); `ipmn run`"):
-        report.page(p.model_copy(update={"size": 48}), paths(p))
+        report.page_of(p.model_copy(update={"size": 48}), paths(p))
 
 
 def test_a_missing_table_and_half_a_record_are_named(tmp_path):
     p = profile(tmp_path)
     record = p.folder / "runs" / "binary" / "t2" / "fedavg" / "fold0" / "run.json"
     record.write_text("{")
-    with pytest.raises(ValueError, match=r"fold0/run\.json is not whole; delete"):
-        report.page(p, paths(p))
+    with pytest.raises(ValueError, match=r"fold0/run\.json is damaged; delete"):
+        report.page_of(p, paths(p))
     record.unlink()
     (p.folder / "tables" / "table2_beside_paper.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"table2_beside_paper\.csv: no such file; `ipmn run`"):
-        report.page(p, paths(p))
+        report.page_of(p, paths(p))
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    import browser
-
-    path = browser.chromium()  # skips without one
-    with (
-        playwright.sync_playwright() as driver,
-        contextlib.closing(driver.chromium.launch(executable_path=path, args=["--no-sandbox"])) as running,
-    ):
-        yield running
 
 
 @pytest.fixture(params=[1280, 400])

@@ -4,14 +4,12 @@ import re
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
 
 from ipmn_core import views
-from ipmn_core.metrics import by_center
-from ipmn_core.report import static_views
-from ipmn_core.views import figures
-from ipmn_core.views.attention import Look
+from ipmn_core.metrics import centers
+from ipmn_core.views import scans, static, style, widgets
+from ipmn_core.views.gradcam import Look
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -25,7 +23,7 @@ def shown(monkeypatch):
         contents.append([content(ax) for ax in figure.axes])
         return png(figure)
 
-    monkeypatch.setattr(figures, "png", noted)
+    monkeypatch.setattr(style, "png", noted)
     yield contents
     plt.close("all")
 
@@ -57,8 +55,8 @@ def viewer(phantom_scans, shown):
 
 def test_the_viewer_opens_with_the_first_case_at_the_pancreas_middle(phantom_scans, viewer, shown):
     assert viewer.case.label == phantom_scans.iloc[0]["case_id"] and viewer.label.label == "any"
-    opened = views.open_case(phantom_scans.iloc[0], 32)
-    assert [slider.value - 1 for slider in viewer.position] == views.middle(opened)
+    opened = scans.open_case(phantom_scans.iloc[0], 32)
+    assert [slider.value - 1 for slider in viewer.position] == scans.middle(opened)
     assert [slider.max for slider in viewer.position] == list(opened.image.shape)
     assert len(shown) == 1 and len(shown[0]) == 6
 
@@ -87,11 +85,11 @@ def test_each_slider_moves_its_plane_and_the_cross_hair_of_the_others(viewer, sh
     before = shown[-1]
     slider = viewer.position[axis]
     slider.value = slider.value + 5 if slider.value + 5 <= slider.max else slider.value - 5
-    after, planes = shown[-1], list(views.AXES)
+    after, planes = shown[-1], list(scans.AXES)
     for k, plane in enumerate(planes):  # upper row: the image
         same_pixels = before[k][4] == after[k][4]
         same_lines = before[k][1] == after[k][1]
-        moved = views.AXES[plane] == axis
+        moved = scans.AXES[plane] == axis
         assert same_pixels != moved and same_lines == moved
 
 
@@ -116,7 +114,7 @@ def test_another_case_is_drawn_once_and_its_header_is_told(phantom_scans, viewer
         shown.clear()
         choose(viewer.case, case)
         assert len(shown) == 1
-        facts = views.header_facts(views.open_case(phantom_scans.loc[viewer.case.value], 32))
+        facts = scans.header_facts(scans.open_case(phantom_scans.loc[viewer.case.value], 32))
         assert all(text in viewer.facts.value for text in facts.values()) and case in facts["case"]
 
 
@@ -139,32 +137,6 @@ def test_an_empty_class_empties_the_view_and_the_way_back_is_open(phantom_scans,
     assert viewer.label.label == "any" and len(viewer.case.options) == 2 and len(shown) == 2
 
 
-def test_a_viewer_that_opens_on_nothing_takes_the_sliders(phantom_scans, shown):
-    viewer = views.roi_viewer(phantom_scans.iloc[:0])
-    viewer.position[0].value = 1
-    viewer.niivue.value = True
-    assert not shown and viewer.case.value is None and not viewer.native.children
-
-
-def test_the_viewer_takes_clean_rois_of_the_first_release(phantom_scans, shown):
-    viewer = views.roi_viewer(phantom_scans.iloc[[0]].assign(mask=""))
-    image, _, _ = views.scan_volumes(phantom_scans.iloc[0])
-    assert viewer.position[2].max == image.shape[2] and len(shown) == 1
-
-
-def test_a_case_is_shown_by_its_name_and_another_name_is_refused(phantom_scans, viewer):
-    scan = phantom_scans.query("center == 'IU' and modality == 't2'").iloc[-1]
-    choose(viewer.label, "no risk")
-    viewer.show(scan["case_id"], "t2")
-    assert viewer.case.label == scan["case_id"] and viewer.modality.value == "t2"
-    with pytest.raises(KeyError, match="nobody"):
-        viewer.show("nobody", "t2")
-
-
-def test_without_an_explanation_there_is_no_switch_for_it(viewer):
-    assert viewer.heat.disabled
-
-
 def test_the_viewer_leaves_no_figure_open(viewer, shown):
     choose(viewer.center, "AHN")
     viewer.position[2].value = 1
@@ -184,12 +156,12 @@ def test_niivue_gets_image_and_mask_or_says_what_it_needs(phantom_scans, viewer)
 
 def test_the_viewer_carries_its_static_form_of_one_case_a_center(phantom_scans, viewer, monkeypatch):
     given = []
-    monkeypatch.setattr(static_views, "viewer", lambda scans, size: given.append((scans, size)) or "<i>v</i>")
+    monkeypatch.setattr(static, "viewer", lambda rows, size: given.append((rows, size)) or "<i>v</i>")
     bundle = viewer._repr_mimebundle_()
     assert bundle["text/html"] == "<i>v</i>" and "application/vnd.jupyter.widget-view+json" in bundle
-    ((scans, size),) = given
-    assert size == 32 and list(scans["center"]) == ["NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC"]
-    assert set(scans["label"]) == {2}
+    ((rows, size),) = given
+    assert size == 32 and list(rows["center"]) == ["NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC"]
+    assert set(rows["label"]) == {2}
 
 
 @pytest.fixture
@@ -221,34 +193,12 @@ def test_the_explorer_lists_the_worst_cases_and_opens_one(binary_predictions, ph
     known = binary_predictions["case_id"].isin(["NYU00", "NYU01", "NYU02"])
     rows = binary_predictions[known].replace(dict(zip(["NYU00", "NYU01", "NYU02"], names, strict=True)))
     explorer = views.center_explorer(rows, None, phantom_scans)
-    worst = by_center.most_wrong(rows.query("modality == 't1' and arm == 'centralized'"))
+    worst = centers.most_wrong(rows.query("modality == 't1' and arm == 'centralized'"))
     assert explorer.worst._options_values[1:] == tuple((case, "t1") for case in worst["case_id"])
     assert explorer.viewer.layout.display == "none"
     explorer.worst.index = 2
     assert explorer.viewer.layout.display != "none"
     assert explorer.viewer.case.label == worst["case_id"].iloc[1]
-
-
-def test_the_explorer_takes_a_center_and_a_method_that_one_modality_lacks(binary_predictions, phantom_scans):
-    both = binary_predictions["modality"] == "t1"
-    some = (binary_predictions["center"] != "AHN") & (binary_predictions["arm"] == "centralized")
-    explorer = views.center_explorer(binary_predictions[both | some], None, phantom_scans)
-    choose(explorer.center, "AHN")
-    choose(explorer.arm, "FedProx (μ=0.1)")
-    choose(explorer.modality, "T2")
-    assert explorer.worst._options_values == (None,)
-    choose(explorer.center, "NYU")
-    choose(explorer.arm, "Centralized")
-    assert len(explorer.worst.options) == 9
-
-
-def test_both_tasks_are_explored_if_both_are_given(binary_predictions, phantom_scans):
-    three = binary_predictions.assign(task="three_class", arm="densenet121", prob_2=0.0)
-    three = three.drop_duplicates(["case_id", "modality"])
-    explorer = views.center_explorer(pd.concat([three, binary_predictions]), None, phantom_scans)
-    assert explorer.arm._options_labels == ("DenseNet-121",)
-    explorer.task.value = "binary"
-    assert explorer.arm._options_labels == ("Centralized", "FedProx (μ=0.1)")
 
 
 def test_the_explorer_leaves_no_figure_open_and_carries_its_static_form(explorer):
@@ -261,7 +211,7 @@ def test_the_explorer_leaves_no_figure_open_and_carries_its_static_form(explorer
 def test_a_heat_map_lies_over_the_cube_of_its_own_scan(phantom_scans, shown, modality):
     """Most cases have a T1 and a T2 scan of one name."""
     scan = phantom_scans[(phantom_scans["modality"] == modality) & (phantom_scans["label"] == 2)].iloc[0]
-    opened = views.open_case(scan, 8)
+    opened = scans.open_case(scan, 8)
     turn = nib.io_orientation(nib.load(scan["image"]).affine)
     heat = np.zeros((8, 8, 8), np.float32)
     heat[2:6, 2:6, 2:6] = 1
@@ -295,7 +245,7 @@ def test_a_case_that_cannot_be_read_is_named_and_no_other_is_shown_in_its_place(
     two = phantom_scans.query("center == 'NYU' and modality == 't2'").head(2).copy()
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     two.iloc[1, two.columns.get_loc("image")] = str(tmp_path / "broken.nii.gz")
-    viewer = views.RoiViewer(two)
+    viewer = widgets.RoiViewer(two)
     seen = viewer.picture.value
     viewer.case.index = 1
     assert viewer.opened is None and viewer.picture.value == b"" and "broken.nii.gz" in viewer.facts.value
@@ -303,22 +253,3 @@ def test_a_case_that_cannot_be_read_is_named_and_no_other_is_shown_in_its_place(
         slider.value = slider.min
     viewer.case.index = 0
     assert viewer.picture.value == seen
-
-
-def test_a_first_choice_without_a_case_says_so(phantom_scans, shown):
-    first = phantom_scans.query("center == 'NYU' and modality == 't2'").head(1)
-    other = phantom_scans.query("center == 'MCF' and modality == 't1'").head(1)
-    viewer = views.RoiViewer(pd.concat([first, other]))
-    assert viewer.case.value is None and viewer.facts.value == "no such case"
-
-
-def test_another_metric_leaves_the_opened_case_and_draws_the_forest_alone(
-    binary_predictions, phantom_scans, shown
-):
-    name = phantom_scans.query("modality == 't1' and center == 'NYU'")["case_id"].iloc[0]
-    rows = binary_predictions[binary_predictions["center"] == "NYU"]
-    explorer = views.center_explorer(rows.replace({"case_id": {"NYU00": name}}), None, phantom_scans)
-    explorer.worst.value = chosen = (name, "t1")
-    shown.clear()
-    choose(explorer.metric, "ACC")
-    assert explorer.worst.value == chosen and explorer.viewer.layout.display == "" and len(shown) == 1

@@ -1,4 +1,4 @@
-"""Static figures of scans: slices as radiologists see them, the ROI, the cube; figures are returned."""
+"""Figures of scans: slices as radiologists see them, the ROI, the cube; a prediction beside its ROI."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core.data import bounding_box, check_range, crop, headers, load_image, load_mask, to_cube
-from ipmn_core.names import CENTERS, LABELS
-from ipmn_core.views.figures import PALETTE
+from ipmn_core.names import LABELS, class_names
+from ipmn_core.views.style import PALETTE, centers_in
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
 HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
@@ -25,7 +25,7 @@ EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right,
 def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:
     """Whole image, mask (X, Y, Z) bool and clean ROI of a cohort row, in canonical (RAS+) orientation.
 
-    A clean ROI of the first release has no whole image: it stands for both, and the mask is None.
+    A clean ROI of the first release has no whole image: it is both, and the mask is None.
     """
     image = load_image(scan["image"], scan["case_id"])
     if not scan["mask"]:
@@ -64,7 +64,7 @@ def open_case(scan: pd.Series, size: int) -> Case:
 
 
 def in_cube(case: Case, position: Sequence[int]) -> list[int]:
-    """The voxel of the cube in which a voxel of the image lies, the nearest one if it lies outside."""
+    """Voxel of the cube that holds a voxel of the image, the nearest one if it is outside."""
     ends = [(start, n, case.cube.shape[0]) for start, n in zip(case.first, case.roi.shape, strict=True)]
     return [
         int(np.clip((at - start + 0.5) * size / n, 0, size - 1))
@@ -73,7 +73,7 @@ def in_cube(case: Case, position: Sequence[int]) -> list[int]:
 
 
 def middle(case: Case) -> list[int]:
-    """The voxel of the image to look at first: the pancreas' middle in its widest axial slice."""
+    """Voxel of the image to show first: the middle of the pancreas in its widest axial slice."""
     inside = np.asanyarray(case.roi.dataobj) != 0 if case.mask is None else case.mask
     k = widest_slice(inside)
     return [*(int(v) for v in np.argwhere(inside[:, :, k]).mean(axis=0).round()), k]
@@ -118,17 +118,17 @@ def show_slice(ax: Axes, image: nib.Nifti1Image, k: int, mask: np.ndarray | None
 
 
 def widest_slice(mask: np.ndarray) -> int:
-    """The axial slice in which the mask (X, Y, Z) covers most voxels."""
+    """Index of the axial slice in which the mask (X, Y, Z) covers most voxels."""
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
 def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int = 2) -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
-    The first case of class `label` stands for its center, or the first of all where there is none.
+    Of each center the first case of class `label`, or its first case where there is none.
     """
     chosen = scans[scans["modality"] == modality]
-    centers = [c for c in CENTERS if (chosen["center"] == c).any()]
+    centers = centers_in(chosen["center"])
     figure, axes = plt.subplots(
         2, len(centers), figsize=(1.75 * len(centers), 2.9), squeeze=False, height_ratios=(3, 2)
     )
@@ -222,22 +222,17 @@ def _outline(ax: Axes, mask: np.ndarray | None, plane: str, k: int) -> None:
 
 
 def _zoom(ax: Axes, case: Case, plane: str, margin: float = 12.0) -> None:
-    """The axes' limits around the ROI, `margin` mm wider on each side."""
+    """Limit the axes to the ROI and `margin` mm around it."""
     across, up = (axis for axis in range(3) if axis != AXES[plane])
-    spacing, n = case.image.header.get_zooms(), case.image.shape
-    (a, b), (c, d) = (
-        (
-            case.first[axis] - margin / spacing[axis],
-            case.first[axis] + case.roi.shape[axis] + margin / spacing[axis],
-        )
-        for axis in (across, up)
-    )
-    ax.set(xlim=(max(n[across] - b, 0) - 0.5, min(n[across] - a, n[across]) - 0.5))
-    ax.set(ylim=(max(c, 0) - 0.5, min(d, n[up]) - 0.5))
+    n = np.array(case.image.shape)
+    more = margin / np.array(case.image.header.get_zooms())
+    low, high = np.maximum(case.first - more, 0), np.minimum(case.first + np.array(case.roi.shape) + more, n)
+    ax.set(xlim=(n[across] - high[across] - 0.5, n[across] - low[across] - 0.5))
+    ax.set(ylim=(low[up] - 0.5, high[up] - 0.5))
 
 
 def show_heat(ax: Axes, heat: np.ndarray | None, lesion: np.ndarray | None) -> None:
-    """Draws a heat map and the lesion's outline, as `section` cuts them, over the slice of a cube on `ax`."""
+    """Draw a heat map and the lesion's outline, as `section` cuts them, over the slice of a cube on `ax`."""
     if heat is not None:
         over = HEAT(heat)
         over[..., 3] = OPACITY * heat
@@ -246,8 +241,26 @@ def show_heat(ax: Axes, heat: np.ndarray | None, lesion: np.ndarray | None) -> N
         ax.contour(lesion, levels=[0.5], colors=[PALETTE[5]], linewidths=1.4)
 
 
+def prediction(result, roi: nib.Nifti1Image) -> Figure:
+    """The widest slice of an ROI (`data.load_roi`) and, for each class, a bar (mean) and one dot per model.
+
+    `result` is a `predict.Prediction`: `case`, `task` and `folds`, a row per model, a column per class.
+    """
+    classes, roi = list(class_names(result.task)), nib.as_closest_canonical(roi)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    show_slice(left, roi, widest_slice(roi.dataobj))
+    left.set_title(f"{result.case}, ROI", parse_math=False)
+    prob = result.folds[classes]
+    right.barh(classes, prob.mean(), color=PALETTE[5])
+    for k, name in enumerate(classes):
+        right.plot(prob[name], np.full(len(prob), k), "o", ms=4, color=PALETTE[0], alpha=0.7)
+    right.set(xlim=(0, 1), xlabel=f"probability: mean (bar) of {len(prob)} model(s) (dots)")
+    figure.suptitle("Not for clinical use: a research model without external validation.", fontsize=8)
+    return figure
+
+
 def header_facts(case: Case) -> dict[str, str]:
-    """What the file's header says: name of the fact -> text."""
+    """Facts of the file's header: name -> text."""
     stored = nib.load(case.scan["image"])
     spacing = " × ".join(f"{mm:.2f}" for mm in stored.header.get_zooms()[:3])
     roi = " × ".join(map(str, case.roi.shape))

@@ -1,7 +1,7 @@
 """Live views without a kernel: an ROI viewer and a per-center explorer, each a piece of HTML with its data.
 
-A piece holds a picture, for where nothing runs, and JSON. `page/views.js`, once a page, turns pieces live;
-`page/views.css` is their design. Names come from files: JSON is escaped so that none of them ends a script.
+A piece holds a picture, for where nothing runs, and JSON. `views.js`, once per page, turns pieces live;
+`views.css` is their design. Names come from files: JSON is escaped so that none of them ends a script.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import pandas as pd
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ipmn_core import metrics, views
+from ipmn_core import metrics
 from ipmn_core.data import headers
-from ipmn_core.metrics import by_center
-from ipmn_core.names import CENTERS, LABEL_NAMES, LABELS, display_name
+from ipmn_core.metrics import centers
+from ipmn_core.names import LABELS, class_names, display_name
+from ipmn_core.views.results import overview
+from ipmn_core.views.scans import Case, header_facts, middle, open_case, three_planes, widest_slice, window_of
+from ipmn_core.views.style import REFERENCES, centers_in, color, in_order, png
 
 VOXELS = 2**18  # of an image as shown, at most: about 0.25 MB of page once packed
 MARGIN = 10  # mm around the pancreas that stay where an image is cut
@@ -38,37 +41,37 @@ def viewer(scans: pd.DataFrame, size: int) -> str:
     """
     if scans.empty:
         raise ValueError("The viewer has no scan to show: pass at least one row of the cohort.")
-    cases = [_case(views.open_case(scan, size)) for _, scan in scans.iterrows()]  # one at a time
-    first = views.open_case(scans.iloc[0], size)
-    picture = views.three_planes(first, views.middle(first))
+    cases = [_case(open_case(scan, size)) for _, scan in scans.iterrows()]  # one at a time
+    first = open_case(scans.iloc[0], size)
+    picture = three_planes(first, middle(first))
     alt = "The first case in three planes, and below them the cube that a network sees"
     return _view("viewer", picture, alt, {"size": size, "cases": cases})
 
 
 def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """HTML of an explorer of results by center, from the two tables of `by_center`.
+    """HTML of an explorer of results by center, from the two tables of `centers`.
 
     `selected`: rows of predictions, one epoch a run and rule: task, modality, arm, fold, rule, case_id,
     center, y_true, prob_0 ..., epoch. `summary`: task, modality, arm, rule, center (with "global"), metric
     ("acc", "auc"), mean, low, high, undefined (why, else ""). Raises ValueError without rows, if a
-    probability is not finite, or if a case has two labels or centers, or stands twice in one arm and rule.
+    probability is not finite, or if a case has two labels or centers, or is given twice in one arm and rule.
     """
     if selected.empty:
         raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
-    rules = [[rule, words] for rule, words in by_center.RULES.items() if (selected["rule"] == rule).any()]
+    rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
     tables = [
         (rows, summary[(summary["task"] == task) & (summary["modality"] == modality)])
         for (task, modality), rows in selected.groupby(["task", "modality"])
     ]
     first = tables[0][1]
     first = first[(first["rule"] == rules[0][0]) & (first["metric"] == "auc")]
-    alt = "AUC by center, mean over folds with its 95 % interval, a colour a method"
+    alt = "AUC by center, mean over folds with its 95 % interval, a color per arm"
     data = {"rules": rules, "metrics": list(METRICS.items()), "views": [_results(*pair) for pair in tables]}
-    return _view("explorer", views.overview(first), alt, data)
+    return _view("explorer", overview(first), alt, data)
 
 
 def _view(kind: str, picture: Figure, alt: str, data: dict) -> str:
-    image = base64.b64encode(views.png(picture)).decode()
+    image = base64.b64encode(png(picture)).decode()
     return (
         f'<div class="ipmn-view" data-view="{kind}">'
         f'<img alt="{alt}" src="data:image/png;base64,{image}" style="max-width: 100%">'
@@ -90,10 +93,10 @@ def _packed(array: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(array.tobytes(order="F"), 9)).decode()
 
 
-def _case(case: views.Case) -> dict:
-    """What the viewer knows of a scan; lists have an entry an axis: to the patient's right, front, head."""
+def _case(case: Case) -> dict:
+    """Data of a scan for the viewer; lists have one entry per axis: to the patient's right, front, head."""
     spacing = np.array(case.image.header.get_zooms(), float)
-    low, high = views.window_of(case)
+    low, high = window_of(case)
     voxels = windowed(np.asanyarray(case.image.dataobj), low, high)
     box = tuple(slice(start, start + n) for start, n in zip(case.first, case.roi.shape, strict=True))
     cut, step = framing(case.image.shape, spacing, box, VOXELS)
@@ -105,7 +108,7 @@ def _case(case: views.Case) -> dict:
         "center": str(case.scan["center"]),
         "modality": modality,
         "title": f"{name}, {display_name(modality)}, {LABELS[case.scan['label']]}",
-        "facts": list((views.header_facts(case) | _more_facts(case, cut, step)).items()),
+        "facts": list((header_facts(case) | _more_facts(case, cut, step)).items()),
         "whole": list(case.image.shape),
         "spacing": spacing.tolist(),
         "start": [side.start for side in cut],
@@ -127,7 +130,7 @@ def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def framing(shape, spacing, box, voxels: int) -> tuple[tuple[slice, ...], tuple[int, ...]]:
-    """Which part of a volume to show (a slice an axis) and how many voxels of each axis to average into one.
+    """The part of a volume to show (one slice per axis) and how many voxels of each axis to average into one.
 
     All of it, if it has at most `voxels`; else `box` and MARGIN mm around it, in blocks as cubic as they can
     be (spacing in mm) and just large enough.
@@ -158,19 +161,19 @@ def averaged(volume: np.ndarray, step: tuple[int, ...]) -> np.ndarray:
 def _first_look(inside: np.ndarray) -> list[int]:
     """A voxel of the widest axial slice: of those inside the one nearest to their middle."""
     inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
-    k = views.widest_slice(inside)
+    k = widest_slice(inside)
     plane = np.argwhere(inside[:, :, k])
     i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
     return [int(i), int(j), k]
 
 
-def _more_facts(case: views.Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
+def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
     """Of a header's text fields, which may name a patient, none: units are one of NIfTI's own words."""
     try:
         units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
     except KeyError:  # a code that is none of NIfTI's
         units = "unknown"
-    doubt = headers.read(case.scan["image"])[1].doubt
+    doubt = headers.spacing_doubt(case.scan["image"])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
@@ -180,18 +183,16 @@ def _more_facts(case: views.Case, cut: Sequence[slice], step: Sequence[int]) -> 
 
 
 def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
-    """What the explorer knows of one task and modality; arms, centers and cases by their place in a list."""
+    """Data of one task and modality for the explorer; arms, centers and cases by their place in a list."""
     task, modality = rows[["task", "modality"]].iloc[0]
-    arms, cases = sorted(dict.fromkeys(rows["arm"]), key=_order), _cases(rows)
-    present = {*cases["center"], *summary["center"]} - {metrics.GLOBAL}
-    centers = sorted(present, key=lambda c: (CENTERS.index(c) if c in CENTERS else len(CENTERS), c))
-    centers.append(metrics.GLOBAL)
+    arms, cases = in_order(rows["arm"]), _cases(rows)
+    centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
     return {
         "task": task,
         "taskName": TASKS.get(task, task),
         "modality": modality,
         "modalityName": display_name(modality),
-        "classes": LABEL_NAMES[task == "binary"],
+        "classes": class_names(task),
         "arms": [_arm(arm) for arm in arms],
         "centers": [display_name(center) for center in centers],
         "cases": {
@@ -204,16 +205,10 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
     }
 
 
-def _order(arm: str) -> int:
-    """The place of an arm among all that figures know, behind them if it is none."""
-    known = list(views.COLORS)
-    return known.index(arm) if arm in known else len(known)
-
-
 def _arm(name: str) -> dict:
     """How an arm is shown; references, which train no network, share colors with others and are dashed."""
-    color, reference = to_hex(views.color(name)), name in views.REFERENCES
-    return {"name": name, "label": display_name(name), "color": color, "reference": reference}
+    hue = to_hex(color(name))
+    return {"name": name, "label": display_name(name), "color": hue, "reference": name in REFERENCES}
 
 
 def _cases(rows: pd.DataFrame) -> pd.DataFrame:
@@ -221,11 +216,11 @@ def _cases(rows: pd.DataFrame) -> pd.DataFrame:
     cases = rows[["case_id", "center", "y_true"]].drop_duplicates(ignore_index=True)
     for fault, table, key in (
         ("has two labels or centers", cases, ["case_id"]),
-        ("stands twice in one arm and rule", rows, ["case_id", "arm", "rule"]),
+        ("is given twice in one arm and rule", rows, ["case_id", "arm", "rule"]),
     ):
         if (twice := table.duplicated(key)).any():
             case = table.loc[twice, "case_id"].iloc[0]
-            raise ValueError(f"Case {case} {fault}: pass one epoch a run and rule, of one cohort.")
+            raise ValueError(f"Case {case} {fault}: pass one epoch per run and rule, of one cohort.")
     return cases
 
 

@@ -1,0 +1,135 @@
+"""Trained networks on disk: find them, read their weights, load them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ipmn_core import models
+from ipmn_core.names import TASKS, class_names
+from ipmn_core.runs.grid import LOCAL_ONLY
+
+
+class PredictError(ValueError):
+    """A trained model cannot be used for a prediction; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network on disk: its weights and what its run says about it, None where unknown."""
+
+    weights: Path
+    network: str
+    task: str
+    size: int  # edge of its cubes, voxels
+    modality: str | None = None
+    arm: str | None = None
+    fold: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Display name: `fedavg fold 0`, or the file's."""
+        return self.weights.name if self.arm is None else f"{self.arm} fold {self.fold}"
+
+
+def find(folders: str | Path | Sequence[str | Path], size: int = 96) -> list[Trained]:
+    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
+
+    A file is the state dict of a 3D DenseNet-121 with two or three classes, for cubes of `size`. Raises
+    PredictError naming what is absent, unfinished or damaged.
+    """
+    found = []
+    for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
+        if path.is_file():
+            of_run = path.name == "model.pt" and (path.parent / "run.json").exists()
+            found.append(_of_run(path.parent) if of_run else _of_file(path, size))
+        elif path.is_dir():
+            numbers = sorted(int(f.name[4:]) for f in path.glob("fold*") if f.name[4:].isdigit())
+            found += [_of_run(path / f"fold{k}") for k in numbers] or [_of_run(path)]
+        else:
+            raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
+    if not found:
+        raise PredictError("no trained model was given; give a run, an arm, an export or weights")
+    return list({one.weights.resolve(): one for one in found}.values())  # once, even if given twice
+
+
+def _of_run(folder: Path) -> Trained:
+    path = folder / "run.json"
+    if not path.exists():
+        raise PredictError(f"{folder} holds no finished run (no run.json); train it, or leave it out")
+    try:
+        of = json.loads(path.read_text())["settings"]
+        models.factory(of["model"])
+        if of["task"] not in TASKS:
+            raise ValueError(f"unknown task {of['task']!r}")
+        known = (of["model"], of["task"], int(of["size"]), of["modality"], of["arm"], of["fold"])
+        return Trained(folder / "model.pt", *known)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
+
+
+def _of_file(path: Path, size: int) -> Trained:
+    layers = [value for value in weights(path).values() if value.ndim == 2]
+    n_classes = len(layers[-1]) if layers else 0
+    for task in TASKS:
+        if len(class_names(task)) == n_classes:
+            return Trained(path, "densenet121", task, size)
+    raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the state dict in `path` without running code that a pickle may hold, or raise PredictError."""
+    if not path.is_file():
+        raise PredictError(f"{path}: no such file; fetch the weights, or repeat the run with them kept")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        text = "is refused: it holds more than tensors, and nothing in it was run; ask for a plain state dict"
+        raise PredictError(f"{path} {text}") from error
+    except Exception as error:  # torch, zip and pickle each raise their own kinds
+        reason = str(error).partition("\n")[0]
+        raise PredictError(f"{path} cannot be read as weights ({reason}); fetch the file again") from error
+    entries = dict(state) if isinstance(state, dict) and state else {"it": state}
+    for key, value in entries.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise PredictError(f"{path}: {key} is no dense tensor; ask for a plain state dict")
+    return entries
+
+
+def load(trained: Trained, center: str | None = None) -> nn.Module:
+    """The network with its weights, in evaluation mode; of the arm `local_only` the one of `center`.
+
+    Raises PredictError naming file and key.
+    """
+    state, source = weights(trained.weights), str(trained.weights)
+    if trained.arm == LOCAL_ONLY:
+        if center not in centers(state):
+            wrong, known = f", not {center}" if center else "", ", ".join(centers(state))
+            raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
+        mine, source = f"{center}.", f"{source}, {center}"
+        state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
+    network = models.build(trained.network, len(class_names(trained.task)))
+    remedy = f"no weights of {trained.network} for {trained.task}: fetch or train others"
+    try:
+        for key, value in network.state_dict().items():
+            if key in state and value.is_floating_point() != state[key].is_floating_point():
+                raise ValueError(f"{key} is {state[key].dtype}, expected {value.dtype}")
+            if key in state and not state[key].isfinite().all():
+                raise ValueError(f"{key} holds NaN or infinity")
+        network.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:  # torch names what is missing, unexpected, of another shape
+        reason = textwrap.shorten(str(error).partition(":\n")[2] or str(error), 200, placeholder=" ...")
+        raise PredictError(f"{source}: {reason}; {remedy}") from error
+    return network.eval()
+
+
+def centers(state: dict[str, torch.Tensor]) -> list[str]:
+    """The centers whose networks a state dict of the arm `local_only` holds."""
+    return list(dict.fromkeys(key.partition(".")[0] for key in state))

@@ -1,0 +1,122 @@
+"""How everything looks: palette, sizes, one color per name; a figure as a file, a table in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.figure import Figure
+from pandas.api.types import is_integer_dtype
+from pandas.io.formats.style import Styler
+
+from ipmn_core.disk import atomic
+from ipmn_core.metrics import GLOBAL
+from ipmn_core.names import CENTERS, display_name
+
+# Okabe and Ito's palette: told apart with any common color vision
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
+BLACK = "#000000"
+# drawn dashed or square, for they train no network and share colors with arms that do
+REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
+_METHODS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")
+_MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")
+COLORS = {name: PALETTE[k] for names in (_METHODS, _MODELS, CENTERS) for k, name in enumerate(names)}
+COLORS |= dict(zip(REFERENCES, (*PALETTE[5:], PALETTE[2], BLACK, PALETTE[3]), strict=True))
+COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn beside each other in an arm
+_others: dict[str, str] = {}  # colors of names that COLORS lacks, in order of first appearance
+
+WIDTH = 9  # inches: a page that shows a figure 900 pixels wide shows letters of 8 points 11 pixels high
+SMALL = 8  # points, the smallest letters
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": SMALL,
+    "legend.title_fontsize": SMALL,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def color(name: str) -> str:
+    """Color of an arm, model, modality or center, one in all figures.
+
+    A name that COLORS lacks gets a hue of its own: dark, unlike the palette's, by order of first appearance.
+    """
+    if name not in COLORS and name not in _others:
+        hue = (0.08 + 0.381966 * len(_others)) % 1  # the golden angle: hues that never repeat
+        _others[name] = to_hex(hsv_to_rgb((hue, 0.9, 0.5)))
+    return COLORS.get(name) or _others[name]
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Distinct arms or models in the order of COLORS, those it lacks last, as they come."""
+    places = {name: k for k, name in enumerate(COLORS)}
+    return sorted(dict.fromkeys(arms), key=lambda name: places.get(name, len(places)))
+
+
+def centers_in(names: Iterable[str]) -> list[str]:
+    """Distinct centers in the paper's order, others as they come, "global" last."""
+    found = dict.fromkeys(names)
+    others = [name for name in found if name not in (*CENTERS, GLOBAL)]
+    return [name for name in (*CENTERS, *others, GLOBAL) if name in found]
+
+
+def use_style() -> None:
+    """Set one font size, palette and layout for all figures that follow."""
+    plt.rcParams.update(STYLE)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
+
+
+def save(figure: Figure, stem: str, folder: str | Path) -> Figure:
+    """Write a figure as `<stem>.png` into `folder` and return it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with atomic(Path(folder) / f"{stem}.png") as tmp:
+        figure.savefig(tmp, format="png")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The bytes of a figure as PNG; closes the figure."""
+    with BytesIO() as buffer:
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        return buffer.getvalue()
+
+
+def show(table: pd.DataFrame, precision: int = 3, **kwargs) -> Styler:
+    """A table as a notebook shows it: numbers to `precision` digits, "n/a" for NaN, names as text, not HTML.
+
+    The index is hidden if it only counts rows. `kwargs` go to `Styler.format`, for instance a format per
+    column.
+    """
+    styler = table.style.format(**{"precision": precision, "na_rep": "n/a", "escape": "html", **kwargs})
+    counts = table.index.name is None and is_integer_dtype(table.index)
+    return styler.hide() if counts else styler
+
+
+def legend_beside(ax: Axes, title: str | None = None, **look) -> None:
+    """Add a legend right of the axes, where it covers no data."""
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title, **look)
+
+
+def named_rows(ax: Axes, names: list[str]) -> None:
+    """Write names down the y axis, the first on top, and shade every other row."""
+    ax.set_yticks(range(len(names)), [display_name(name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    for k in range(0, len(names), 2):
+        ax.axhspan(k - 0.5, k + 0.5, color="0.95", linewidth=0, zorder=-1)
+
+
+def row_height(arms: int) -> float:
+    """Inches that a row needs for so many arms, each with a line of small letters."""
+    return 0.13 * arms + 0.12

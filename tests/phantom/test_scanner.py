@@ -1,0 +1,175 @@
+"""The phantom's images: one patient's anatomy under every center's protocol, and its lesions."""
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from ipmn_core import phantom
+from ipmn_core.phantom import anatomy, scanner
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return phantom.patients(0)
+
+
+@pytest.fixture(scope="module")
+def pairs(cohort):
+    """Patient, T1 (image, mask), T2 (image, mask): a patient with a cyst and a wide duct from each center."""
+    both = cohort[cohort.has_t1 & cohort.has_t2 & (cohort.mucin < 0.4)]
+    both = both[(both.cyst_mm > 20) & (both.duct_mm > 4)].groupby("center", sort=False).head(1)
+    rows = both.itertuples(index=False)
+    return [(row, phantom.volumes(row, 0, "t1"), phantom.volumes(row, 0, "t2")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def dedicated_pairs(pairs):
+    """Two of the patients of `pairs`, scanned by the dedicated protocols."""
+    rows = [row._replace(protocol="dedicated") for row, *_ in pairs[:2]]
+    return [(row, phantom.volumes(row, 0, "t1"), phantom.volumes(row, 0, "t2")) for row in rows]
+
+
+def arrays(scan):
+    return [np.asarray(volume.dataobj) for volume in scan]
+
+
+def volume_and_center(mask):
+    """Volume in ml and center in mm of a mask."""
+    inside = np.asarray(mask.dataobj)
+    ml = inside.sum() * np.prod(mask.header.get_zooms()) / 1000
+    return ml, nib.affines.apply_affine(mask.affine, np.argwhere(inside)).mean(axis=0)
+
+
+def test_image_and_mask_share_a_grid_and_the_mask_is_a_pancreas(pairs, dedicated_pairs):
+    for _, *scans in pairs + dedicated_pairs:
+        for image, mask in scans:
+            assert image.shape == mask.shape and np.array_equal(image.affine, mask.affine)
+            assert mask.get_data_dtype() == np.uint8 and set(np.unique(mask.dataobj)) == {0, 1}
+            assert 20 < volume_and_center(mask)[0] < 160  # normal: about 70 ml; atrophy takes, cysts add
+
+
+def test_every_center_and_modality_has_its_own_grid_and_protocol(pairs):
+    zooms = {tuple(np.round(scan[0].header.get_zooms(), 3)) for _, *scans in pairs for scan in scans}
+    assert len(zooms) == len(set(scanner.SCANNERS.values())) == 14
+    assert all(0.9 <= z[0] == z[1] <= 1.6 and 3 <= z[2] <= 8 for z in zooms)
+
+
+def test_a_dedicated_protocol_covers_the_standard_extent_with_finer_voxels():
+    for standard in scanner.SCANNERS.values():
+        other, voxel = scanner.dedicated(standard), np.array([standard.spacing] * 2 + [standard.thickness])
+        finer = voxel * [0.95, 0.95, 0.8]
+        assert [other.spacing, other.spacing, other.thickness] == pytest.approx(finer)
+        more = other.matrix * finer - standard.matrix * voxel
+        assert (more > -1e-9).all() and (more < finer).all()  # mm; by less than a voxel
+        assert (finer * (np.array(other.matrix) - 1) <= anatomy.FINE * (np.array(anatomy.SHAPE) - 1)).all()
+        assert (other.tr, other.bias, other.scale) == (standard.tr, standard.bias, standard.scale)
+        assert other.noise > standard.noise and other.te > standard.te
+
+
+def test_the_protocol_changes_header_and_signal_but_not_the_anatomy(pairs, dedicated_pairs):
+    for (row, *scans), (_, *others) in zip(pairs, dedicated_pairs, strict=False):
+        for one, two in zip(scans, others, strict=True):
+            zooms = np.divide(two[0].header.get_zooms(), one[0].header.get_zooms())
+            assert zooms == pytest.approx([0.95, 0.95, 0.8]), row.patient_id
+            (image, mask), (image2, mask2) = arrays(one), arrays(two)
+            ratio = np.median(image2[mask2 > 0]) / np.median(image[mask > 0])
+            assert 0.8 < ratio < 0.99, row.patient_id  # less signal: a later echo, on T1 a larger flip angle
+            (ml, center), (ml2, center2) = volume_and_center(one[1]), volume_and_center(two[1])
+            assert ml2 == pytest.approx(ml, rel=0.05), row.patient_id  # partial volume of another grid
+            assert np.abs(center2 - center).max() < 1.5, row.patient_id  # mm; about a pixel
+
+
+def test_both_modalities_show_the_same_organ_and_fluid_is_bright_on_t2_alone(pairs):
+    for row, t1, t2 in pairs:
+        (ml, center), (ml2, center2) = volume_and_center(t1[1]), volume_and_center(t2[1])
+        assert ml == pytest.approx(ml2, rel=0.1), row.patient_id  # partial volume at another thickness
+        assert np.linalg.norm(center - center2) < 4, row.patient_id  # mm; less than a slice
+        (image, mask), (image2, mask2) = arrays(t1), arrays(t2)
+        inside, inside2 = image[mask > 0], image2[mask2 > 0]
+        assert np.percentile(inside2, 99.5) > 3 * np.median(inside2), row.patient_id
+        assert np.percentile(inside, 1) < 0.6 * np.median(inside), row.patient_id
+
+
+def test_signals_follow_the_spoiled_echo_equation_at_its_limits():
+    no_weighting = scanner.Scanner(1, 1, (8, 8, 8), tr=1e9, te=0, flip=90, noise=0, bias=0, scale=1)
+    density = {tissue: values[2] for tissue, values in scanner.TISSUES.items()}
+    assert scanner.signals(no_weighting, 0) == pytest.approx(density)  # the largest is 1
+    pure, mucinous = (scanner.signals(scanner.SCANNERS["NYU", "t1"], mucin) for mucin in (0, 1))
+    assert mucinous["cyst"] > 1.5 * pure["cyst"]  # mucin brightens fluid on T1
+    assert mucinous["fluid"] == pure["fluid"]
+
+
+def test_smooth_fields_have_unit_spread_and_follow_the_place_not_the_grid():
+    coarse, fine = [np.arange(0, 200, 4.0)] * 3, [np.arange(0, 200, 2.0)] * 3
+    one, two = (anatomy.smooth_field(np.random.default_rng(3), axes, 10) for axes in (coarse, fine))
+    # 21^3 lattice values, smoothed over about 4^3: 150 independent
+    assert one.std() == pytest.approx(1, abs=0.1)
+    assert np.allclose(one, two[::2, ::2, ::2], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lesion_ml(cohort):
+    """Lesion volume in ml by findings, of a patient who has none."""
+    row = cohort[cohort.has_t1 & cohort.has_t2].iloc[0].copy()
+    row["cyst_mm"], row["duct_mm"], row["nodule_mm"], row["atrophy"] = 0, 2.5, 0, 0.1
+
+    def measure(seed=0, **findings):
+        part = phantom.lesion(pd.Series({**row, **findings}), seed, "t2")
+        return float(np.asarray(part.dataobj).sum() * np.prod(part.header.get_zooms())) / 1000
+
+    measure.row = row
+    return measure
+
+
+def test_the_lesion_is_inside_the_mask_brighter_than_parenchyma_on_t2_and_darker_on_t1(
+    pairs, dedicated_pairs
+):
+    for row, *scans in pairs + dedicated_pairs:
+        for modality, (image, mask) in zip(("t1", "t2"), scans, strict=True):
+            lesion = phantom.lesion(row, 0, modality)
+            assert lesion.shape == image.shape and np.array_equal(lesion.affine, image.affine)
+            part, inside = np.asarray(lesion.dataobj), np.asarray(mask.dataobj) > 0
+            assert part.dtype == np.float32 and part.min() >= 0 and 0.9 < part.max() <= 1 + 1e-6
+            assert part[inside].sum() > 0.9 * part.sum(), row.patient_id  # the rest is partial volume
+            data = np.asarray(image.dataobj)
+            ratio = np.median(data[part > 0.9]) / np.median(data[inside & (part == 0)])
+            assert ratio > 2 if modality == "t2" else ratio < 0.8, row.patient_id
+
+
+def test_a_larger_finding_is_a_larger_lesion_and_a_normal_duct_is_none(lesion_ml):
+    assert lesion_ml() == lesion_ml(duct_mm=4.99) == 0
+    cysts = [lesion_ml(cyst_mm=mm) for mm in (8, 15, 25, 40)]
+    ducts = [lesion_ml(duct_mm=mm) for mm in (5, 8, 12)]
+    assert cysts[0] > 0 and (np.diff(cysts) > 0).all()
+    assert ducts[0] > 0 and (np.diff(ducts) > 0).all()
+    both = lesion_ml(cyst_mm=25, duct_mm=8)
+    assert max(cysts[2], ducts[1]) < both <= cysts[2] + ducts[1]
+
+
+def test_a_cysts_volume_is_that_of_a_ball_with_grapes(lesion_ml):
+    for mm in (15, 35):
+        volumes = [lesion_ml(seed, cyst_mm=mm) for seed in range(4)]
+        ball = np.pi / 6 * mm**3 / 1000
+        # between the middle loculus alone (three quarters of the width) and the whole ball with satellites,
+        # of which there are 0.8 on average, each of at most 0.4 of the width; the warp is a tenth of it
+        assert 0.75**3 * 0.9 * ball < min(volumes) and max(volumes) < 1.2 * ball, mm
+
+
+def test_a_ducts_volume_is_that_of_its_cones(lesion_ml):
+    row = pd.Series({**lesion_ml.row, "duct_mm": 9})
+    rng = np.random.default_rng([0, row.number])
+    for length in (16, 16, 16, 3.2):  # the fields that `draw` takes from the stream before the gland
+        anatomy.smooth_field(rng, anatomy.AXES, length)
+    line, _, duct = anatomy.gland(rng, row)
+    steps, r = np.linalg.norm(np.diff(line[1:], axis=0), axis=1), duct[1:]
+    cones = np.pi / 3 * (steps * (r[1:] ** 2 + r[1:] * r[:-1] + r[:-1] ** 2)).sum() / 1000
+    assert lesion_ml(duct_mm=9) == pytest.approx(cones, rel=0.15)  # rounded ends, a coarse fine grid
+
+
+def test_a_row_of_the_truth_on_disk_redraws_the_stored_image(phantom_root):
+    truth = pd.read_csv(phantom_root / "truth.csv")
+    row = truth[truth.has_t2 & (truth.cyst_mm > 10)].iloc[0]
+    stored = nib.load(phantom_root / "IPMN_images_masks" / "t2" / "images" / f"{row.patient_id}.nii.gz")
+    image, _ = phantom.volumes(row, 0, "t2")
+    assert np.array_equal(np.asarray(image.dataobj), np.asarray(stored.dataobj))
