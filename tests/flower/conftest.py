@@ -3,9 +3,9 @@ import types
 import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
-from hospitals import SITES, profile, tiny_net, write_phantom, written_to
+from hospitals import SITES, profile, write_phantom, written_to
 
-from ipmn_core import models, phantom
+from ipmn_core import phantom
 from ipmn_core.flower import app, site
 
 
@@ -23,7 +23,6 @@ def a_process_of_flowers():
         return cases[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny_net", lambda n_classes: tiny_net())
         patch.setattr(site.Site, "cohort", property(cohort))
         for name in ("_task_id", "_run_id", "_node_id"):
             patch.setattr(TaskIdentity, name, 1)
