@@ -3,18 +3,27 @@ import types
 import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
-from hospitals import SITES, profile, tiny_net, write_phantom, written_to
+from hospitals import SITES, profile, write_phantom, written_to
 
-from ipmn_core import models, phantom
-from ipmn_core.flower import app
+from ipmn_core import phantom
+from ipmn_core.flower import app, site
 
 
 @pytest.fixture(scope="module", autouse=True)
 def a_process_of_flowers():
-    """As Flower prepares a server app's process; the threads that training sets are put back."""
-    threads = torch.get_num_threads()
+    """As Flower prepares a server app's process; the threads that training sets are put back.
+
+    A process for each message reads a site's cases anew; here they are read once per folder and fold.
+    """
+    threads, read, cases = torch.get_num_threads(), site.Site.cohort.func, {}
+
+    def cohort(at):
+        key = (at.center, at.p.data, at.run)
+        cases[key] = cases[key] if key in cases else read(at)
+        return cases[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny_net", lambda n_classes: tiny_net())
+        patch.setattr(site.Site, "cohort", property(cohort))
         for name in ("_task_id", "_run_id", "_node_id"):
             patch.setattr(TaskIdentity, name, 1)
         yield

@@ -4,12 +4,10 @@ import json
 import types
 
 import pandas as pd
-import torch
 import yaml
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
-from torch import nn
 
 from ipmn_core import params, phantom, runs
 from ipmn_core.flower import app, deployment
@@ -19,13 +17,6 @@ HOST = "fl.example.org"
 RUN = {"task": "binary", "modality": "t2", "arm": "fedprox_0.1", "fold": 0}
 
 
-def tiny_net(seed=0):
-    """A network with BatchNorm that trains in milliseconds."""
-    torch.manual_seed(seed)
-    layers = nn.Conv3d(1, 4, 3, stride=2, bias=False), nn.BatchNorm3d(4), nn.ReLU()
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
-
-
 def largest_difference(a, b):
     return max((a[key].double() - b[key].double()).abs().max().item() for key in b)
 
@@ -33,7 +24,7 @@ def largest_difference(a, b):
 def profile(folder, **changes):
     """A profile whose results are below `folder`: two rounds of one batch, FedProx, two folds."""
     values = {"profile": "t", "outputs": str(folder), "size": 32, "modalities": ["t2"], "arms": [RUN["arm"]]}
-    values |= {"binary_model": "tiny_net", "binary_folds": 2, "rounds": 2}
+    values |= {"binary_model": "tiny", "binary_folds": 2, "rounds": 2}
     values |= {"batch_size": 4, "batches_per_epoch": 1, "threads": 1, "device": "cpu", "precision": "float32"}
     return params.validate({**values, **changes}, "test")
 

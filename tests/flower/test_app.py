@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from hospitals import RUN, SITES, Hospitals, largest_difference, profile, serve, tiny_net, values_of
+from hospitals import RUN, SITES, Hospitals, largest_difference, profile, serve, values_of
 
-from ipmn_core import data, federated, metrics, runs
+from ipmn_core import data, federated, metrics, models, runs
 from ipmn_core.flower import app, cli, demo, site
 from ipmn_core.runs import StaleRunError
 
@@ -104,7 +104,7 @@ def test_an_answer_holds_the_named_values_and_no_other(trained):
 
 
 def test_the_tensors_that_leave_are_the_models_and_nothing_is_hidden_behind_them(trained):
-    model = tiny_net().state_dict()
+    model = models.build("tiny", 2, seed=0).state_dict()
     numbers = sum(value.numel() * value.element_size() for value in model.values())
     for message in (message for message in trained.grid.left if message.kind == "train"):
         record = message.content["weights"]
@@ -145,7 +145,7 @@ def killed(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("train", "NU"), ("evaluate", "MCF")])
-def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, kind, name):
+def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, trained, kind, name):
     first, second = Hospitals(nodes, away=killed(kind, name)), Hospitals(nodes)
     with pytest.raises(ServerKilledError):
         serve(first, p())
@@ -154,7 +154,7 @@ def test_a_server_that_ended_in_round_2_goes_on_with_the_same_bits(nodes, p, kin
     there = serve(second, p())
     assert first.token == second.token and not second.orders("train", 1)
     assert not (there / "token").exists()
-    assert_same_bits(there, demo.in_process(p(), SITES), nodes, second.token)
+    assert_same_bits(there, trained.here, nodes, second.token)
 
 
 def test_a_server_does_not_go_on_with_other_cases(nodes, p, tmp_path):
@@ -254,8 +254,8 @@ def with_values(**changes):
 
 
 REFUSED = {
-    "5.bias holds values that are NaN": with_state(lambda s: s | {"5.bias": torch.tensor([0.0, torch.nan])}),
-    "its update lacks 5.bias": with_state(lambda s: {k: s[k] for k in s if k != "5.bias"}),
+    "8.bias holds values that are NaN": with_state(lambda s: s | {"8.bias": torch.tensor([0.0, torch.nan])}),
+    "its update lacks 8.bias": with_state(lambda s: {k: s[k] for k in s if k != "8.bias"}),
     "its weights cannot be read": lambda content: content.update({"weights": as_record(b"no weights")}),
     "its weights are no state dict": with_state(lambda s: list(s.values())),
     "'weights'": lambda content: content.pop("weights"),
@@ -300,7 +300,7 @@ def test_after_a_refused_update_a_site_begins_afresh_as_in_one_process(nodes, p,
 def test_code_in_weights_is_never_run(nodes, p, tmp_path):
     """Neither at the server nor at a site, as a plain pickle or in torch's archive."""
     buffer = BytesIO()
-    torch.save({"5.bias": Trap(tmp_path / "ran")}, buffer)
+    torch.save({"8.bias": Trap(tmp_path / "ran")}, buffer)
     for content in (pickle.dumps(Trap(tmp_path / "ran")), buffer.getvalue()):
         with pytest.raises(ValueError, match="its weights cannot be read"):
             app.unpack(as_record(content))
@@ -364,7 +364,7 @@ def test_what_cannot_be_noted_does_not_leave(nodes, p, monkeypatch):
         raise OSError("no room on the disk")
 
     monkeypatch.setattr(site, "note_sent", full)
-    reply = ask(nodes["NYU"], p(), "train", app.pack(tiny_net().state_dict()))
+    reply = ask(nodes["NYU"], p(), "train", app.pack(models.build("tiny", 2, seed=0).state_dict()))
     assert "OSError" in values_of(reply.content)["fault"] and set(reply.content) == {"values"}
 
 

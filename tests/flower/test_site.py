@@ -2,9 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hospitals import RUN, largest_difference, profile, tiny_net
+from hospitals import RUN, largest_difference, profile
 
-from ipmn_core import federated, metrics
+from ipmn_core import federated, metrics, models
 from ipmn_core.flower import site
 
 
@@ -25,7 +25,7 @@ def order(request):
 
 @pytest.fixture
 def w_global():
-    return tiny_net().state_dict()
+    return models.build("tiny", 2, seed=0).state_dict()
 
 
 def states(at):
