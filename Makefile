@@ -1,37 +1,47 @@
 # Two commands: `make demo` and `make test`. Each sets up its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint lab bench reference clean
+.PHONY: demo test test-all lint lab bench reference clean
 
 demo: .venv/installed          ## tables 1-3, figures and report.html on the embedded cohort
 	$(BIN)/ipmn run params/demo.yaml
 
-test: .venv/extras             ## the whole test suite, with the backends that only it needs
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: .venv/tests              ## what every change must pass, in minutes
+	$(PYTEST) -m "not slow"
 
-lint: .venv/installed          ## what .ci/run checks before the tests
+test-all: .venv/all            ## every test: also kills at more moments, JupyterLab, the demo beside its reference
+	$(PYTEST)
+
+lint: .venv/installed          ## style, imports between rooms, notebooks without outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
 
 lab: .venv/installed           ## the notebooks, live
 	$(BIN)/jupyter lab notebooks
 
 bench: .venv/installed         ## speed beside the plain pipeline, twenty minutes
-	$(BIN)/ipmn bench
+	$(BIN)/python benchmarks/bench.py
 
-reference: demo                ## outputs/reference anew, from this machine's demo
+reference: demo                ## renew outputs/reference from this machine's demo
 	cp $(addprefix outputs/demo/, tables/table1.csv tables/table2.csv tables/table3.csv figures/figure1.png report.html) outputs/reference/
 
-clean:                         ## everything that was written, but for the reference results
+clean:                         ## remove the environment and all outputs except outputs/reference
 	rm -rf .venv $(filter-out outputs/README.md outputs/reference, $(wildcard outputs/*))
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" --constraint constraints.txt
+	$(INSTALL) ".[dev]"
 	touch $@
 
-.venv/extras: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,dask,ray,flower,privacy,viewer]" --constraint constraints.txt
+.venv/tests: .venv/installed
+	$(INSTALL) ".[dev,flower]"
+	touch $@
+
+.venv/all: .venv/tests
+	$(INSTALL) ".[dev,flower,viewer]"
 	touch $@

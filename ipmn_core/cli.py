@@ -189,8 +189,10 @@ def predict_case(options: argparse.Namespace) -> int:
     given = options.image, options.mask, options.models, options.center, options.size, options.device
     result = predict.predict(*given)
     if options.picture:
+        from ipmn_core import views
+
         roi = data.load_roi(options.image, options.mask, result.case)
-        predict.picture(result, roi, options.picture)
+        views.prediction(result, roi).savefig(options.picture)
     if options.json:
         print(predict.to_json(result))
     else:

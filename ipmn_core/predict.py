@@ -1,4 +1,4 @@
-"""A new case and trained models -> probabilities, a picture, JSON. For research, not for clinical use."""
+"""A new case and trained models -> probabilities, JSON. For research, not for clinical use."""
 
 from __future__ import annotations
 
@@ -155,26 +155,3 @@ def to_json(result: Prediction) -> str:
         "warnings": list(result.warnings),
     }
     return json.dumps(content, indent=2)
-
-
-def picture(result: Prediction, roi: nib.Nifti1Image, path: str | Path | None = None):
-    """A figure, written to `path` if given: the ROI's widest slice, one bar per class, one dot per model.
-
-    `roi` as `data.load_roi` gives it; shown radiologically, with the aspect ratio in mm.
-    """
-    import matplotlib.pyplot as plt
-
-    from ipmn_core import views
-
-    classes, roi = list(class_names(result.task)), nib.as_closest_canonical(roi)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    views.show_slice(left, roi, views.widest_slice(roi.dataobj)).set_title(f"{result.case}, ROI")
-    prob = result.folds[classes]
-    right.barh(classes, prob.mean(), color=views.PALETTE[5])
-    for k, name in enumerate(classes):
-        right.plot(prob[name], np.full(len(prob), k), "o", ms=4, color=views.PALETTE[0], alpha=0.7)
-    right.set(xlim=(0, 1), xlabel=f"probability: mean (bar) of {len(prob)} model(s) (dots)")
-    figure.suptitle(NOTICE, fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure

@@ -1,12 +1,79 @@
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 matplotlib.use("Agg")
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder of its own, with the smoke profile, and what `ipmn run` printed in it."""
+
+    root: Path
+
+    @classmethod
+    def new(cls, root):
+        """Copy `params/` and `notebooks/` to `root`."""
+        for name in ("params", "notebooks"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(".*"))
+        return cls(root)
+
+    @property
+    def folder(self):
+        """Where the smoke profile's results go."""
+        return self.root / "outputs" / "smoke"
+
+    @property
+    def said(self):
+        return (self.root / "ipmn.log").read_text()
+
+    def start(self):
+        """A process of `ipmn run params/smoke.yaml`, started as a user would."""
+        command = [sys.executable, "-m", "ipmn_core.cli", "run", "params/smoke.yaml"]
+        with (self.root / "ipmn.log").open("a") as log:
+            return subprocess.Popen(command, cwd=self.root, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """The project in which the smoke profile ran, once for all tests and workers; not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / "smoke.lock"):
+        project = Project(base / "smoke")
+        if not project.root.exists():
+            Project.new(project.root).start().wait()
+    assert (project.folder / "report.html").is_file(), project.said[-3000:]
+    return project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_network():
+    """Register the model "tiny", two convolutions with batch norm, in this process alone."""
+    from torch import nn
+
+    from ipmn_core import models
+
+    def tiny(n_classes):
+        first = nn.Conv3d(1, 4, 3, stride=4, padding=1), nn.BatchNorm3d(4), nn.ReLU()
+        second = nn.Conv3d(4, 8, 3, stride=2, padding=1), nn.BatchNorm3d(8), nn.ReLU()
+        return nn.Sequential(*first, *second, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, n_classes))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "tiny", tiny)
+        yield
 
 
 @pytest.fixture
@@ -22,7 +89,7 @@ def house_style():
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory):
-    """A phantom cohort with one case a center and class, second release's layout; not to be changed."""
+    """A phantom cohort, one case per center and class, second release's layout; not to be changed."""
     from ipmn_core import phantom
 
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
@@ -38,7 +105,7 @@ def phantom_scans(phantom_root):
 
 @pytest.fixture(scope="session")
 def binary_predictions():
-    """One epoch a run of two methods, two folds and three centers; at AHN nobody has high risk on T2."""
+    """One epoch per run of two methods, two folds and three centers; at AHN nobody has high risk on T2."""
     rng, rows = np.random.default_rng(0), []
     for m, arm, center in itertools.product(
         ("t1", "t2"), ("centralized", "fedprox_0.1"), ("NYU", "MCF", "AHN")

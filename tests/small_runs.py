@@ -1,4 +1,4 @@
-"""Small trained runs of a tiny network, and scans to predict, for the tests of `predict` and `card`."""
+"""Small profiles and predictions for tests of runs."""
 
 import functools
 import json
@@ -14,13 +14,13 @@ from ipmn_core.data import Cohort, load_cubes
 
 PROFILE = {
     **{"profile": "t", "size": 32, "modalities": ["t2"], "three_class_folds": 2, "binary_folds": 2},
-    **{"three_class_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized", "local_only"]},
+    **{"three_class_models": ["quick"], "binary_model": "quick", "arms": ["centralized", "local_only"]},
     **{"epochs": 2, "rounds": 2, "inner_validation": 0.3, "threads": 1, "device": "cpu"},
 }
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
 
 
-def tiny(n_classes):
+def quick(n_classes):
     """A network of 300 weights that two epochs teach to tell cases apart: batch norm forgets its start."""
     norm = nn.BatchNorm3d(8, momentum=1.0)
     return nn.Sequential(nn.Conv3d(1, 8, 3, 2), norm, nn.ReLU(), models.classifier(8, n_classes))
@@ -50,7 +50,7 @@ def train_small(folder):
     columns = ["case_id", "patient_id", "center", "modality", "label", "image", "mask"]
     scans = pd.DataFrame(rows, columns=columns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", tiny)
+        patch.setitem(models.MODELS, "quick", quick)
         p = params.validate({"outputs": str(folder), **PROFILE}, "test")
         cubes = load_cubes(scans, p.size, folder / "cache")
         runs.train(p, ["binary", "three_class"], Cohort(scans, cubes.array, cubes.key))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from small_runs import change_settings, tiny, train_small, write_scan
+from small_runs import change_settings, quick, train_small, write_scan
 
 from ipmn_core import card, cli, metrics, models, predict
 from ipmn_core.metrics import inference
@@ -17,7 +17,7 @@ from ipmn_core.runs.trained import PredictError
 def trained(tmp_path_factory):
     """As `train_small`, with its network registered; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", tiny)
+        patch.setitem(models.MODELS, "quick", quick)
         yield train_small(tmp_path_factory.getbasetemp() / "small_runs")
 
 

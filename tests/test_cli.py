@@ -205,3 +205,7 @@ def test_an_interruption_exits_with_130_and_a_debugger_gets_the_whole_error(pret
     monkeypatch.setenv("IPMN_DEBUG", "1")
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["run", "absent.yaml"])
+
+
+def test_a_problem_is_one_cell_and_moves_no_cursor():
+    assert cli._in_one_cell("a|b\x1b[2J\nü\udcff") == r"a\|b\x1b[2J\nü\udcff"

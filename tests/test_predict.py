@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_runs import AFFINE, change_settings, tiny, train_small, write_scan
+from small_runs import AFFINE, change_settings, quick, train_small, write_scan
 
 from ipmn_core import cli, metrics, models, predict
 from ipmn_core.data import ScanError, load_roi, to_cube
@@ -19,7 +19,7 @@ from ipmn_core.runs.trained import PredictError
 def trained(tmp_path_factory):
     """As `train_small`, with its network registered; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", tiny)
+        patch.setitem(models.MODELS, "quick", quick)
         yield train_small(tmp_path_factory.getbasetemp() / "small_runs")
 
 
@@ -40,7 +40,7 @@ def scan(tmp_path):
     return write_scan(tmp_path, "EMC_01_002")
 
 
-@pytest.mark.parametrize("which", ["binary/t2/centralized", "binary/t2/local_only", "three_class/t2/tiny"])
+@pytest.mark.parametrize("which", ["binary/t2/centralized", "binary/t2/local_only", "three_class/t2/quick"])
 def test_a_runs_own_test_case_gets_the_probability_that_the_run_stored(trained, which):
     root, scans = trained
     stored = metrics.select(pd.read_parquet(root / which / "fold1" / "predictions.parquet"))
@@ -55,10 +55,10 @@ def test_a_runs_own_test_case_gets_the_probability_that_the_run_stored(trained, 
 
 
 def test_an_arm_gives_one_row_per_fold_then_their_mean_and_deviation(trained, scan):
-    arm = trained[0] / "three_class" / "t2" / "tiny"
+    arm = trained[0] / "three_class" / "t2" / "quick"
     result = predict.predict(*scan, arm)
     table = predict.table(result)
-    assert list(table["model"]) == ["tiny fold 0", "tiny fold 1", "mean", "std"]
+    assert list(table["model"]) == ["quick fold 0", "quick fold 1", "mean", "std"]
     assert list(table.columns[1:]) == ["no risk", "low risk", "high risk"]
     one, two, mean, std = table.drop(columns="model").to_numpy(float)
     np.testing.assert_allclose(one.sum(), 1, atol=1e-6)  # softmax in float32
@@ -131,7 +131,7 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path, 
     [
         (
             lambda s: {k: v for k, v in s.items() if k != "0.weight"},
-            'Missing.*"0.weight".*; no weights of tiny',
+            'Missing.*"0.weight".*; no weights of quick',
         ),
         (lambda s: {**s, "head.bias": torch.zeros(2)}, 'Unexpected.*"head.bias"'),
         (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "size mismatch for 0.weight"),
@@ -158,8 +158,8 @@ def test_a_truncated_file_of_weights_is_refused(fold, scan, kept):
 
 
 def test_bare_weights_predict_as_the_network_they_are_of(tmp_path, scan, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "densenet121", tiny)  # so that it takes no time
-    network = tiny(3).eval()
+    monkeypatch.setitem(models.MODELS, "densenet121", quick)  # so that it takes no time
+    network = quick(3).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     result = predict.predict(*scan, tmp_path / "weights.pt", size=40)
     cube = to_cube(np.asanyarray(load_roi(*scan).dataobj), 40)
@@ -194,7 +194,7 @@ def test_a_whole_image_taken_for_an_roi_is_pointed_out_and_an_empty_mask_refused
     [
         (lambda f: (f / "run.json").unlink(), "fold0 holds no finished run"),
         (lambda f: (f / "run.json").write_text("{"), r"run.json is damaged or of no network"),
-        (lambda f: (f / "run.json").write_text('{"settings": {"model": "tiny"}}'), "damaged.*task"),
+        (lambda f: (f / "run.json").write_text('{"settings": {"model": "quick"}}'), "damaged.*task"),
         (lambda f: change_settings(f, model="vgg"), "damaged or of no network.*vgg"),
         (lambda f: change_settings(f, task="four"), "damaged or of no network.*four"),
         (lambda f: (f / "model.pt").unlink(), r"model\.pt: no such file"),
@@ -206,19 +206,6 @@ def test_a_run_that_is_not_complete_is_refused_and_named(fold, scan, damage, mes
     damage(fold)
     with pytest.raises(PredictError, match=message):
         predict.predict(*scan, fold)
-
-
-def test_the_picture_shows_the_roi_upright_and_every_fold(arm, scan, tmp_path, house_style):
-    result, roi = predict.predict(*scan, arm), load_roi(*scan)
-    left, right = predict.picture(result, roi, tmp_path / "picture.png").axes
-    # stored from the patient's right to left (first axis -1.4 mm): shown as stored, the right on the left
-    np.testing.assert_array_equal(left.images[0].get_array(), np.asanyarray(roi.dataobj)[:, :, 3].T)
-    assert left.get_aspect() == pytest.approx(1.2 / 1.4)
-    means = list(predict.over_models(result)["mean"].values())
-    assert [bar.get_width() for bar in right.patches] == pytest.approx(means)
-    dots = [sorted(line.get_xdata()) for line in right.lines]
-    assert dots == [sorted(result.folds[name]) for name in ("not high risk", "high risk")]
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_prints_a_table_or_json_and_draws(arm, scan, tmp_path, capsys, house_style):

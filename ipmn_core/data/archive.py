@@ -1,6 +1,6 @@
-"""An archive from outside, unpacked without trust: plain files, harmless names, within bounds, or nothing.
+"""Unpack an archive from outside without trust: plain files, harmless names, within bounds, or nothing.
 
-It unpacks into `.NAME.unpacking` beside itself, and `.NAME.unpacked` notes what came of it.
+It unpacks into `.NAME.unpacking` beside itself, and `.NAME.unpacked` lists what it held.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FetchError(RuntimeError):
 
 
 def unpack(archive: Path, progress: bool = True) -> None:
-    """Unpacks a zip or tar beside itself: all of it, or nothing and a FetchError.
+    """Unpack a zip or tar beside itself: all of it, or nothing and a FetchError.
 
     What it left in an earlier call stays, for it may have been edited since; only what is gone comes back.
     Any other file in the way has to be the same, byte by byte.
@@ -86,7 +86,7 @@ def is_unpacked(archive: Path) -> bool:
 
 
 def _settle(source, folder):
-    """Moves all that is not in `folder` yet, whole folders in one step."""
+    """Move all that is not in `folder` yet, whole folders in one step."""
     for entry in source.iterdir():
         if not os.path.lexists(folder / entry.name):
             os.replace(entry, folder / entry.name)
@@ -171,7 +171,7 @@ def checked_path(name: str, where) -> PurePosixPath:
 
 
 def claim(path: PurePosixPath, taken: dict[str, PurePosixPath | None], where) -> None:
-    """Notes a file, and its folders as None, in `taken`; FetchError if a disk could take two for one."""
+    """Note a file, and its folders as None, in `taken`; FetchError if a disk could take two for one."""
     keys = [unicodedata.normalize("NFC", str(p)).casefold() for p in (path, *path.parents)][:-1]
     clash = [taken[key] or key for i, key in enumerate(keys) if key in taken and (i == 0 or taken[key])]
     if clash:

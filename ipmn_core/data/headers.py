@@ -1,6 +1,6 @@
-"""What a NIfTI file says beside its voxels: where they lie, how large they are, and text of any kind.
+"""NIfTI files: voxels, affine, and what a header leaves in doubt.
 
-The text itself never leaves this module, for it may name a patient: only the names of the fields with some.
+Text in a header may name a patient. It never leaves this module; only the names of fields that hold some do.
 """
 
 from __future__ import annotations
@@ -9,91 +9,93 @@ import gzip
 import logging
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
-EXTENSIONS = "extensions"  # beside TEXT_FIELDS: what DICOM converters, AFNI and others append
-SMALLEST_GZIP = 1 / 1032  # no deflate stream is shorter than this share of its content
-QUIET = logging.getLogger(__name__)  # nibabel reports here, file by file, what it mends in a header
-QUIET.addHandler(logging.NullHandler())
-QUIET.propagate = False
+EXTENSIONS = "extensions"  # besides TEXT_FIELDS: what DICOM converters, AFNI and others append
+QUIET = logging.getLogger(__name__)  # nibabel would print every field of a header that it fixes
+QUIET.disabled = True
 
 
-@dataclass(frozen=True)
-class Header:
-    """The affine (4, 4) of a file, in mm; why its spacing is in doubt, "" if it is not; the fields with text.
+def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels, scaled as the header says, and affine (4, 4) of a .nii or .nii.gz file.
 
-    In doubt are a zoom, as stored, that is zero or no number, and unit zooms without turn and origin, which
-    is what stands where they were lost. An affine that cannot be inverted is replaced by the identity.
+    The file is read to its end, where gzip's checksum shows damage that `nibabel.load` does not see. Raises
+    the errors of nibabel, gzip and zlib, and OSError if it is no NIfTI or too short for its header.
     """
-
-    path: str
-    affine: np.ndarray
-    doubt: str
-    text: tuple[str, ...]
-
-
-def read(path: str | Path) -> tuple[np.ndarray, Header]:
-    """Voxels, scaled as the header says, and header of a .nii or .nii.gz file, read once and to its end.
-
-    So a damaged byte is seen by gzip's checksum, which `nibabel.load` never comes to. Raises what nibabel,
-    gzip and zlib do, and OSError if the file is no NIfTI or too short for its header.
-    """
-    packed = str(path).lower().endswith(".gz")
-    with gzip.open(path) if packed else open(path, "rb") as file:
-        header = _raw(file)
-        zooms = tuple(map(float, header["pixdim"][1:4]))
-        header.check_fix(QUIET)
+    with _opened(path) as file:
+        header, _ = _header_of(file)
+        packed = isinstance(file, gzip.GzipFile)
         n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        if n_bytes * (SMALLEST_GZIP if packed else 1) > os.path.getsize(path):  # before room is made for them
+        if n_bytes > os.path.getsize(path) * (1032 if packed else 1):  # gzip packs at most 1032 to 1
             raise OSError(f"its header promises {n_bytes} bytes of voxels; the file is too short for them")
         voxels = header.data_from_fileobj(file)
-        while packed and file.read(2**20):  # to the end, where gzip's checksum is
+        while packed and file.read(2**20):
             pass
-    text = [field for field in TEXT_FIELDS if field in header.keys() and _holds_text(header[field])]  # noqa: SIM118
-    text += [EXTENSIONS] * bool(header.extensions)
-    affine = header.get_best_affine()
-    return voxels, Header(str(path), placing(affine), _doubt(zooms, affine), tuple(text))
+    return voxels, placing(header.get_best_affine())
 
 
 def placing(affine: np.ndarray) -> np.ndarray:
-    """The affine (4, 4) of a file, or the identity where that cannot be inverted."""
-    return affine if _invertible(affine) else np.eye(4)
+    """The affine (4, 4), or the identity if it cannot be inverted in the single precision of headers."""
+    with np.errstate(over="ignore"):
+        single = np.float32(affine).astype(float)
+    return affine if np.isfinite(single).all() and np.linalg.matrix_rank(single[:3, :3]) == 3 else np.eye(4)
 
 
-def apart(a: Header, b: Header) -> bool:
-    """Whether two headers put their voxels in different places, beyond float32's rounding of millimeters."""
-    return not np.allclose(a.affine, b.affine, atol=1e-3)
+def spacing_doubt(path: str | Path) -> str:
+    """Why the voxel size of a file is in doubt, "" if it is not: a stored zoom that is zero or no number, an
+    affine that cannot be inverted, or unit zooms without turn and origin, as in files that lost theirs.
+    """
+    header, zooms = _header(path)
+    affine = header.get_best_affine()
+    if not all(math.isfinite(mm) and mm for mm in zooms):
+        return f"voxels of {' x '.join(f'{mm:g}' for mm in zooms)} mm"
+    if zooms == (1, 1, 1) and np.array_equal(np.abs(affine), np.eye(4)):
+        return "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
+    return "" if placing(affine) is affine else "an affine that cannot be inverted"
 
 
-def _raw(file):
-    """The header at the start of an open file as it stands there, nothing mended."""
+def text_fields(path: str | Path) -> set[str]:
+    """Names of the header fields of a file, "extensions" included, that hold text."""
+    header, _ = _header(path)
+    fields = set(TEXT_FIELDS).intersection(header)  # NIfTI-2 lacks two
+    fields = {field for field in fields if header[field].item().strip(b"\0 \t\r\n")}
+    return fields | ({EXTENSIONS} if header.extensions else set())
+
+
+def remarks(image: str, mask: str) -> list[tuple[str, str, str]]:
+    """Where, problem and remedy of what the headers of a sound image and mask ("": none) leave open."""
+    remarks = []
+    if doubt := spacing_doubt(image):
+        remedy = "export it again with its spacing; the cubes do without"
+        remarks.append((image, f"spacing unknown: its header has {doubt}", remedy))
+    affines = [placing(_header(path)[0].get_best_affine()) for path in (image, mask or image)]
+    if not np.allclose(*affines, atol=1e-3):  # mm
+        problem = f"image and mask in different places: its affine and that of {mask} differ"
+        remarks.append((image, problem, "see that the mask covers the pancreas: it is taken voxel by voxel"))
+    return remarks
+
+
+def _opened(path):
+    return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
+
+
+def _header(path):
+    """The header of a file and its zooms as stored, which may be zero or no numbers."""
+    with _opened(path) as file:
+        return _header_of(file)
+
+
+def _header_of(file):
     start = file.read(nib.Nifti2Header.sizeof_hdr)
     file.seek(0)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(start):
-            return kind.from_fileobj(file, check=False)
+            header = kind.from_fileobj(file, check=False)
+            zooms = tuple(map(float, header["pixdim"][1:4]))
+            header.check_fix(QUIET)
+            return header, zooms
     raise OSError("it is no NIfTI file")
-
-
-def _holds_text(field: np.ndarray) -> bool:
-    return bool(field.item().strip(b"\0 \t\r\n"))
-
-
-def _doubt(zooms: tuple[float, ...], affine: np.ndarray) -> str:
-    if not all(math.isfinite(mm) and mm for mm in zooms):
-        return f"voxels of {' x '.join(f'{mm:g}' for mm in zooms)} mm"
-    if zooms == (1, 1, 1) and np.array_equal(np.abs(affine), np.eye(4)):
-        return "voxels of 1 x 1 x 1 mm without turn and origin, as where they were lost"
-    return "" if _invertible(affine) else "an affine that cannot be inverted"
-
-
-def _invertible(affine: np.ndarray) -> bool:
-    """Whether an affine gives every voxel its own place, in the single precision of headers."""
-    with np.errstate(over="ignore"):
-        turned = np.float32(affine).astype(float)
-    return bool(np.isfinite(turned).all()) and np.linalg.matrix_rank(turned[:3, :3]) == 3

@@ -19,27 +19,18 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urljoin
 
 import requests
-from filelock import FileLock, Timeout
 from requests.adapters import HTTPAdapter
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from ipmn_core.data import archive, cohort
+from ipmn_core.data import archive, releases
 from ipmn_core.data.archive import FetchError, in_bytes, printable
 
 NODE, API = "74vfs", "https://api.osf.io/v2"
 # All that OSF's links and redirects lead to: its API, download links, file servers by region, their bucket.
-ORIGINS = (
-    "https://api.osf.io",
-    "https://osf.io",
-    "https://files.osf.io",
-    "https://files.us.osf.io",
-    "https://files.ca-1.osf.io",
-    "https://files.de-1.osf.io",
-    "https://files.au-1.osf.io",
-    "https://storage.googleapis.com",
-)
+SERVERS = ("api", "files", "files.us", "files.ca-1", "files.de-1", "files.au-1")
+ORIGINS = ("https://osf.io", "https://storage.googleapis.com", *(f"https://{s}.osf.io" for s in SERVERS))
 TIMEOUT = (10, 60)  # seconds to connect, seconds between two pieces of an answer
 TRIES, BREAKS, REDIRECTS = 5, 20, 10  # how often a request is repeated, a body resumed, a redirect followed
 BACKOFF, LONGEST_WAIT = 1.0, 120  # seconds: the first wait, which doubles, and the longest
@@ -68,7 +59,7 @@ def fetch(
 ) -> tuple[Path, list[str]]:
     """The folder under `root` that holds the label sheets, and the files that no checksum could verify.
 
-    `ask` is given sizes, licence and free space with the question whether to download; it is not asked if
+    `ask` is given sizes, license and free space with the question whether to download; it is not asked if
     nothing is missing. Archives are kept, and unpacked beside themselves. Raises FetchError.
     """
     root = Path(root)
@@ -79,22 +70,24 @@ def fetch(
         missing = [file for file in checked if not _is_there(file, root / file.path)]
         archives = [file for file in files if file.path.name.lower().endswith(archive.SUFFIXES)]
         packed = [file for file in archives if not archive.is_unpacked(root / file.path)]
-        to_come = sum(file.size - _begun(root / file.path) for file in missing)
+        to_come = sum(file.size for file in missing)
         free = _require_room(root, to_come + archive.UNPACKED_SIZE * sum(file.size for file in packed))
         if missing:
             facts = [
                 f"OSF node {node}: {len(files)} files, {in_bytes(sum(file.size for file in files))}",
                 f"still to download: {in_bytes(to_come)} of {len(missing)} files",
                 f"free there: {in_bytes(free)}",
-                f"licence: {_licence(get, f'{api}/nodes/{node}/?embed=license')}",
+                f"license: {_license(get, f'{api}/nodes/{node}/?embed=license')}",
                 *[f"cannot be verified, OSF gives no checksum: {f.path}" for f in files if not f.algorithm],
             ]
             if not ask("\n".join([*facts, f"Download to {root}?"])):
-                raise FetchError("nothing was downloaded, as you answered")
-        with _locked(root):
-            _download_all(get, missing, root, progress)
-            for file in packed:
-                archive.unpack(root / file.path, progress)
+                raise FetchError("download cancelled")
+        options = {"unit": "B", "unit_scale": True, "disable": not (progress and missing)}
+        with tqdm(desc="downloading", total=to_come, **options) as bar:
+            for file in missing:
+                _download(get, file, root / file.path, bar)
+        for file in packed:
+            archive.unpack(root / file.path, progress)
     return _cohort_folder(root), [str(file.path) for file in files if not file.algorithm]
 
 
@@ -142,7 +135,7 @@ def _get(session, origins, url: str, source="ipmn fetch", ok=(200,), **options) 
 
 
 def _require_allowed(url, source, origins):
-    """Raises FetchError unless a URL's scheme, host and port, as they are written, are one of the origins."""
+    """Raise FetchError unless a URL's scheme, host and port, as they are written, are one of the origins."""
     origin = re.match(r"[a-z]+://[^/?#\\@\s]+(?=[/?#]|$)", str(url), flags=re.IGNORECASE)
     if not origin or origin.group().lower() not in origins:
         raise FetchError(
@@ -172,12 +165,12 @@ def _json(get, url, source="ipmn fetch"):
         raise _broken(url, error) from error
 
 
-def _licence(get, url):
-    """The licence as OSF states it, or that it states none."""
+def _license(get, url):
+    """The license as OSF states it, or that it states none."""
     try:
         return printable(_json(get, url)["data"]["embeds"]["license"]["data"]["attributes"]["name"])
     except (KeyError, TypeError):  # left out, or an error embedded in its place
-        return "licence not stated; CC-BY-NC is expected, to be confirmed"
+        return "license not stated; CC-BY-NC is expected, to be confirmed"
 
 
 def _listing(get, url: str, origins) -> list[Remote]:
@@ -230,7 +223,7 @@ def _remote(entry, where):
 
 
 def _is_there(file, target):
-    """Whether a whole file lies at its place; FetchError if it is another, for it may be the user's."""
+    """Whether a whole file is in its place; FetchError if it is another, for it may be the user's."""
     if not os.path.lexists(target):
         return False
     if fault := _fault(file, target):
@@ -262,38 +255,12 @@ def _require_room(root, needed):
     return free
 
 
-def _locked(root):
-    """A lock on `root`, held until the end of its block; FetchError if another call holds it."""
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(root / ".fetch.lock", timeout=0).acquire()
-    except Timeout as error:
-        raise FetchError(f"another `ipmn fetch` is at work in {root}; wait for its end") from error
-
-
-def _partial_of(target):
-    return target.with_name(f"{target.name}.partial")
-
-
-def _begun(target):
-    """Bytes that an earlier call left of a file."""
-    part = _partial_of(target)
-    return part.stat().st_size if part.exists() else 0
-
-
-def _download_all(get, files, root, progress):
-    options = {"unit": "B", "unit_scale": True, "disable": not (progress and files)}
-    begun = sum(_begun(root / file.path) for file in files)
-    with tqdm(desc="downloading", total=sum(f.size for f in files), initial=begun, **options) as bar:
-        for file in files:
-            _download(get, file, root / file.path, bar)
-
-
 def _download(get, file: Remote, target: Path, bar) -> None:
-    """Puts a file at its place, verified; goes on with what an earlier call left of it."""
+    """Put a file in its place, verified; go on with what an earlier call left of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part, reason = _partial_of(target), "its body ends early"
+    part, reason = target.with_name(f"{target.name}.partial"), "its body ends early"
     part.touch()
+    bar.update(part.stat().st_size)
     for attempt in range(BREAKS + 1):
         if (have := part.stat().st_size) >= file.size:
             break
@@ -318,7 +285,7 @@ def _download(get, file: Remote, target: Path, bar) -> None:
 
 
 def _receive(get, file, part, have, bar):
-    """Appends what the server sends to a file of `have` bytes; False if the server has no more than those."""
+    """Append what the server sends to a file of `have` bytes; False if the server has no more than those."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     with get(file.url, "OSF's list of files", ok=(200, 206, 416), headers=headers) as response:
         if response.status_code == 416:
@@ -328,10 +295,6 @@ def _receive(get, file, part, have, bar):
             text = f"{_shown(file.url)} answers {printable(answer)!r} to a request for bytes {have}-"
             raise FetchError(f"{text} of {file.size}; delete {part}, then run the same command again")
         if not resumed:  # a server that knows no ranges sends all of it
-            length = response.headers.get("Content-Length", str(file.size))
-            if have and length != str(file.size):  # a proxy's page, say: what is there is worth more
-                text = f"{_shown(file.url)} answers with {printable(length)} bytes, not {file.size}"
-                raise FetchError(f"{text}; open it in a browser to see why, then run the same command again")
             bar.update(-have)
             have = 0
         with open(part, "ab" if resumed else "wb") as out:
@@ -346,6 +309,6 @@ def _receive(get, file, part, have, bar):
 
 def _cohort_folder(root):
     """The folder nearest to `root` that holds a label sheet; `root` if none does."""
-    sheets = [sheet for release in cohort.SHEETS.values() for sheet in release]
+    sheets = [sheet for release in releases.SHEETS.values() for sheet in release]
     folders = {path.parent for sheet in sheets for path in root.rglob(sheet)}
     return min(folders, key=lambda folder: (len(folder.parts), str(folder)), default=root)

@@ -1,7 +1,7 @@
-"""The same federation across machines, on Flower: who sends what to whom. Nothing is learnt here.
+"""The same federation across machines, on Flower: who sends what to whom. Nothing is learned here.
 
-The client app hands messages to `site`, the server app to `federated.aggregate`; `runs.keep` writes the same
-files as in one process. Weights travel as one packed array, for Flower handles each array by itself.
+The client app passes messages to `site`, the server app updates to `federated.aggregate`; `runs.record`
+writes the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -26,31 +26,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from ipmn_core import disk, federated, metrics, runs
-from ipmn_core.federated import State, Update, machine, training
+from ipmn_core import federated, runs
+from ipmn_core.disk import atomic
+from ipmn_core.federated import DivergedError, Epoch, State, Update
 from ipmn_core.flower import site
+from ipmn_core.flower.deployment import Policy
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Params
-from ipmn_core.runs import records
+from ipmn_core.runs import store
 
 client_app = ClientApp()
 server_app = ServerApp()
 POLL_SECONDS = 1.0
-FAILURE = "failed.txt"  # in a run's folder: why it could not go on
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What becomes of a round when a site is away, in seconds and sites.
-
-    "wait" asks again until every site has answered; "continue" goes on with at least `min_sites` of them once
-    `round_seconds` have passed. Either gives up when `wait_seconds` have passed without enough of them.
-    """
-
-    away: str = "wait"
-    min_sites: int = 2
-    round_seconds: float = 600.0
-    wait_seconds: float = 3600.0
+Values = dict[str, Any]
 
 
 class SitesAwayError(RuntimeError):
@@ -65,7 +53,7 @@ def pack(state: State) -> ArrayRecord:
 
 
 def unpack(record: ArrayRecord) -> State:
-    """The weights that `pack` packed; no code in them is ever run. Raises ValueError if they are none."""
+    """The weights that `pack` packed; code in them never runs. Raises ValueError for anything else."""
     try:
         packed = BytesIO(record["weights"].numpy().tobytes())
         state = torch.load(packed, map_location="cpu", weights_only=True)
@@ -76,80 +64,53 @@ def unpack(record: ArrayRecord) -> State:
     return state
 
 
-Work = Callable[[site.Site, dict[str, Any], RecordDict], tuple[dict[str, Any], State | None]]
-
-
-def _introduction(at: site.Site, order: dict[str, Any], content: RecordDict):
-    return site.introduce(at), None
-
-
-def _local_update(at: site.Site, order: dict[str, Any], content: RecordDict):
-    asked = (order[key] for key in ("round", "k", "since", "fresh"))
-    update = site.train(at, unpack(content["weights"]), *asked)
-    return {"n_k": update.n_k, "loss": update.loss}, update.state
-
-
-def _test(at: site.Site, order: dict[str, Any], content: RecordDict):
-    return site.evaluate(at, unpack(content["weights"]), order["round"]), None
-
-
-def _answer(message: Message, context: Context, work: Work) -> Message:
-    """A site's reply: values and perhaps weights. A fault reaches the server as its kind alone, for its text
-    may name cases or folders; that goes to the site's own log.
-    """
-    order, kind = json.loads(message.content["order"]["json"]), message.metadata.message_type
-    content, at = RecordDict(), None
-    try:
-        at = site.open_site(dict(context.node_config), order)
-        with FileLock(at.folder / ".lock"):  # a question asked again may overtake the first
-            values, state = work(at, order, message.content)
-            if state is not None:
-                content["weights"] = pack(state)
-            site.note_sent(at, kind, values, _weight(content))
-    except Exception as error:
-        traceback.print_exc()
-        text = str(error) if isinstance(error, training.DivergedError) else "its text is in the site's log"
-        content, values = RecordDict(), {"fault": f"{type(error).__name__}: {text}"}
-        if at is not None:
-            with contextlib.suppress(OSError):  # a full disk may be the fault itself
-                site.note_sent(at, kind, values)
-    content["values"] = ConfigRecord({"json": json.dumps(values)})
-    return Message(content, reply_to=message)
-
-
-def _weight(content: RecordDict) -> int:
-    """The bytes of the arrays in a message."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+def _record(values: Values) -> ConfigRecord:
+    return ConfigRecord({"json": json.dumps(values)})
 
 
 @client_app.query()
-def _on_query(message: Message, context: Context) -> Message:
-    return _answer(message, context, _introduction)
-
-
 @client_app.train()
-def _on_train(message: Message, context: Context) -> Message:
-    return _answer(message, context, _local_update)
-
-
 @client_app.evaluate()
-def _on_evaluate(message: Message, context: Context) -> Message:
-    return _answer(message, context, _test)
+def _answer(message: Message, context: Context) -> Message:
+    """A site's reply: values and perhaps weights.
+
+    A fault reaches the server as its kind alone, because its text, which goes to the site's own log, may name
+    cases or folders.
+    """
+    order, kind = json.loads(message.content["order"]["json"]), message.metadata.message_type
+    at, packed = None, {}
+    try:
+        at = site.open_site(dict(context.node_config), order)
+        with FileLock(at.folder / ".lock"):  # a question asked again may overtake the first
+            values, state = _work(at, kind, order, message.content)
+            packed = {} if state is None else {"weights": pack(state)}
+            site.note_sent(at, kind, values, sum(len(record["weights"].data) for record in packed.values()))
+    except Exception as error:
+        traceback.print_exc()
+        text = str(error) if isinstance(error, DivergedError) else "its text is in the site's log"
+        packed, values = {}, {"fault": f"{type(error).__name__}: {text}"}
+        if at is not None:
+            with contextlib.suppress(OSError):  # a full disk may be the fault itself
+                site.note_sent(at, kind, values)
+    return Message(RecordDict({"values": _record(values), **packed}), reply_to=message)
+
+
+def _work(at: site.Site, kind: str, order: Values, content: RecordDict) -> tuple[Values, State | None]:
+    if kind == "query":
+        return site.introduce(at), None
+    w_global = unpack(content["weights"])
+    if kind == "evaluate":
+        return site.evaluate(at, w_global, order["round"]), None
+    update = site.train(at, w_global, *(order[key] for key in ("round", "k", "since", "fresh")))
+    return {"n_k": update.n_k, "loss": update.loss}, update.state
 
 
 @server_app.main()
 def _main(grid: Grid, context: Context) -> None:
     order = json.loads(context.run_config["order"])
     p, run = Params.model_validate_json(order["profile"]), runs.Run(**order["run"])
-    folder = runs.folder_of(p, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        machine.prepare(p.threads)
-        execute(Sites(grid, p, run, order["nodes"], Policy(**order["policy"])))
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        disk.write(folder / FAILURE, lambda tmp: tmp.write_text(reason))
-        raise
+    federated.prepare(p.threads)
+    execute(Sites(grid, p, run, order["nodes"], Policy(**order["policy"])))
 
 
 class Sites:
@@ -158,92 +119,94 @@ class Sites:
     def __init__(self, grid: Grid, p: Params, run: runs.Run, nodes: dict[str, int], policy: Policy):
         self.grid, self.p, self.run, self.policy = grid, p, run, policy
         self.nodes = {center: nodes[center] for center in CENTERS if center in nodes}
-        self.token = _token(p, run)
-        self.bytes = 0
+        self.folder = runs.folder_of(p, run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "token"  # the name of the run at the sites, kept until it is whole
+        if not path.exists():
+            with atomic(path) as tmp:
+                tmp.write_text(f"{runs.named(run).replace(' ', '_')}-{secrets.token_hex(4)}")
+        of_sites = p.model_copy(update={"data": "of the site", "outputs": "of the site"})
+        self.order = {"profile": of_sites.model_dump_json(), "run": asdict(run), "token": path.read_text()}
 
     def ask(
-        self, kind: str, orders: dict[str, dict], weights: State | None = None, enough: int | None = None
+        self, kind: str, orders: dict[str, Values], weights: State | None = None, enough: int | None = None
     ) -> dict[str, RecordDict]:
-        """The sites' answers by name: of all that are asked, or with "continue" of at least `enough` of them.
+        """The sites' answers by name: of all in `orders`, or with "continue" of at least `enough` of them.
 
-        Whoever has not answered after `round_seconds` is asked again; an answer to either question counts.
-        Raises SitesAwayError naming those that did not answer.
+        Sites that have not answered after `round_seconds` are asked again; an answer to either question
+        counts. Raises SitesAwayError naming those that did not answer.
         """
-        packed = None if weights is None else pack(weights)
+        packed = {} if weights is None else {"weights": pack(weights)}
         answers: dict[str, RecordDict] = {}
         asked: dict[str, str] = {}  # message -> site
         started = again = time.monotonic()
-        while True:
+        while missing := [name for name in orders if name not in answers]:
             now = time.monotonic()
-            missing = [name for name in orders if name not in answers]
-            late = self.policy.away == "continue" and enough is not None and len(answers) >= enough
-            if not missing or (late and now - started > self.policy.round_seconds):
-                return answers
+            may_leave = self.policy.away == "continue" and enough is not None and len(answers) >= enough
+            if may_leave and now - started > self.policy.round_seconds:
+                break
             if now - started > self.policy.wait_seconds:
                 raise SitesAwayError(
                     f"{', '.join(missing)} did not answer ({kind}) within {self.policy.wait_seconds:.0f} s; "
                     "the last round is kept: start their sites, then `ipmn federation run` goes on from there"
                 )
-            online = set(self.grid.get_node_ids())
-            waited_for = set(asked.values())
+            online, waited_for = set(self.grid.get_node_ids()), set(asked.values())
             if now >= again:
                 waited_for, again = set(), now + self.policy.round_seconds
             for name in missing:
                 if name not in waited_for and self.nodes[name] in online:
-                    message = self._message(kind, name, orders[name], packed)
+                    content = RecordDict({"order": _record({**self.order, **orders[name]}), **packed})
+                    message = Message(content, dst_node_id=self.nodes[name], message_type=kind)
                     asked |= {number: name for number in self.grid.push_messages([message]) if number}
-                    self.bytes += _weight(message.content)
             for reply in self.grid.pull_messages(list(asked)):
                 name = asked.pop(reply.metadata.reply_to_message_id)
                 if reply.has_content():  # otherwise Flower says that the node is away: it is asked again
                     answers[name] = reply.content
-                    self.bytes += _weight(reply.content)
             time.sleep(POLL_SECONDS)
-
-    def _message(self, kind: str, name: str, order: dict, packed: ArrayRecord | None) -> Message:
-        p = self.p.model_copy(update={"data": "of the site", "outputs": "of the site"})
-        common = {"profile": p.model_dump_json(), "run": asdict(self.run), "token": self.token}
-        content = RecordDict({"order": ConfigRecord({"json": json.dumps({**common, **order})})})
-        if packed is not None:
-            content["weights"] = packed
-        return Message(content, dst_node_id=self.nodes[name], message_type=kind)
+        return answers
 
 
-def _token(p: Params, run: runs.Run) -> str:
-    """The name by which sites keep what they hold of this run: drawn at its start, kept until it is whole."""
-    path = runs.folder_of(p, run) / "token"
-    if not path.exists():
-        name = runs.named(run).replace(" ", "_")
-        disk.write(path, lambda tmp: tmp.write_text(f"{name}-{secrets.token_hex(4)}"))
-    return path.read_text()
+@dataclass
+class Remote:
+    """Where a site goes on from: the round of its last state, and whether with new AdamW moments."""
+
+    since: int = 0
+    fresh: bool = False
+
+    def state_dict(self) -> Values:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Values) -> None:
+        """Set both back to a checkpoint's values."""
+        self.since, self.fresh = state["since"], state["fresh"]
 
 
 def execute(sites: Sites) -> Path:
-    """The folder of a run that was trained at the sites, in the form that `runs.execute` leaves.
+    """Train a run at the sites; its folder, in the form that `runs.execute` leaves.
 
     Case ids in it are running numbers. Goes on from the last whole round, with the bits of a run that never
     stopped. Raises SitesAwayError, StaleRunError for other data or settings, ValueError naming a faulty site.
     """
-    started = time.perf_counter()
-    p, run = sites.p.model_copy(update={"checkpoint_seconds": 0.0}), sites.run
+    p, run = sites.p.model_copy(update={"checkpoint_seconds": 0.0, "data": "federation"}), sites.run
     told = sites.ask("query", {name: {} for name in sites.nodes})
     hellos = {name: _values(told[name]) for name in sites.nodes}  # in their order, not in that of arrival
     for name, hello in hellos.items():
         if "fault" in hello or hello["center"] != name:
             raise ValueError(f"{name}: {hello.get('fault') or 'its node says it is ' + hello['center']}")
-    record = {"settings": runs.settings_of(p, run), "cohort": "federation"}
     keys = json.dumps({name: hello["data"] for name, hello in hellos.items()})
-    record["data"] = hashlib.sha256(keys.encode()).hexdigest()
-    records.finished(runs.folder_of(p, run), record["settings"], record["data"])
-    rows = pd.concat([_numbered(name, hellos[name], run) for name in sites.nodes], ignore_index=True)
-    epochs = lambda learning: _rounds(sites, record["settings"], hellos, learning)  # noqa: E731
-    folder = runs.keep(p, run, record, rows, epochs, started)
-    for name in ("token", FAILURE):
-        (folder / name).unlink(missing_ok=True)
+    key, settings = hashlib.sha256(keys.encode()).hexdigest(), runs.run_settings(p, run)
+    store.finished(sites.folder, settings.protocol(), key)
+    settings, progress = runs.on_this_machine(p, settings), store.resume(sites.folder)
+    model = runs.build(settings, federated.device_of(p), list(hellos))
+    rows = pd.concat([_numbered(name, hello, run) for name, hello in hellos.items()], ignore_index=True)
+    rounds = _rounds(sites, settings, hellos, model, progress.learning)
+    folder = runs.record(p, run, settings, key, rows, model, rounds, progress)
+    (folder / "token").unlink()
     return folder
 
 
-def _values(answer: RecordDict) -> dict[str, Any]:
+def _values(answer: RecordDict) -> Values:
     """What a site tells beside weights: counts, a loss, scores, or a `fault`."""
     try:
         return dict(json.loads(answer["values"]["json"]))
@@ -251,57 +214,52 @@ def _values(answer: RecordDict) -> dict[str, Any]:
         return {"fault": f"its answer cannot be read ({type(error).__name__})"}
 
 
-def _numbered(center: str, hello: dict[str, Any], run: runs.Run) -> pd.DataFrame:
+def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
     """A site's cases as the server has them: numbers, roles and, if it shares them, labels of test cases."""
-    label = [2 * y for y in hello.get("y_true", [0] * hello["n_test"])]  # high risk is label 2
-    names = [f"{center} {role} {i}" for role in ("train", "test") for i in range(hello[f"n_{role}"])]
-    rows = pd.DataFrame({"case_id": names, "center": center, "modality": run.modality})
-    rows["role"] = ["train"] * hello["n_train"] + ["test"] * hello["n_test"]
-    return rows.assign(label=[0] * hello["n_train"] + label)
+    role = np.repeat(["train", "test"], [hello["n_train"], hello["n_test"]])
+    rows = pd.DataFrame({"role": role, "center": center, "modality": run.modality, "label": 0})
+    number = rows.groupby("role").cumcount().astype(str)
+    rows["case_id"] = f"{center} fold {run.fold} " + rows["role"] + " " + number
+    rows.loc[rows["role"] == "test", "label"] = 2 * np.array(hello.get("y_true", 0))  # high risk is label 2
+    return rows
 
 
 def _rounds(
-    sites: Sites, settings: dict[str, Any], hellos: dict[str, dict], learning: dict[str, Any] | None
-) -> Iterator[tuple[training.Epoch, torch.nn.Module]]:
-    """`federated.fit`, the local updates made elsewhere; the checkpoint says what each site goes on from."""
-    steps, strategy = runs.steps_of(settings), runs.strategy_of(settings)
-    model = runs.placed(runs.build_of(settings), machine.device_of(sites.p), steps)
-    names, aggregated = list(sites.nodes), learning is not None
-    state_of = {name: {"since": 0, "fresh": False} for name in names}
-    if learning is not None:
-        model.load_state_dict(learning["model"])
-        state_of = learning["learners"]
-    left_out: dict[str, str] = {}
-    for round_ in range(learning["epoch"] + 1 if learning else 1, steps.epochs + 1):
-        began, before = time.monotonic(), sites.bytes
-        taking_part = federated.drawn(names, strategy, [*steps.seed, round_])
-        w_global = training.snapshot(model)
-        orders = {n: {"round": round_, "k": names.index(n), **state_of[n]} for n in taking_part}
+    sites: Sites,
+    settings: runs.RunSettings,
+    hellos: dict[str, Values],
+    model: torch.nn.Module,
+    checkpoint: Values | None,
+) -> Iterator[Epoch]:
+    """`federated.fit_federated` with the local updates and the tests made at the sites."""
+    learners = {name: Remote() for name in hellos}
+    first = federated.restore(model, learners, checkpoint)
+    names, aggregated = list(learners), first > 1
+    for round_ in range(first, settings.epochs + 1):
+        taking_part = federated.drawn(names, settings.strategy, [*settings.seed, round_])
+        w_global = federated.snapshot(model)
+        orders = {n: {"round": round_, "k": names.index(n), **asdict(learners[n])} for n in taking_part}
         answers = sites.ask("train", orders, w_global, min(sites.policy.min_sites, len(taking_part)))
         updates = [_update(name, answers.get(name), hellos[name]["n_train"]) for name in taking_part]
         loss, products, left_out = federated.aggregate(model, w_global, updates, names)
         for name in answers:
-            trained = "fault" not in _values(answers[name])
-            since = round_ if trained else state_of[name]["since"]
-            state_of[name] = {"since": since, "fresh": name in left_out}
-        n_sites = len(taking_part) - len(left_out)
-        aggregated |= n_sites > 0
-        last = round_ == steps.epochs
-        tested = sites.ask(
-            "evaluate", {n: {"round": round_} for n in names}, training.snapshot(model), None if last else 1
-        )
-        prob, centers = _tested(hellos, tested)
+            learners[name].fresh = name in left_out
+            if "fault" not in _values(answers[name]):
+                learners[name].since = round_
+        aggregated |= len(left_out) < len(taking_part)
+        enough = None if round_ == settings.epochs else 1
+        orders = {name: {"round": round_} for name in names}
+        tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
+        prob, centers = _tested({name: _values(tested[name]) for name in names if name in tested}, len(names))
         for name in (name for name in names if name not in tested):
             left_out[name] = "; ".join([*filter(None, [left_out.get(name)]), "round not tested"])
-        _note_round(sites, round_, time.monotonic() - began, sites.bytes - before, n_sites)
-        state = _checkpoint_of(model, state_of, round_)
-        yield training.Epoch(round_, loss, prob, state, products, left_out, centers), model
+        yield Epoch(round_, loss, prob, learners, products, left_out, centers)
     if not aggregated:
-        raise training.DivergedError(federated.without_any_client(left_out))
+        raise DivergedError(federated.without_any_client(left_out))
 
 
 def _update(name: str, answer: RecordDict | None, n_train: int) -> Update:
-    """A site's answer as an update, or why it is none; the site is named either way."""
+    """A site's answer as an update, or the reason why it is none."""
     if answer is None:
         return Update(name, fault="away")
     values = _values(answer)
@@ -315,39 +273,16 @@ def _update(name: str, answer: RecordDict | None, n_train: int) -> Update:
         return Update(name, fault=f"its update cannot be read ({error})")
 
 
-def _tested(
-    hellos: dict[str, dict], answers: dict[str, RecordDict]
-) -> tuple[np.ndarray | None, list[tuple[str, int, float, float]]]:
-    """Probabilities (n_test, 2) of all test cases; or per-center metrics, if a site shares no more; or
-    neither, if a site was away.
+def _tested(told: dict[str, Values], n_sites: int) -> tuple[np.ndarray | None, list[tuple]]:
+    """Probabilities (n_test, 2) of all test cases; else, if a site shares no scores, metrics by center.
+
+    Neither if a site was away. Raises ValueError naming a site that could not test.
     """
-    values = {name: _values(answers[name]) for name in hellos if name in answers}
-    for name, value in values.items():
-        if "fault" in value:
-            raise ValueError(f"{name} could not test the global model: {value['fault']}")
-    if len(values) < len(hellos):
+    for name, values in told.items():
+        if "fault" in values:
+            raise ValueError(f"{name} could not test the global model: {values['fault']}")
+    if len(told) < n_sites:
         return None, []
-    prob = {name: np.reshape(value["prob"], (-1, 2)) for name, value in values.items() if "prob" in value}
-    if len(prob) == len(hellos):
-        return np.concatenate(list(prob.values())), []
-    for name in prob:
-        y = np.array(hellos[name]["y_true"])
-        values[name] = {
-            "n": len(y),
-            "acc": metrics.accuracy(y, prob[name]),
-            "auc": metrics.auc(y, prob[name]),
-        }
-    return None, [(name, value["n"], value["acc"], value["auc"]) for name, value in values.items()]
-
-
-def _checkpoint_of(model: torch.nn.Module, state_of: dict[str, dict], round_: int) -> Callable[[], dict]:
-    return lambda: {"epoch": round_, "model": model.state_dict(), "learners": dict(state_of)}
-
-
-def _note_round(sites: Sites, round_: int, seconds: float, weights: int, n_sites: int) -> None:
-    """A line of the run's `rounds.csv`: what a round cost, and how many sites it aggregated."""
-    path = runs.folder_of(sites.p, sites.run) / "rounds.csv"
-    row = {"round": round_, "seconds": round(seconds, 1), "weights_bytes": weights, "sites": n_sites}
-    before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(row))
-    lines = pd.concat([before[before["round"] < round_], pd.DataFrame([row])], ignore_index=True)
-    disk.write(path, lambda tmp: lines.to_csv(tmp, index=False))
+    if all("prob" in values for values in told.values()):
+        return np.concatenate([np.reshape(values["prob"], (-1, 2)) for values in told.values()]), []
+    return None, [(name, values["n"], values["acc"], values["auc"]) for name, values in told.items()]

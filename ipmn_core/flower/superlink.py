@@ -1,4 +1,4 @@
-"""Flower's SuperLink for commands from this machine only: `python -m ipmn_core.flower.superlink`.
+"""Flower's SuperLink, which takes commands from this machine only: `python -m ipmn_core.flower.superlink`.
 
 Flower 1.41 answers sites, its own command line and its workers at one port, and asks only sites for a key.
 """
@@ -11,11 +11,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 HERE = ("127.0.0.1", "::1")
-FOR_SITES = "/v1/fleet/"  # these want the key of a registered site
+FOR_SITES = "/v1/fleet/"  # these requests need the key of a registered site
 
 
 class FromHereOnly:
-    """ASGI middleware: whoever asks from another machine is answered at `FOR_SITES` alone, else 403."""
+    """ASGI middleware: requests from other machines get 403, except those below `FOR_SITES`."""
 
     def __init__(self, app):
         self.app = app
@@ -23,7 +23,7 @@ class FromHereOnly:
     async def __call__(self, scope, receive, send):
         away = scope["type"] != "lifespan" and (scope.get("client") or [""])[0] not in HERE
         if away and not scope.get("path", "").startswith(FOR_SITES):
-            refusal = PlainTextResponse("taken from the server's own machine only\n", 403)
+            refusal = PlainTextResponse("only taken from the server's own machine\n", 403)
             await refusal(scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -41,7 +41,7 @@ def text_against_table() -> pd.DataFrame:
 
 
 def _in_folds(count: int) -> np.ndarray:
-    """How many of a center's `count` scans fall in each fold (4,): StratifiedKFold deals them in turn."""
+    """How many of a center's `count` scans are in each fold (4,): StratifiedKFold deals them in turn."""
     return np.array([len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)])
 
 
@@ -74,24 +74,20 @@ def _counts() -> pd.DataFrame:
 
 
 def majority_class() -> pd.DataFrame:
-    """ACC of always answering the larger class, beside table 3's: a row a center (and global) and modality.
+    """ACC of always answering the larger class, beside table 3's, at each center and globally.
 
-    Columns center, modality, n, high_risk, majority (mean over the four folds, as table 3 prints means), a
-    column a method, beaten_by: how many methods exceed the majority, all to the 4 decimals printed.
-
-    Question: which ACC needs a network? Source: tables 1 and 3, high risk against the rest. FedAvg at EMC T1
-    and FedProx 0.3 at IU T2 are the majority's own 0.8079 ± 0.0202 and 0.7781 ± 0.0285. The global row
-    answers "not high risk" everywhere (0.7715 and 0.7679); answering each center's own majority takes
-    knowledge of the center and earns 0.7776 and 0.7817 of all scans.
+    Columns center, modality, n, high_risk, majority (mean over the four folds, as table 3 prints means), one
+    per method, beaten_by: how many methods exceed the majority, all to the 4 decimals printed.
+    Question: which ACC needs a network? Source: tables 1 and 3, high risk against the rest. The global row
+    answers "not high risk" everywhere; answering each center's own majority takes knowledge of the center.
     """
     counts, table3 = _counts(), tables.paper(3)
     larger = np.maximum(counts["high_risk"], counts["n"] - counts["high_risk"])
     shares = [_in_folds(right) / _in_folds(n) for right, n in zip(larger, counts["n"], strict=True)]
     methods = list(table3["method"].unique())
     printed = table3.pivot(index=CELL, columns="method", values="acc_mean")[methods].reset_index()
-    table = counts.assign(majority=np.mean(shares, axis=1).round(4)).merge(
-        printed, on=CELL, validate="one_to_one"
-    )
+    table = counts.assign(majority=np.mean(shares, axis=1).round(4))
+    table = table.merge(printed, on=CELL, validate="one_to_one")
     return table.assign(beaten_by=table[methods].gt(table["majority"], axis=0).sum(axis=1))
 
 
@@ -113,9 +109,9 @@ def prevalence_auc() -> pd.DataFrame:
 def intervals() -> pd.DataFrame:
     """95 % intervals of AUC: columns center, method, modality, auc, positives, negatives, low, high.
 
-    Question: how far could each AUC be from the truth for want of cases alone? Source: table 3 with table 1's
-    counts, Hanley and McNeil 1982. Caveat: a printed AUC is a mean over folds while the counts are of all
-    folds together, and no interval covers the choice of the epoch on the test fold.
+    Question: how far could each AUC be from the truth because there are few cases? Source: table 3 with
+    table 1's counts, Hanley and McNeil 1982. Caveat: a printed AUC is a mean over folds while the counts are
+    of all folds together, and no interval covers the choice of the epoch on the test fold.
     """
     table = tables.paper(3)[["center", "method", "modality", "auc_mean"]].rename(columns={"auc_mean": "auc"})
     table = table.merge(_counts(), on=CELL, how="left", validate="many_to_one")

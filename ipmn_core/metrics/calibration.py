@@ -1,8 +1,8 @@
-"""Does a predicted probability of high risk mean what it says, and would acting on it do good?
+"""Does a predicted probability of high risk mean what it says, and is it good to act on it?
 
-Everything is a pure function of predictions with one epoch a run (see `metrics.select`). The test folds are
-pooled, so each case counts once, forecast by the network that never saw it; folds are different networks, and
-pooling them judges the recipe, not one of them.
+Everything is a pure function of predictions with one epoch per run (see `metrics.select`; ValueError if a run
+has several). The test folds are pooled, so each case counts once, forecast by the network that never saw it;
+folds are different networks, and pooling them judges the recipe, not one of them.
 """
 
 import numpy as np
@@ -11,8 +11,7 @@ from sklearn.metrics import brier_score_loss, roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
 from ipmn_core.metrics import scores
-from ipmn_core.metrics.scores import ARM
-from ipmn_core.names import CENTERS
+from ipmn_core.metrics.scores import ARM, GLOBAL, PLACES
 
 TREAT_ALL, TREAT_NONE = "treat all", "treat none"
 
@@ -21,7 +20,7 @@ def high_risk(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Which cases are of high risk (N,) bool, and its predicted probability (N,), for rows of one task.
 
     High risk is the highest class: 1 of the binary task, 2 of the three-class task. Raises ValueError as
-    `metrics.scores` does.
+    `scores.y_and_prob` does.
     """
     y, prob = scores.y_and_prob(frame)
     high = prob.shape[1] - 1
@@ -47,8 +46,7 @@ def reliability(selected: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     """Predicted probability of high risk against its observed share, in bins of equal width.
 
     Columns task, modality, arm, bin (from 1), n, predicted (mean probability), observed (share of high risk),
-    low, high (its Wilson 95 % interval; Wilson, JASA 1927;22:209). Bins without a case are left out. Raises
-    ValueError if a run has several epochs.
+    low, high (its Wilson 95 % interval; Wilson, JASA 1927;22:209). Bins without a case are left out.
     """
     found = {arm: _bins(*high_risk(rows), bins) for arm, rows in _arms(selected)}
     curve = pd.concat(found, names=ARM).reset_index(ARM).reset_index(drop=True)
@@ -74,49 +72,42 @@ def table(selected: pd.DataFrame, specificity: float = 0.9, bins: int = 10) -> p
     high risk found there: a calibrated forecast that tells no case from another), ece (see
     `expected_calibration_error`), sensitivity (the highest of a threshold that keeps at least the given
     specificity; chosen on the cases it is reported on, so an upper bound), undefined (why the sensitivity is
-    NaN, else ""). Raises ValueError if a run has several epochs.
+    NaN, else "").
     """
     rows = []
     for arm, frame in _arms(selected):
-        y, prob = high_risk(frame)
-        center = frame["center"].to_numpy()
-        for name in (*CENTERS, scores.GLOBAL):
-            here = (center == name) | (name == scores.GLOBAL)
-            if here.any():
-                rows.append((*arm, name, *_numbers(y[here], prob[here], specificity, bins)))
+        parts = dict(list(frame.groupby("center"))) | {GLOBAL: frame}
+        for center in sorted(parts, key=PLACES.index):
+            y, prob = high_risk(parts[center])
+            share, undefined = y.mean(), scores.absent_classes(y, 2)
+            errors = brier_score_loss(y, prob, pos_label=True), share * (1 - share)
+            ece = expected_calibration_error(y, prob, bins)
+            sensitivity = np.nan if undefined else _sensitivity(y, prob, specificity)
+            rows.append((*arm, center, len(y), int(y.sum()), *errors, ece, sensitivity, undefined))
     numbers = ["n", "positives", "brier", "brier_prevalence", "ece", "sensitivity", "undefined"]
     return pd.DataFrame(rows, columns=[*ARM, "center", *numbers])
 
 
-def _numbers(y: np.ndarray, prob: np.ndarray, specificity: float, bins: int) -> tuple:
-    """The numbers of one row of `table`."""
-    share, sensitivity = y.mean(), np.nan
-    undefined = scores.absent_classes(y, 2)
-    if not undefined:
-        # a collinear point may be the very one that keeps the specificity: drop none
-        false, true, _ = roc_curve(y, prob, drop_intermediate=False)
-        sensitivity = true[1 - false >= specificity].max()  # in float64, 1/10 <= 1 - 9/10 would be untrue
-    errors = brier_score_loss(y, prob, pos_label=True), share * (1 - share)
-    ece = expected_calibration_error(y, prob, bins)
-    return len(y), int(y.sum()), *errors, ece, sensitivity, undefined
+def _sensitivity(y: np.ndarray, prob: np.ndarray, specificity: float) -> float:
+    # a collinear point may be the very one that keeps the specificity: drop none
+    false, true, _ = roc_curve(y, prob, drop_intermediate=False)
+    return true[1 - false >= specificity].max()  # in float64, 1/10 <= 1 - 9/10 would be untrue
 
 
 def decision_curve(selected: pd.DataFrame, thresholds=np.linspace(0.01, 0.6, 60)) -> pd.DataFrame:  # noqa: B008
     """Net benefit of acting on every case whose probability of high risk reaches a threshold.
 
     Columns task, modality, arm, threshold, net_benefit: TP/n - FP/n * t / (1 - t), in true positives per case
-    (Vickers and Elkin, Med Decis Making 2006;26:565). The threshold t states the exchange rate: who acts at
-    0.1 accepts nine needless operations for one that was needed. "treat all" and "treat none" act on every
-    case and on none. Raises ValueError if a threshold is not between 0 and 1 or a run has several epochs.
+    (Vickers and Elkin, Med Decis Making 2006;26:565). The threshold t states the exchange rate: to act at 0.1
+    accepts nine needless operations for one that was needed. "treat all" and "treat none" act on every case
+    and on none. Raises ValueError if a threshold is not between 0 and 1.
     """
     t = np.asarray(thresholds, dtype=float)
     if not ((t > 0) & (t < 1)).all():
-        raise ValueError(
-            "A threshold probability lies between 0 and 1, both excluded: its odds weigh the harm."
-        )
+        raise ValueError("A threshold is strictly between 0 and 1: its odds weigh the harm.")
     curves = {arm: _net_benefit(*high_risk(rows), t) for arm, rows in _arms(selected)}
     for (task, modality), rows in selected.groupby(["task", "modality"]):
-        y, _ = high_risk(rows.drop_duplicates(["fold", "case_id"]))  # the cases, of whatever arm
+        y, _ = high_risk(rows.drop_duplicates(["fold", "case_id"]))  # the cases of all arms, each once
         curves[task, modality, TREAT_ALL] = _net_benefit(y, np.ones(len(y)), t)
         curves[task, modality, TREAT_NONE] = _net_benefit(y, np.zeros(len(y)), t)
     found = {arm: pd.DataFrame({"threshold": t, "net_benefit": curve}) for arm, curve in curves.items()}

@@ -1,19 +1,30 @@
-"""How sure the numbers are: intervals for AUC and accuracy, tests between arms.
+"""Intervals for AUC and accuracy, tests between arms.
 
-Everything here is conditional on the trained models and on the selected epoch: it says how much the test
-cases, not a repeated training, would move a number. What choosing the epoch on the test fold adds is
-`metrics.optimism`, and no interval contains it.
+Everything here is conditional on the trained models and on the selected epoch: it says how much other test
+cases, not a repeated training, would move a number. No interval contains what choosing the epoch on the test
+fold adds: that is `metrics.optimism`.
 """
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
-from scipy.stats import norm, rankdata, t
+from scipy.stats import norm, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from ipmn_core.metrics.scores import ARM, CLASSES, GLOBAL, RUN, by_fold, in_folds, over_folds, y_and_prob
-from ipmn_core.names import CENTERS
+from ipmn_core.metrics.scores import (
+    ARM,
+    GLOBAL,
+    PLACES,
+    RUN,
+    by_fold,
+    in_folds,
+    kinds,
+    over_folds,
+    scored_classes,
+    wins,
+    y_and_prob,
+)
 
 STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
 
@@ -22,8 +33,7 @@ def hanley_mcneil(auc, n_pos, n_neg, level: float = 0.95) -> tuple[np.ndarray, n
     """Lower and upper limit of AUCs known only with their numbers of positives and negatives, cut to [0, 1].
 
     For published numbers without their scores: the variance is that of negative exponential scores (Hanley
-    and McNeil 1982, Radiology 143:29-36). Arrays broadcast. NaN where a class is absent; at an AUC of 0 or 1
-    the variance is zero and the interval a point, which says nothing of its uncertainty.
+    and McNeil 1982, Radiology 143:29-36). Arrays broadcast. NaN where a class is absent; a point at 0 or 1.
     """
     auc, n_pos, n_neg = (np.asarray(value, dtype=float) for value in (auc, n_pos, n_neg))
     n_pairs = np.where(n_pos * n_neg > 0, n_pos * n_neg, np.nan)
@@ -33,26 +43,14 @@ def hanley_mcneil(auc, n_pos, n_neg, level: float = 0.95) -> tuple[np.ndarray, n
     return np.clip(auc - half, 0, 1), np.clip(auc + half, 0, 1)
 
 
-def _wins(y, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Negatives below each positive (n_pos, A), positives above each negative (n_neg, A); ties count half.
-
-    From midranks: O(A N log N) (Sun and Xu 2014, IEEE Signal Process. Lett. 21:1389-1393, Algorithm 2).
-    Halves of integers, so equal arms differ by exactly zero.
-    """
-    positive, scores = np.asarray(y) == 1, np.asarray(scores, dtype=float)
-    rank, n_pos = rankdata(scores, axis=0), positive.sum()
-    below = rank[positive] - rankdata(scores[positive], axis=0)
-    return below, n_pos - (rank[~positive] - rankdata(scores[~positive], axis=0))
-
-
-def _mean_and_covariance(of_pos: np.ndarray, of_neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC (A,) and its DeLong covariance (A, A) from `_wins`; NaN what the numbers of cases do not allow."""
+def _delong(of_pos: np.ndarray, of_neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUC (A,) and its DeLong covariance (A, A) from `scores.wins`; NaN where there are too few cases."""
     n_pos, n_neg, n_arms = len(of_pos), len(of_neg), of_pos.shape[1]
     covariance = np.full((n_arms, n_arms), np.nan)
     if min(n_pos, n_neg) == 0:
         return np.full(n_arms, np.nan), covariance
     if min(n_pos, n_neg) > 1:
-        s_pos, s_neg = (np.cov(wins, rowvar=False).reshape(n_arms, n_arms) for wins in (of_pos, of_neg))
+        s_pos, s_neg = (np.cov(of, rowvar=False).reshape(n_arms, n_arms) for of in (of_pos, of_neg))
         covariance = s_pos / (n_pos * n_neg**2) + s_neg / (n_neg * n_pos**2)
     return of_pos.mean(axis=0) / n_neg, covariance
 
@@ -63,7 +61,7 @@ def delong(y, scores) -> tuple[np.ndarray, np.ndarray]:
     DeLong et al. 1988, Biometrics 44:837-845. NaN: both where a class has no case, the covariance where a
     class has one.
     """
-    return _mean_and_covariance(*_wins(y, scores))
+    return _delong(*wins(np.asarray(y) == 1, scores))
 
 
 def auc_interval(y, score, level: float = 0.95) -> tuple[float, float, float]:
@@ -87,9 +85,8 @@ def delong_test(y, a, b, level: float = 0.95) -> tuple[float, float, float, floa
     Paired test of DeLong et al. 1988, as pROC's `roc.test`: equal scores give difference 0, z 0, p 1; a
     difference without variance gives an infinite z and p 0. NaN where a class has fewer than two cases.
     """
-    (difference,), covariance = _mean_and_covariance(
-        *(wins[:, :1] - wins[:, 1:] for wins in _wins(y, np.column_stack([a, b])))
-    )
+    won = wins(np.asarray(y) == 1, np.column_stack([a, b]))
+    (difference,), covariance = _delong(*(of[:, :1] - of[:, 1:] for of in won))
     error = np.sqrt(covariance[0, 0])
     z, half = _over_error(difference, error), ndtri((1 + level) / 2) * error
     return tuple(map(float, (difference, difference - half, difference + half, z, 2 * norm.sf(abs(z)))))
@@ -133,11 +130,11 @@ def holm(p_values) -> np.ndarray:
 def weighted_auc(y, prob, weights) -> np.ndarray:
     """AUC (B,) of B resamples given as weights (B, N), how often each case is drawn; else as `metrics.auc`.
 
-    With K_ij = 1 if positive i scores above negative j, 1/2 if equal, AUC_b = sum_ij w_bi w_bj K_ij /
-    (sum_i w_bi sum_j w_bj), from running sums over the sorted scores: O(B N). NaN where a class is lacking.
+    `scores.wins` with weights, for speed: from running sums over the sorted scores, O(B N) in place of B
+    sorts. NaN where a class is absent.
     """
-    classes, aucs = [1] if prob.shape[1] == 2 else range(prob.shape[1]), []
-    for k in classes:
+    aucs = []
+    for k in scored_classes(prob):
         values, place = np.unique(prob[:, k], return_inverse=True)
         order = np.argsort(place, kind="stable")
         first = np.searchsorted(place[order], np.arange(len(values)))  # of the cases with each score
@@ -152,9 +149,9 @@ def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     """AUC, mean over folds, of each bootstrap resample (n_resamples,) of one arm's test cases.
 
     `rows` are one task, modality and arm, one epoch a run, all centers or one. Cases are drawn with
-    replacement within center x label, over the folds; in a resample as in the run, a fold without every
-    class is left out of the mean (`metrics.over_folds`), and NaN is what no fold defines. Arms with the same
-    cases and seed get the same resamples.
+    replacement within center x label, over the folds; a fold without every class is left out of the mean, as
+    in `metrics.over_folds`; NaN if no fold has every class. Arms with the same cases and seed get the same
+    resamples.
     """
     rows, rng = rows.sort_values("case_id", kind="stable"), np.random.default_rng(seed)
     y, prob = y_and_prob(rows)
@@ -172,11 +169,10 @@ def bootstrap_auc(
 ) -> tuple[float, float]:
     """Percentile limits of the mean over folds of the AUC of one arm, by `resampled_auc`.
 
-    Efron and Tibshirani 1993, chapter 13. Simulated coverage of 95 % limits (300 cohorts of one AUC, 0.76, in
-    4 folds; `tests/proc/coverage.py`) with the paper's T2 counts: global 91 %, NYU 96 %, AHN 90 %; with at
-    most 5 cases a center and label: 88 %, 90 %, 74 %. Too narrow where a center has a handful of cases, a
-    point at worst; DeLong's limits cover 93, 95, 85 % and 90, 85, 85 %. NaN where no AUC is defined or every
-    stratum is one case, so that there is nothing to resample.
+    Efron and Tibshirani 1993, chapter 13. Simulated coverage of 95 % limits (tests/metrics/proc/coverage.py)
+    with the paper's T2 counts: global 91 %, NYU 96 %, AHN 90 %; with at most 5 cases per center and label:
+    88 %, 90 %, 74 %: too narrow. DeLong's cover 93, 95, 85 % and 90, 85, 85 %. NaN where no AUC is defined or
+    every stratum is one case, so that there is nothing to resample.
     """
     if rows.groupby(STRATUM).size().max() == 1:
         return np.nan, np.nan
@@ -190,32 +186,15 @@ def no_delong(y: np.ndarray, n_classes: int, result: str) -> str:
     """Why labels y (N,) give no DeLong `result` although no class need be absent; "" if they give one."""
     if n_classes > 2:
         return f"macro AUC has no DeLong {result}"
-    single = [name for k, name in enumerate(CLASSES[2]) if (y == k).sum() == 1]
+    single = [name for k, name in enumerate(kinds(2)) if (y == k).sum() == 1]
     return f"one {' and one '.join(single)} case: too few for a DeLong {result}" if single else ""
 
 
 def _ordered(table: pd.DataFrame, selected: pd.DataFrame) -> pd.DataFrame:
     """`table` by task, modality and arm as they first appear in `selected`, then by center, global last."""
-    orders = {key: selected[key].unique() for key in ARM} | {"center": [*CENTERS, GLOBAL]}
-    place = {key: {name: i for i, name in enumerate(names)} for key, names in orders.items()}
-    keys = [key for key in place if key in table]
-    return table.sort_values(keys, key=lambda column: column.map(place[column.name]), ignore_index=True)
-
-
-def _interval_row(part: pd.DataFrame, mean: pd.Series, n_resamples: int, seed: int, level: float) -> dict:
-    """Numbers of `intervals` for one arm's rows at a center or all; `mean` is their row of `over_folds`."""
-    y, prob = y_and_prob(part)
-    n_classes, correct = prob.shape[1], int((prob.argmax(axis=1) == y).sum())
-    row = {"n": len(y), "positives": int((y == n_classes - 1).sum()), "auc": mean["auc_mean"]}
-    row["auc_low"], row["auc_high"] = bootstrap_auc(part, n_resamples, seed, level)
-    pooled = auc_interval(y, prob[:, 1], level) if n_classes == 2 else (np.nan,) * 3
-    row["pooled_auc"], row["pooled_low"], row["pooled_high"] = pooled
-    row["acc"] = correct / len(y)
-    row["acc_low"], row["acc_high"] = map(float, wilson(correct, len(y), level))
-    stuck = np.isnan(row["auc_low"]) and not np.isnan(row["auc"])
-    lone = "one case a center and label: nothing for the bootstrap to draw" if stuck else ""
-    reasons = mean["undefined"], lone, no_delong(y, n_classes, "interval")
-    return row | {"undefined": "; ".join(filter(None, reasons))}
+    orders = {key: list(selected[key].unique()) for key in ARM} | {"center": PLACES}
+    keys = [key for key in orders if key in table]
+    return table.sort_values(keys, key=lambda names: names.map(orders[names.name].index), ignore_index=True)
 
 
 def intervals(
@@ -234,16 +213,27 @@ def intervals(
     rows = []
     for arm, frame in selected.groupby(ARM, sort=False):
         for center, part in [*frame.groupby("center"), (GLOBAL, frame)]:
-            key = (*arm, center)
-            numbers = _interval_row(part, means.loc[key], n_resamples, seed, level)
-            rows.append(dict(zip(means.index.names, key, strict=True)) | numbers)
-    return _ordered(pd.DataFrame(rows), selected)
+            mean = means.loc[(*arm, center)]
+            (y, prob), auc = y_and_prob(part), mean["auc_mean"]
+            n, n_classes = prob.shape
+            correct = int((prob.argmax(axis=1) == y).sum())
+            limits = bootstrap_auc(part, n_resamples, seed, level)
+            pooled = auc_interval(y, prob[:, 1], level) if n_classes == 2 else (np.nan,) * 3
+            accuracy = correct / n, *map(float, wilson(correct, n, level))
+            stuck = np.isnan(limits[0]) and not np.isnan(auc)
+            lone = "one case per center and label: nothing for the bootstrap to draw" if stuck else ""
+            reasons = filter(None, (mean["undefined"], lone, no_delong(y, n_classes, "interval")))
+            numbers = n, int((y == n_classes - 1).sum()), auc, *limits, *pooled, *accuracy
+            rows.append((*arm, center, *numbers, "; ".join(reasons)))
+    limits = [f"{name}_{end}" for name in ("auc", "pooled", "acc") for end in ("low", "high")]
+    numbers = ["n", "positives", "auc", *limits[:2], "pooled_auc", *limits[2:4], "acc", *limits[4:]]
+    return _ordered(pd.DataFrame(rows, columns=[*ARM, "center", *numbers, "undefined"]), selected)
 
 
 def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Rows of two arms side by side, one a case: fold, center, case_id, y_true, prob_1, prob_1_reference.
+    """Rows of two arms side by side, one per case: fold, center, case_id, y_true, prob_1, prob_1_reference.
 
-    Raises ValueError naming the first case that one arm alone was tested on.
+    Raises ValueError naming the first case that only one arm was tested on.
     """
     keys = ["fold", "case_id", "center", "y_true"]
     how = {"how": "outer", "suffixes": ("", "_reference"), "indicator": True, "validate": "one_to_one"}
@@ -261,24 +251,6 @@ def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return pairs
 
 
-def _comparison(arm: pd.DataFrame, reference: pd.DataFrame, arm_folds, reference_folds, trained) -> dict:
-    """Numbers of `compare_arms` for one arm; the folds are the arms' global rows of `by_fold`, `trained` is
-    the share of a training fold that was trained on.
-    """
-    pairs, n_classes = paired(arm, reference), y_and_prob(arm)[1].shape[1]
-    y, tested = pairs["y_true"].to_numpy(), (np.nan,) * 5
-    if n_classes == 2:
-        tested = delong_test(y, pairs["prob_1"], pairs["prob_1_reference"])
-    row = dict(zip(("difference", "low", "high", "z", "p_delong"), tested, strict=True))
-    of_fold = arm_folds.set_index("fold")["auc"] - reference_folds.set_index("fold")["auc"]
-    defined = of_fold.dropna()
-    row["fold_difference"] = defined.mean()
-    row["t"], row["p_corrected"] = corrected_t(defined, 1 / max(len(of_fold) - 1, 1) / trained)
-    few = "corrected t needs two folds" if len(defined) < 2 else ""
-    reasons = in_folds(arm_folds), no_delong(y, n_classes, "test"), few
-    return row | {"undefined": "; ".join(filter(None, reasons))}
-
-
 def compare_arms(
     selected: pd.DataFrame, reference: str = "centralized", inner_validation: float = 0.0
 ) -> pd.DataFrame:
@@ -293,14 +265,24 @@ def compare_arms(
     """
     # as if all were one center: the numbers of the others are not needed
     everywhere = by_fold(selected.assign(center=GLOBAL)).drop_duplicates(RUN)
-    folds = dict(list(everywhere.groupby(ARM)))
+    folds = {arm: rows.set_index("fold", drop=False) for arm, rows in everywhere.groupby(ARM)}
     rows = []
     for (task, modality), frame in selected.groupby(["task", "modality"], sort=False):
         arms = dict(list(frame.groupby("arm", sort=False)))
-        for arm in (arm for arm in arms if reference in arms and arm != reference):
-            of_folds = (folds[task, modality, name] for name in (arm, reference))
-            keys = {"task": task, "modality": modality, "arm": arm, "reference": reference}
-            rows.append(keys | _comparison(arms[arm], arms[reference], *of_folds, 1 - inner_validation))
+        n_classes = y_and_prob(frame)[1].shape[1]
+        for name in (name for name in arms if reference in arms and name != reference):
+            pairs = paired(arms[name], arms[reference])
+            y, tested = pairs["y_true"].to_numpy(), (np.nan,) * 5
+            if n_classes == 2:
+                tested = delong_test(y, pairs["prob_1"], pairs["prob_1_reference"])
+            mine = folds[task, modality, name]
+            of_fold = mine["auc"] - folds[task, modality, reference]["auc"]
+            defined = of_fold.dropna()
+            test_over_train = 1 / max(len(of_fold) - 1, 1) / (1 - inner_validation)
+            corrected = defined.mean(), *corrected_t(defined, test_over_train)
+            few = "corrected t needs two folds" if len(defined) < 2 else ""
+            reasons = filter(None, (in_folds(mine), no_delong(y, n_classes, "test"), few))
+            rows.append((task, modality, name, reference, *tested, *corrected, "; ".join(reasons)))
     columns = [*ARM, "reference", "difference", "low", "high", "z", "p_delong", "fold_difference", "t"]
     table = _ordered(pd.DataFrame(rows, columns=[*columns, "p_corrected", "undefined"]), selected)
     for name in ("p_delong", "p_corrected"):

@@ -1,5 +1,6 @@
-"""From numbers to tables 1-3 of the paper: CSV, Markdown and LaTeX, each also beside the paper's numbers."""
+"""Tables 1-3 of the paper as CSV, Markdown and LaTeX, each also beside the paper's numbers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def paper(n: int) -> pd.DataFrame:
 
 
 def table1(scans: pd.DataFrame) -> pd.DataFrame:
-    """Scans per center, modality and class: columns center, modality, no_risk, low_risk, high_risk, total."""
+    """Scans by center, modality and class: columns center, modality, no_risk, low_risk, high_risk, total."""
     return data.table1(scans)
 
 
@@ -61,10 +62,10 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
 
 
 def table3(summary: pd.DataFrame) -> pd.DataFrame:
-    """The binary task by center and globally, fractions rounded to 4 decimals, in the paper's row order.
+    """The binary task by center and globally, in fractions of 4 decimals, in the paper's row order.
 
     Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std; `summary` comes from
-    `metrics.over_folds` (its binary rows count). `local_only` stays outside: it is no method of the paper.
+    `metrics.over_folds` (its binary rows count). `local_only`, no method of the paper, is left out.
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
@@ -79,8 +80,7 @@ def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
 def _in_paper_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """The same rows, those of the paper first and in its order."""
     keyed = table.set_index(KEYS[n], drop=False)
-    present = _order(table, n).intersection(keyed.index, sort=False)
-    return keyed.loc[present].reset_index(drop=True)
+    return keyed.loc[[key for key in _order(table, n) if key in keyed.index]].reset_index(drop=True)
 
 
 def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -94,9 +94,9 @@ def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def as_printed(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 1, 2 or 3 as a reader expects it: all strings, a row a center, a model, or a center and method.
+    """Table 1, 2 or 3 for a reader: all strings, one row per center, model, or center and method.
 
-    Modalities stand side by side; "58.69 ± 4.28" is mean ± standard deviation; an undefined number is "n/a".
+    Modalities are side by side; "58.69 ± 4.28" is mean ± standard deviation; an undefined number is "n/a".
     With the paper's columns (see `beside_paper`) each cell is followed by the paper's.
     """
     keys = [key for key in ("center", "model", "method") if key in table]
@@ -121,11 +121,8 @@ def _cells(rows: pd.DataFrame, sides: list[str]):
     if "total" in rows:
         return [(n.replace("_", " "), side, _fixed(rows[n + side], 0)) for n in COUNTS for side in sides]
     digits = 2 if "macs_g" in rows else 4  # table 2 is in percent, table 3 in fractions
-    return [
-        (metric.upper(), side, _mean_std(rows, metric, side, digits))
-        for metric in ("acc", "auc")
-        for side in sides
-    ]
+    pairs = [(metric, side) for metric in ("acc", "auc") for side in sides]
+    return [(metric.upper(), side, _mean_std(rows, metric, side, digits)) for metric, side in pairs]
 
 
 def _heading(text: str, side: str) -> str:
@@ -144,20 +141,37 @@ def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Ser
 
 
 def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
-    """Paths of `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed), now in `folder`.
+    """Write `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed); return their paths.
 
     For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Text
-    that a spreadsheet would run as a formula is escaped in the CSV. Each file is replaced whole, so a reader
-    never meets half of one.
+    that a spreadsheet would run as a formula is escaped in the CSV. Each file is replaced atomically.
     """
     printed = as_printed(table)
     texts = {
-        "csv": data.for_spreadsheet(table).to_csv(index=False, na_rep=UNDEFINED),
+        "csv": _without_formulas(table).to_csv(index=False, na_rep=UNDEFINED),
         # numbers are strings already: without disable_numparse 1.30 becomes 1.3
         "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": _latex(printed),
     }
-    return [_replace(Path(folder) / f"{stem}.{suffix}", text) for suffix, text in texts.items()]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [Path(folder) / f"{stem}.{suffix}" for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        with disk.atomic(path) as tmp:
+            tmp.write_text(text, encoding="utf-8")
+    return paths
+
+
+def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before each text, header or cell, that a spreadsheet would run.
+
+    Such text starts with = + - @, a tab or a line's end, apostrophes before it ignored (OWASP, "CSV
+    injection").
+    """
+
+    def escape(cell):
+        return re.sub(r"^(?='*[=+\-@\t\r\n])", "'", cell) if isinstance(cell, str) else cell
+
+    return table.map(escape).set_axis(table.columns.map(escape), axis=1)
 
 
 def _latex(printed: pd.DataFrame) -> str:
@@ -167,8 +181,3 @@ def _latex(printed: pd.DataFrame) -> str:
     style = printed.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     tabular = style.to_latex(hrules=True, column_format=layout)
     return "% needs \\usepackage{booktabs}\n" + tabular.replace("±", r"$\pm$").replace("μ", r"$\mu$")
-
-
-def _replace(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return disk.write(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))

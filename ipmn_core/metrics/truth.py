@@ -13,8 +13,8 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 
     The oracle answers with each patient's true class probabilities given the findings: no image can tell
     more. The guideline answers for high risk (binary task) with its class 0, 1, 2, as 0, 1/2, 1. `selected`
-    holds one epoch a run; `truth` has one row a patient (`cohort.truth`): patient_id, prob_0, prob_1, prob_2,
-    guideline. Empty if `truth` is, as for real data. Raises ValueError naming cases without a patient there.
+    holds one epoch per run; `truth` has one row per patient (`cohort.truth`): patient_id, prob_0, prob_1,
+    prob_2, guideline. Empty if `truth` is, as for real data. Raises ValueError naming cases that it lacks.
     """
     if truth.empty:
         return selected.iloc[:0]
@@ -30,23 +30,19 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
         )
     binary = (cases["task"] == "binary").to_numpy()
     prob = known[["prob_0", "prob_1", "prob_2"]].to_numpy()
+    high, guideline = prob[binary, 2], known["guideline"].to_numpy()[binary] / 2
+    answers = [
+        ("oracle", cases[~binary], prob[~binary].T),
+        ("oracle", cases[binary], (1 - high, high)),
+        ("guideline", cases[binary], (1 - guideline, guideline)),
+    ]
     return pd.concat(
         [
-            _arm("oracle", cases[~binary], prob[~binary]),
-            _arm("oracle", cases[binary], _two(prob[binary, 2])),
-            _arm("guideline", cases[binary], _two(known["guideline"].to_numpy()[binary] / 2)),
+            rows.assign(arm=arm, epoch=1, **{f"prob_{k}": p for k, p in enumerate(probs)})
+            for arm, rows, probs in answers
         ],
         ignore_index=True,
     )
-
-
-def _two(high_risk: np.ndarray) -> np.ndarray:
-    return np.column_stack([1 - high_risk, high_risk])
-
-
-def _arm(name: str, cases: pd.DataFrame, prob: np.ndarray) -> pd.DataFrame:
-    columns = {f"prob_{k}": prob[:, k] for k in range(prob.shape[1])}
-    return cases.assign(arm=name, epoch=1, **columns)
 
 
 def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
@@ -64,15 +60,15 @@ def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
 
-    `decomposed` is `within.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
+    `decomposed` is `centers.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
     pooled, within, pooled_closed, within_closed; below chance is negative, `undefined` says why a number is
     NaN: as in `decompose`, or "no oracle".
     """
+    keys = ["task", "modality"]
     table = decomposed[[*ARM, "undefined", "pooled", "within"]]
     oracle = table[table["arm"] == "oracle"].drop(columns=["arm", "undefined"])
-    table = table.merge(oracle, on=["task", "modality"], how="left", suffixes=("", "_oracle"))
+    table = table.merge(oracle, on=keys, how="left", suffixes=("", "_oracle"), indicator=True)
     for scope in ("pooled", "within"):
         table[f"{scope}_closed"] = (table[scope] - CHANCE) / (table.pop(f"{scope}_oracle") - CHANCE)
-    none = ~table.set_index(["task", "modality"]).index.isin(oracle.set_index(["task", "modality"]).index)
-    table["undefined"] = np.where(none, "no oracle", table["undefined"])
-    return table.sort_values(["task", "modality"], kind="stable", ignore_index=True)
+    table["undefined"] = np.where(table.pop("_merge") == "both", table["undefined"], "no oracle")
+    return table.sort_values(keys, kind="stable", ignore_index=True)

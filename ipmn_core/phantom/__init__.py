@@ -3,17 +3,3 @@
 from ipmn_core.phantom.files import clean_roi, split, write, write_patient, write_sheets
 from ipmn_core.phantom.patients import THRESHOLDS, guideline, patients, population
 from ipmn_core.phantom.scanner import lesion, volumes
-
-__all__ = [
-    "THRESHOLDS",
-    "clean_roi",
-    "guideline",
-    "lesion",
-    "patients",
-    "population",
-    "split",
-    "volumes",
-    "write",
-    "write_patient",
-    "write_sheets",
-]

@@ -16,7 +16,7 @@ CENTER_LINE = np.array(  # of the pancreas, uncinate process to tail
     [[30, 12, -24], [36, 17, -12], [26, 24, -1], [10, 30, 3], [-10, 29, 7], [-38, 16, 13], [-70, -6, 20]],
     float,
 )
-NEIGHBOURS = [  # tissue, center, half axes (mm), back to front
+NEIGHBORS = [  # tissue, center, half axes (mm), back to front
     ("muscle", (42, -54, -20), (18, 18, 90)),
     ("muscle", (-42, -54, -20), (18, 18, 90)),
     ("muscle", (-18, -22, 0), (6, 11, 90)),
@@ -147,13 +147,13 @@ def unit(vector):
     return vector / np.linalg.norm(vector)
 
 
-def neighbours(rng, space, clear, vessels):
+def neighbors(rng, space, clear, vessels):
     """Layers of the organs around the pancreas, back to front.
 
     clear: 0 in the plane of fat that keeps them off the pancreas, else 1. vessels: coverage by small vessels.
     """
     layers, shift = [("blood", (slice(None),) * 3, 0.8 * vessels)], np.zeros(3)
-    for tissue, center, radii in NEIGHBOURS:
+    for tissue, center, radii in NEIGHBORS:
         if tissue not in ("medulla", "fluid", "chyme", "fat"):  # contents move with the organ before them
             shift = rng.normal(0, 2.5, 3)
         box, depth = ellipsoid(space, center + shift, radii)
@@ -217,7 +217,7 @@ def draw(patient, seed):
     for box, depth in [parenchyma, *loculi]:
         organ[box] = np.maximum(organ[box], depth)
     vessels = np.clip(1.7 - 7 * np.hypot(warp[0], warp[1]), 0, 1)  # two fields vanish together along curves
-    layers = neighbours(rng, space, clear=np.clip(-organ / 2 - 1, 0, 1), vessels=vessels)
+    layers = neighbors(rng, space, clear=np.clip(-organ / 2 - 1, 0, 1), vessels=vessels)
     splenic_vein = line[4:] - [0, 1, 0] * (radius[4:, None] + 2.5)
     bile_duct = line[2] + np.array([[6, -6, 50], [5, -7, 16], [3, -5, 0], [5, -2, -14]])
     layers += [layer("blood", tube(space, splenic_vein, 4)), layer("pancreas", parenchyma)]

@@ -86,13 +86,13 @@ def stratified(rng, pool, n):
 
 
 def cells():
-    """Scans to make: center, label (-1: none), t1, t2, patients. Labelled counts are the paper's table 1."""
+    """Scans to make: center, label (-1: none), t1, t2, patients. Labeled counts are the paper's table 1."""
     table = pd.read_csv(Path(__file__).parents[1] / "paper" / "table1.csv")
     counts = table.set_index(["center", "modality"])[["no_risk", "low_risk", "high_risk"]]
     counts.columns = [0, 1, 2]
-    labelled = counts.sum(axis=1)
+    labeled = counts.sum(axis=1)
     for modality, scans in TOTALS.items():
-        here = labelled.xs(modality, level="modality")
+        here = labeled.xs(modality, level="modality")
         shares = (scans - here.sum()) * here.to_numpy() / here.sum()  # largest remainder
         spare = shares.astype(int)
         spare[np.argsort(spare - shares, kind="stable")[: scans - here.sum() - spare.sum()]] += 1

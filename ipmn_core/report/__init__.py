@@ -1,5 +1,3 @@
 """The executed notebooks of a profile as one offline HTML page."""
 
 from ipmn_core.report.page import page_of, write
-
-__all__ = ["page_of", "write"]

@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 from nbformat import NotebookNode
 
-from ipmn_core import data, runs
+from ipmn_core import runs
 from ipmn_core.metrics import tables
 from ipmn_core.names import TASKS, display_name
 from ipmn_core.params import Params
@@ -38,7 +38,7 @@ def result(folder: Path, n: int) -> dict[str, Any]:
     path = folder / "tables" / f"table{n}_beside_paper.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `ipmn run` writes it")
-    printed = tables.as_printed(data.from_spreadsheet(pd.read_csv(path)))
+    printed = tables.as_printed(pd.read_csv(path))
     columns, first, n_names = list(printed), printed.columns[0], len(tables.KEYS[n]) - 1
     groups = printed.groupby(first, sort=False)
     return {

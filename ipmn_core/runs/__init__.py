@@ -12,14 +12,7 @@ from ipmn_core.runs.grid import (
     on_this_machine,
     run_settings,
 )
-from ipmn_core.runs.results import (
-    finished_predictions,
-    histories,
-    left_out,
-    predictions,
-    updates,
-    validation,
-)
+from ipmn_core.runs.results import finished_predictions, histories, left_out, predictions, updates, validation
 from ipmn_core.runs.run import (
     build,
     execute,

@@ -51,10 +51,8 @@ def find(folders: str | Path | Sequence[str | Path], size: int = 96) -> list[Tra
             of_run = path.name == "model.pt" and (path.parent / "run.json").exists()
             found.append(_of_run(path.parent) if of_run else _of_file(path, size))
         elif path.is_dir():
-            folds = sorted(
-                (f for f in path.glob("fold*") if f.name[4:].isdigit()), key=lambda f: int(f.name[4:])
-            )
-            found += [_of_run(folder) for folder in folds or [path]]
+            numbers = sorted(int(f.name[4:]) for f in path.glob("fold*") if f.name[4:].isdigit())
+            found += [_of_run(path / f"fold{k}") for k in numbers] or [_of_run(path)]
         else:
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
     if not found:

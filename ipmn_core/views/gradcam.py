@@ -194,7 +194,7 @@ def of_run(
     folder = store.whole(runs.folder_of(p, run), runs.run_settings(p, run).protocol())
     (one,) = trained.find(folder)
     if case_ids is None:
-        splits = data.from_spreadsheet(pd.read_csv(folder / "splits.csv", dtype=str))
+        splits = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
         case_ids = splits.loc[splits["role"] == "test", "case_id"]
     mine = cohort.scans[cohort.scans["modality"] == run.modality]
     places = dict(zip(mine["case_id"], mine.index, strict=True))

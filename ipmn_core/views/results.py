@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.metrics import roc_curve
 
 from ipmn_core import metrics
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import class_names, display_name
 from ipmn_core.views.style import (
     PALETTE,
@@ -214,7 +214,7 @@ def against_paper(table: pd.DataFrame, metric: str = "auc") -> Figure:
 def overview(summary: pd.DataFrame, center: str = "") -> Figure:
     """Means and 95 % intervals of all arms at all centers, `center` shaded.
 
-    `summary` holds one task, modality, rule and metric of `by_center.summary`.
+    `summary` holds one task, modality, rule and metric of `centers.summary`.
     """
     height = row_height(summary["arm"].nunique()) * summary["center"].nunique() + 0.8
     figure, ax = plt.subplots(figsize=(WIDTH, height))
@@ -310,7 +310,7 @@ def score_histogram(selected: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
 
 def confusion(rows: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     """Cases of one arm by true and most probable class."""
-    matrix = by_center.confusion(rows)
+    matrix = centers.confusion(rows)
     names = [name.replace("not high", "not\nhigh") for name in class_names(rows["task"].iloc[0])]
     ax.imshow(matrix, cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
     for (i, j), n in np.ndenumerate(matrix):
@@ -327,10 +327,10 @@ def center_in_detail(rows: pd.DataFrame, center: str, arm: str) -> Figure:
 
     `rows` are of one task and modality, one epoch per run.
     """
-    here, name = by_center.at(rows, center), display_name(center)
+    here, name = centers.at(rows, center), display_name(center)
     height = 3.4 + 0.2 * -(-max(here["arm"].nunique(), 1) // 5)  # a line of the legend holds five arms
     figure, (left, *others) = plt.subplots(1, 3, figsize=(WIDTH, height))
-    high = by_center.as_high_risk(here) if len(here) else here
+    high = centers.as_high_risk(here) if len(here) else here
     _roc_together(high, left) if center == metrics.GLOBAL else roc(high, left, name)
     lines, labels = left.get_legend_handles_labels()
     if lines:  # the AUCs below all panels: beside this one, they would narrow it

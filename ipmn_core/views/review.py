@@ -158,7 +158,7 @@ def _dumbbells(table: pd.DataFrame, columns: dict, xlabel: str, line: float | No
 def within_and_between(table: pd.DataFrame) -> Figure:
     """Pooled AUC of each arm beside that of pairs from one center and of pairs from two.
 
-    From `within.decompose`: columns task, modality, arm, pooled, within, between. Pooled well above within:
+    From `centers.decompose`: columns task, modality, arm, pooled, within, between. Pooled well above within:
     the arm knows the center.
     """
     columns = {"pooled": "all pairs (pooled)", "within": "within a center", "between": "between centers"}

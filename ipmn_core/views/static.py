@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ipmn_core import metrics
 from ipmn_core.data import headers
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import LABELS, class_names, display_name
 from ipmn_core.views.results import overview
 from ipmn_core.views.scans import Case, header_facts, middle, open_case, three_planes, widest_slice, window_of
@@ -49,7 +49,7 @@ def viewer(scans: pd.DataFrame, size: int) -> str:
 
 
 def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """HTML of an explorer of results by center, from the two tables of `by_center`.
+    """HTML of an explorer of results by center, from the two tables of `centers`.
 
     `selected`: rows of predictions, one epoch a run and rule: task, modality, arm, fold, rule, case_id,
     center, y_true, prob_0 ..., epoch. `summary`: task, modality, arm, rule, center (with "global"), metric
@@ -58,7 +58,7 @@ def explorer(selected: pd.DataFrame, summary: pd.DataFrame) -> str:
     """
     if selected.empty:
         raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
-    rules = [[rule, words] for rule, words in by_center.RULES.items() if (selected["rule"] == rule).any()]
+    rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
     tables = [
         (rows, summary[(summary["task"] == task) & (summary["modality"] == modality)])
         for (task, modality), rows in selected.groupby(["task", "modality"])
@@ -173,7 +173,7 @@ def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[s
         units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
     except KeyError:  # a code that is none of NIfTI's
         units = "unknown"
-    doubt = headers.read(case.scan["image"])[1].doubt
+    doubt = headers.spacing_doubt(case.scan["image"])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""

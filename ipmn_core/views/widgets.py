@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ipmn_core import metrics
 from ipmn_core.data import ScanError
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABELS, MODALITIES, class_names, display_name
 from ipmn_core.views import by_hand, gradcam, results, static, style
 from ipmn_core.views.gradcam import Look
@@ -259,7 +259,7 @@ class CenterExplorer(LiveView):
         size: int = 32,
         seed: int = 0,
     ):
-        self.selected, self.seed, self.summaries = by_center.by_rules(predictions, validation), seed, {}
+        self.selected, self.seed, self.summaries = centers.by_rules(predictions, validation), seed, {}
         self.viewer = RoiViewer(scans, size)
         self.viewer.layout.display = "none"
         self._choices()
@@ -281,7 +281,7 @@ class CenterExplorer(LiveView):
         named = lambda names: [(display_name(n).replace("_", " "), n) for n in names]  # noqa: E731
         self.task = _dropdown("task", named(known("task")))
         self.modality = _dropdown("modality", named(sorted(known("modality"))))
-        self.rule = _dropdown("rule", [(by_center.RULES[rule], rule) for rule in known("rule")])
+        self.rule = _dropdown("rule", [(centers.RULES[rule], rule) for rule in known("rule")])
         self.metric = w.ToggleButtons(options=[("AUC", "auc"), ("ACC", "acc")], description="metric")
         self.arms = w.SelectMultiple(description="arms", rows=8, layout=w.Layout(width="260px"))
         present = [c for c in CENTERS if (self.selected["center"] == c).any()]
@@ -310,7 +310,7 @@ class CenterExplorer(LiveView):
         if key not in self.summaries:
             s = self.selected
             rows = s[(s["task"] == key[0]) & (s["modality"] == key[1]) & (s["rule"] == key[2])]
-            self.summaries[key] = by_center.summary(rows, seed=self.seed) if len(rows) else pd.DataFrame()
+            self.summaries[key] = centers.summary(rows, seed=self.seed) if len(rows) else pd.DataFrame()
         return self.summaries[key]
 
     def _list_arms(self, _=None) -> None:
@@ -336,8 +336,8 @@ class CenterExplorer(LiveView):
             return
         rows, center, arm = self.rows(), self.center.value, self.arm.value
         self.details.value = _png(results.center_in_detail(rows, center, arm)) if len(rows) else b""
-        mine = by_center.at(rows[rows["arm"] == arm], center)
-        worst = by_center.most_wrong(mine).itertuples() if len(mine) else ()
+        mine = centers.at(rows[rows["arm"] == arm], center)
+        worst = centers.most_wrong(mine).itertuples() if len(mine) else ()
         names = class_names(self.task.value)
         self.worst.options = [("choose a case to open it in the viewer", None)] + [
             (

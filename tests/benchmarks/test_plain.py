@@ -3,11 +3,10 @@ import copy
 import plain
 import pytest
 import torch
-from test_federated import largest_difference, settings
 
 from ipmn_core import federated, models, phantom
 from ipmn_core.data import load_cubes, read
-from ipmn_core.federated import Strategy, training
+from ipmn_core.federated import client
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 32
@@ -22,13 +21,13 @@ def rois(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(rois):
-    """The cubes that the plain loader reads, in float32: the cache's half precision is left out.
+def cases(rois):
+    """The cubes that the plain loader reads, in float32: without the cache's half precision.
 
-    How much that leaves out is what `test_the_cache_holds_the_plain_cubes_to_half_precision` shows.
+    `test_the_cache_holds_the_plain_cubes_to_half_precision` bounds what that leaves out.
     """
     x, y = next(iter(batches(rois, range(len(rois)), len(rois))))
-    return training.Cases(x.as_tensor(), y)
+    return federated.Cases(x.as_tensor(), y)
 
 
 def batches(rois, order, batch_size):
@@ -38,12 +37,20 @@ def batches(rois, order, batch_size):
 
 
 def drawn(indices, seed):
-    """The order in which `training.train_epoch` takes the cases."""
-    return indices[torch.randperm(len(indices), generator=training.seeded(seed))].tolist()
+    """The order in which `federated.train_epoch` takes the cases."""
+    return indices[torch.randperm(len(indices), generator=client.seeded(seed))].tolist()
 
 
 def protocol(**changes):
-    return settings(augment_prob=0.0, **changes)
+    settings = {
+        "local_epochs": 1,
+        "batch_size": 4,
+        "batches_per_epoch": None,
+        "lr": 1e-3,
+        "augment_prob": 0.0,
+    }
+    settings |= {"weight_decay": 0.01, "lr_step": 30, "lr_gamma": 0.1, "seed": (0, 0)}
+    return federated.Settings(**settings | changes)
 
 
 def network():
@@ -53,34 +60,37 @@ def network():
 def fused(model):
     """The plain AdamW in the kernel that ours has, whose last bit differs from that of the default one.
 
-    It matters: at this size, with batch norm over few voxels, a DenseNet's gradients answer a difference
-    of 1e-7 in the weights with one of 1e-3, and the next step's with one of 0.2.
+    It matters: at this size, with batch norm over few voxels, a difference of 1e-7 in a DenseNet's weights
+    becomes one of 1e-3 in its gradients, and of 0.2 after the next step.
     """
     optimizer = plain.optimizer_of(model)
     optimizer.param_groups[0]["fused"] = True
     return optimizer
 
 
+def largest_difference(a, b):
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in b)
+
+
 def floats(model):
-    """Parameters and running statistics. Not the counts of batches, whose average plain cuts off and we
-    round: nothing reads them.
-    """
+    """Parameters and running statistics, without the counts of batches, which nothing reads."""
     return {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
 
 
-def test_two_centralized_epochs_end_with_the_same_weights_bit_for_bit(rois, data):
+def test_two_centralized_epochs_end_with_the_same_weights_bit_for_bit(rois, cases):
     ours, theirs, everyone = network(), network(), torch.arange(0, 40, 5)
-    optimizer = fused(theirs)
-    for epoch in training.fit(ours, everyone, everyone[:1], data, protocol(epochs=2)):
+    optimizer, by_center = fused(theirs), {"all": everyone}
+    one = {"one": everyone[:1]}
+    for epoch in federated.fit_centralized(ours, by_center, one, cases, protocol(epochs=2)):
         order = drawn(everyone, [0, 0, epoch.number, 0, 0])
         plain.train_epoch(theirs, optimizer, batches(rois, order, 4))
         assert largest_difference(theirs.state_dict(), ours.state_dict()) == 0
     assert largest_difference(ours.state_dict(), network().state_dict()) > 1e-3  # a step of AdamW
 
 
-def test_a_step_of_the_plain_adamw_is_ours_to_the_last_bit_but_one(rois, data):
+def test_a_step_of_the_plain_adamw_is_ours_except_for_the_last_bit(rois, cases):
     ours, theirs, four = network(), network(), torch.arange(0, 40, 10)
-    list(training.fit(ours, four, four[:1], data, protocol(epochs=1)))
+    list(federated.fit_centralized(ours, {"all": four}, {"one": four[:1]}, cases, protocol(epochs=1)))
     plain.train_epoch(theirs, plain.optimizer_of(theirs), batches(rois, drawn(four, [0, 0, 1, 0, 0]), 4))
     assert largest_difference(theirs.state_dict(), ours.state_dict()) <= 2**-23  # float32's step above 1
 
@@ -88,14 +98,15 @@ def test_a_step_of_the_plain_adamw_is_ours_to_the_last_bit_but_one(rois, data):
 # The proximal term is added by a fused multiply-add here and rounded twice by autograd. With mu = 1/8 the
 # product is exact, and both are the same; with mu = 0.1 they are until the second round's second step.
 @pytest.mark.parametrize(("mu", "rounds"), [(0.0, 2), (1 / 8, 2), (0.1, 1)])
-def test_every_federated_round_ends_with_the_same_weights(rois, data, mu, rounds):
+def test_every_federated_round_ends_with_the_same_weights(rois, cases, mu, rounds):
     of_centers = rois.groupby("center", sort=False).indices
     clients = {c: torch.tensor(of_centers[c][:n]) for c, n in (("NYU", 4), ("MCF", 2), ("NU", 2))}
-    ours, theirs = network(), network()
+    ours, theirs, one = network(), network(), {"one": torch.arange(1)}
     copies = [copy.deepcopy(theirs) for _ in clients]
     optimizers = [fused(model) for model in copies]
-    two_steps = protocol(epochs=rounds, batch_size=2)  # a round, for NYU: the second feels mu
-    for round_ in federated.fit(ours, clients, [torch.arange(1)], data, two_steps, Strategy(mu)):
+    two_steps = protocol(epochs=rounds, batch_size=2)  # per round, for NYU: the second feels mu
+    strategy = federated.Strategy(mu)
+    for round_ in federated.fit_federated(ours, clients, one, cases, two_steps, strategy):
         orders = [drawn(own, [0, 0, round_.number, k, 0]) for k, own in enumerate(clients.values())]
         of_clients = [batches(rois, order, 2) for order in orders]
         plain.federated_round(theirs, copies, optimizers, of_clients, [4, 2, 2], mu)
@@ -104,27 +115,11 @@ def test_every_federated_round_ends_with_the_same_weights(rois, data, mu, rounds
         theirs.load_state_dict(ours.state_dict())  # or those bits would be 1e-3 after the next round
 
 
-def test_channels_last_gives_the_loss_and_probabilities_of_contiguous_cubes(data):
-    losses, probs = [], []
-    for channels_last in (False, True):
-        model, how = network(), protocol(epochs=1, channels_last=channels_last)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last_3d)
-        probs.append(training.evaluate(model, torch.arange(4), data, how))
-        learner = training.Learner("all", model, torch.arange(4), how)
-        losses.append(training.train_epoch(model, learner, data, how, [0]))
-    assert abs(probs[0] - probs[1]).max() < 1e-5  # sums in another order, through 121 layers
-    assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # batch norm over few voxels magnifies them
-
-
-def test_the_cache_holds_the_plain_cubes_to_half_precision(rois, data, tmp_path):
+def test_the_cache_holds_the_plain_cubes_to_half_precision(rois, cases, phantom_scans, tmp_path):
     stored = torch.tensor(load_cubes(rois, SIZE, tmp_path).array)[:, None]
-    apart = (stored.float() - data.x).abs().max().item()
+    apart = (stored.float() - cases.x).abs().max().item()
     assert 0 < apart < 2**-12 + 1e-6  # half a step of float16 below 1, and float32's rounding before it
-
-
-def test_a_scan_and_its_mask_become_the_same_cube(phantom_scans, tmp_path):
-    few = phantom_scans.iloc[::8].reset_index(drop=True)
+    few = phantom_scans.iloc[::8].reset_index(drop=True)  # image and mask instead of a clean ROI
     stored = torch.tensor(load_cubes(few, SIZE, tmp_path).array)
     for scan, ours in zip(few.itertuples(), stored, strict=True):
         theirs = plain.cube(scan.image, scan.mask, SIZE)[0].as_tensor()

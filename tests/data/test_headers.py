@@ -1,4 +1,4 @@
-"""What is read of a NIfTI file: nibabel's voxels, its damage, and what its header leaves open."""
+"""What is read of a NIfTI file: nibabel's voxels, damage, and what the header leaves open."""
 
 import gzip
 import struct
@@ -11,7 +11,6 @@ from ipmn_core.data import headers
 
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0.1, 6.0, 30], [0, 0, 0, 1]], float)
 LOST = np.diag([-1.0, -1, 1, 1])  # as in the data set's AHN05
-SECRET = b"DOE^JANE"
 PIXDIM, SROW = 76, 280  # their places in a NIfTI-1 header
 
 
@@ -39,7 +38,7 @@ def with_first_row(raw, *row):
     return raw[:SROW] + struct.pack("<4f", *row) + raw[SROW + 16 :]
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
+@pytest.mark.parametrize("name", ["a.nii", "A.NII.GZ"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -48,7 +47,7 @@ def with_first_row(raw, *row):
         {"endian": ">", "dtype": "i2"},
     ],
 )
-@pytest.mark.parametrize("scaling", [(np.nan, np.nan), (1, 0), (0.5, -3), (0, 7)])
+@pytest.mark.parametrize("scaling", [(np.nan, np.nan), (0.5, -3), (0, 7)])
 def test_voxels_and_affine_are_those_of_nibabel(tmp_path, name, options, scaling):
     raw = bytearray(content(**options))
     if options.get("kind") is nib.Nifti2Image:
@@ -56,11 +55,12 @@ def test_voxels_and_affine_are_those_of_nibabel(tmp_path, name, options, scaling
     else:
         raw[112:120] = struct.pack(options.get("endian", "<") + "2f", *scaling)
     path = saved(tmp_path / name, bytes(raw))
-    voxels, header = headers.read(path)
+    voxels, affine = headers.read(path)
     expected = nib.load(path)
     theirs = np.asanyarray(expected.dataobj)
     assert voxels.dtype == theirs.dtype and np.array_equal(voxels, theirs)
-    assert np.array_equal(header.affine, expected.affine) and header.doubt == "" and header.text == ()
+    assert np.array_equal(affine, expected.affine)
+    assert headers.spacing_doubt(path) == "" and headers.text_fields(path) == set()
 
 
 def test_damage_that_only_the_checksum_sees_is_seen(tmp_path):
@@ -72,17 +72,6 @@ def test_damage_that_only_the_checksum_sees_is_seen(tmp_path):
     np.asanyarray(nib.load(path).dataobj)  # as always
     with pytest.raises(OSError, match="CRC"):
         headers.read(path)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [b"", b"\x1f\x8b", gzip.compress(b""), gzip.compress(b"x" * 5000), gzip.compress(content())[:90]],
-    ids=["empty", "two bytes", "nothing packed", "something else", "half"],
-)
-def test_half_a_file_or_something_else_is_no_volume(tmp_path, raw):
-    (tmp_path / "a.nii.gz").write_bytes(raw)
-    with pytest.raises((OSError, EOFError)):
-        headers.read(tmp_path / "a.nii.gz")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
@@ -97,45 +86,29 @@ def test_no_room_is_made_for_voxels_that_the_file_cannot_hold(tmp_path, name):
     ("raw", "doubt"),
     [
         (content(LOST), "1 x 1 x 1 mm without turn and origin"),
-        (content(np.eye(4)), "1 x 1 x 1 mm without turn and origin"),
         (with_zooms(content(), 0, 1.2, 6), "0 x 1.2 x 6 mm"),
         (with_zooms(content(), 1.4, 1.2, np.nan), "1.4 x 1.2 x nan mm"),
-        (with_zooms(content(), np.inf, 1.2, 6), "inf x 1.2 x 6 mm"),
         (with_first_row(content(), 0, 0, 0, 0), "cannot be inverted"),
         (with_first_row(content(), np.nan, 0, 0, 0), "cannot be inverted"),
+        (content(LOST + np.array([[0, 0, 0, 80]] + [[0] * 4] * 3)), ""),  # one millimeter with an origin
+        (with_zooms(content(), -1.4, 1.2, 6), ""),
     ],
 )
 def test_a_spacing_that_is_in_doubt_says_why(tmp_path, raw, doubt):
-    header = headers.read(saved(tmp_path / "a.nii.gz", raw))[1]
-    assert doubt in header.doubt
-    nib.Nifti1Image(np.zeros((2, 2, 2)), header.affine)  # raises for an affine that cannot be inverted
+    path = saved(tmp_path / "a.nii.gz", raw)
+    assert doubt in headers.spacing_doubt(path) and bool(doubt) == bool(headers.spacing_doubt(path))
+    nib.Nifti1Image(*headers.read(path))  # raises for an affine that cannot be inverted
 
 
-def test_one_millimeter_with_an_origin_and_a_negative_zoom_are_in_no_doubt(tmp_path):
-    moved = LOST + np.array([[0, 0, 0, 80]] + [[0] * 4] * 3)
-    for raw in (content(moved), with_zooms(content(), -1.4, 1.2, 6)):
-        assert headers.read(saved(tmp_path / "a.nii.gz", raw))[1].doubt == ""
+@pytest.mark.parametrize("field", headers.TEXT_FIELDS)
+def test_text_in_a_field_is_named(tmp_path, field):
+    assert headers.text_fields(saved(tmp_path / "a.nii.gz", content(**{field: b"DOE^JANE"}))) == {field}
+    assert headers.text_fields(saved(tmp_path / "b.nii.gz", content(**{field: b"  \0"}))) == set()
 
 
-@pytest.mark.parametrize("field", ["descrip", "aux_file", "intent_name", "db_name", "data_type"])
-def test_text_in_a_field_is_named_and_never_kept(tmp_path, field):
-    header = headers.read(saved(tmp_path / "a.nii.gz", content(**{field: SECRET})))[1]
-    assert header.text == (field,) and SECRET.decode() not in repr(header)
-    blank = headers.read(saved(tmp_path / "b.nii.gz", content(**{field: b"  \0"})))[1]
-    assert blank.text == ()
-
-
-def test_extensions_are_named_and_never_kept(tmp_path):
-    image = nib.Nifti1Image.from_bytes(content())
-    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", SECRET))
-    header = headers.read(saved(tmp_path / "a.nii.gz", image.to_bytes()))[1]
-    assert header.text == ("extensions",) and SECRET.decode() not in repr(header)
-
-
-def test_headers_are_apart_beyond_the_rounding_of_float32(tmp_path):
-    rounded = AFFINE.astype(np.float32).astype(float)
-    one, two, other = (
-        headers.read(saved(tmp_path / "a.nii.gz", content(affine)))[1]
-        for affine in (AFFINE, rounded, AFFINE + np.diag([0, 0.01, 0, 0]))
-    )
-    assert not headers.apart(one, two) and headers.apart(one, other)
+def test_image_and_mask_are_apart_beyond_the_rounding_of_float32(tmp_path):
+    affines = AFFINE, AFFINE.astype(np.float32).astype(float), AFFINE + np.diag([0, 0.01, 0, 0])
+    one, two, other = (str(saved(tmp_path / f"{k}.nii", content(a))) for k, a in enumerate(affines))
+    assert headers.remarks(one, two) == headers.remarks(one, "") == []
+    ((where, problem, _),) = headers.remarks(one, other)
+    assert where == one and problem.startswith("image and mask in different places: ")

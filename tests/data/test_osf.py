@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -27,7 +25,7 @@ BODY = random.Random(0).randbytes(300_000)  # four pieces and a bit
 
 
 class Server(ThreadingHTTPServer):
-    """An OSF of one machine: lists of two entries a page, bodies with ranges, and faults on demand."""
+    """An OSF of one machine: lists of two entries per page, bodies with ranges, and faults on demand."""
 
     daemon_threads = True
 
@@ -35,21 +33,17 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.origin = f"http://127.0.0.1:{self.server_port}"
         self.listings, self.bodies, self.asked = {LISTING: []}, {}, []
-        self.node = {"data": {"embeds": {"license": {"data": {"attributes": {"name": "CC-BY-NC 4.0"}}}}}}
-        self.faults = {}  # path -> what to do instead, one function a request, in order
-        self.ranges = True
-        self.release = threading.Event()  # ends an answer that stalls
+        self.faults, self.ranges = {}, True  # path -> what to do instead, one function per request, in order
 
     def put(self, path, body=BODY, listing=LISTING, hashes=("sha256", "md5"), **changes):
-        """Adds a file to a list; `changes` are to its attributes, or to `download`."""
+        """Add a file to a list and return its path; `changes` are to its attributes, or to `download`."""
         at = f"/download/{len(self.bodies)}"
         self.bodies[at] = body
         digests = {name: hashlib.new(name, body).hexdigest() for name in hashes}
-        attributes = {"kind": "file", "name": path.split("/")[-1], "materialized_path": path}
-        attributes |= {"size": len(body), "extra": {"hashes": digests}}
-        download = changes.pop("download", self.origin + at)
-        entry = {"attributes": attributes | changes, "links": {"download": download}}
-        self.listings.setdefault(listing, []).append(entry)
+        attributes = {"kind": "file", "materialized_path": path, "size": len(body)}
+        links = {"download": changes.pop("download", self.origin + at)}
+        attributes |= {"extra": {"hashes": digests}} | changes
+        self.listings.setdefault(listing, []).append({"attributes": attributes, "links": links})
         return at
 
     def put_folder(self, path, inside, listing=LISTING):
@@ -58,7 +52,7 @@ class Server(ThreadingHTTPServer):
         self.listings[listing].append({"attributes": attributes, "relationships": href, "links": {}})
 
     def ranges_of(self, path):
-        """The ranges with which a path was asked for, None where the whole was."""
+        """The ranges with which a path was requested, None where the whole was."""
         return [asked for where, asked in self.asked if where == path]
 
 
@@ -69,18 +63,15 @@ class Handler(BaseHTTPRequestHandler):
         if server.faults.get(url.path):
             server.faults[url.path].pop(0)(self)
         elif url.path == NODE:
-            self.answer(200, json.dumps(server.node).encode())
+            license = {"data": {"attributes": {"name": "CC-BY-NC 4.0"}}}
+            self.answer(200, json.dumps({"data": {"embeds": {"license": license}}}).encode())
         elif url.path in server.listings:
             number = int((re.findall(r"page=(\d+)", url.query) or ["1"])[0])
-            following = f"{server.origin}{url.path}?page={number + 1}"
-            entries = server.listings[url.path]
-            page = entries[2 * number - 2 : 2 * number]
-            links = {"next": following if len(entries) > 2 * number else None}
-            self.answer(200, json.dumps({"data": page, "links": links}).encode())
-        elif url.path in server.bodies:
-            self.send_file(server.bodies[url.path])
+            entries = server.listings[url.path][2 * number - 2 :]
+            more = f"{server.origin}{url.path}?page={number + 1}" if len(entries) > 2 else None
+            self.answer(200, json.dumps({"data": entries[:2], "links": {"next": more}}).encode())
         else:
-            self.answer(404)
+            self.send_file(server.bodies[url.path])
 
     def send_file(self, body):
         asked = self.headers["Range"]
@@ -88,9 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, body)
         start = int(asked.removeprefix("bytes=").removesuffix("-"))
         if start >= len(body):
-            return self.answer(416, headers={"Content-Range": f"bytes */{len(body)}"})
-        where = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        return self.answer(206, body[start:], {"Content-Range": where})
+            return self.answer(416)
+        return self.answer(206, body[start:], {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"})
 
     def answer(self, status, body=b"", headers=(), length=None):
         self.send_response(status)
@@ -107,27 +97,15 @@ def status(code, **headers):
     return lambda handler: handler.answer(code, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def redirect(target):
-    return status(302, Location=target)
-
-
-def cut_after(n):
-    """An answer that announces the whole body and breaks off after n bytes."""
-    return lambda handler: handler.answer(200, BODY[:n], length=len(BODY))
-
-
-def stall_after(n):
-    def fault(handler):
-        handler.answer(200, BODY[:n], length=len(BODY))
-        handler.wfile.flush()
-        handler.server.release.wait(30)
-
-    return fault
+def listing(page):
+    return lambda handler: handler.answer(200, json.dumps(page).encode())
 
 
 @pytest.fixture
-def serve():
+def serve(monkeypatch):
     """A function that starts one more server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(osf, "BACKOFF", 0)
     servers = []
 
     def start():
@@ -137,15 +115,12 @@ def serve():
 
     yield start
     for server in servers:
-        server.release.set()
         server.shutdown()
         server.server_close()
 
 
 @pytest.fixture
-def server(serve, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(osf, "BACKOFF", 0)
+def server(serve):
     return serve()
 
 
@@ -159,9 +134,8 @@ def fetch(server, root, answer=True, questions=None, origins=()):
 
 
 def names(root):
-    """All files under a root, less the lock."""
-    found = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-    return found - {".fetch.lock"}
+    """All files under a root."""
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
 
 
 def zipped(*entries):
@@ -196,9 +170,6 @@ def zip_link(name):
     return info
 
 
-# Listing, question
-
-
 def test_every_file_of_all_pages_and_folders_is_downloaded_to_its_place(server, tmp_path):
     bodies = {f"/f{i}.nii": bytes([i]) * 10 * i for i in range(3)}  # f0 is empty; three make two pages
     for path, body in bodies.items():
@@ -213,35 +184,21 @@ def test_every_file_of_all_pages_and_folders_is_downloaded_to_its_place(server, 
     assert len(names(tmp_path)) == 4 and (folder, unverified) == (tmp_path, [])
 
 
-def test_the_question_tells_number_sizes_licence_and_free_space(server, tmp_path):
-    server.put("/a.nii")
+def test_the_question_tells_sizes_license_and_free_space_and_a_no_downloads_nothing(server, tmp_path):
+    at = server.put("/a.nii")
     server.put("/b.nii", hashes=())
-    fetch(server, tmp_path, questions=(questions := []))
+    with pytest.raises(osf.FetchError, match="download cancelled"):
+        fetch(server, tmp_path / "data", answer=False, questions=(questions := []))
     assert "2 files, 600kB" in questions[0] and "600kB of 2 files" in questions[0]
-    assert "licence: CC-BY-NC 4.0" in questions[0] and "no checksum: b.nii" in questions[0]
+    assert "license: CC-BY-NC 4.0" in questions[0] and "no checksum: b.nii" in questions[0]
     free = float(re.search(r"free there: ([\d.]+)GB", questions[0]).group(1))
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    "node", [{"data": {}}, {"data": {"embeds": {"license": {"errors": [{"detail": "Not found."}]}}}}]
-)
-def test_a_licence_that_osf_does_not_state_is_said_to_be_absent(server, tmp_path, node):
-    server.put("/a.nii")
-    server.node = node
-    fetch(server, tmp_path, questions=(questions := []))
-    assert "licence not stated; CC-BY-NC is expected, to be confirmed" in questions[0]
-
-
-def test_no_download_and_no_folder_without_a_yes(server, tmp_path):
-    at = server.put("/a.nii")
-    with pytest.raises(osf.FetchError, match="nothing was downloaded"):
-        fetch(server, tmp_path / "data", answer=False)
     assert server.ranges_of(at) == [] and not (tmp_path / "data").exists()
 
 
 def test_a_second_call_asks_nothing_and_downloads_nothing(server, tmp_path):
-    at = [server.put("/a.nii"), server.put("/b.zip", zipped(("c.nii", b"c"))), server.put("/d", hashes=())]
+    at = [server.put("/a.nii"), server.put("/b.zip", zipped(("c.nii", b"c")))]
+    at.append(server.put("/d", extra={"hashes": {"sha256": "none", "md5": None}}))
     fetch(server, tmp_path)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in names(tmp_path)}
     _, unverified = fetch(server, tmp_path, answer=False, questions=(questions := []))
@@ -250,95 +207,38 @@ def test_a_second_call_asks_nothing_and_downloads_nothing(server, tmp_path):
     assert unverified == ["d"]
 
 
-def test_too_little_room_for_download_and_unpacking_is_found_before_the_question(
-    server, tmp_path, monkeypatch
-):
+def test_too_little_room_for_unpacking_is_found_before_the_question(server, tmp_path, monkeypatch):
     at = server.put("/a.zip", zipped(("a", BODY)))
-    size = len(server.bodies[at])
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(3 * size - 1))
+    usage = namedtuple("usage", "free")(3 * len(server.bodies[at]) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(osf.FetchError, match="free; download and unpacking need about"):
         fetch(server, tmp_path, questions=(questions := []))
     assert questions == [] and server.ranges_of(at) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(3 * size))
-    fetch(server, tmp_path)
-    assert (tmp_path / "a").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("page", [{}, {"data": [{}], "links": {}}, {"data": 3, "links": {}}, []])
-def test_an_answer_of_another_form_than_documented_is_named(server, tmp_path, page):
-    server.faults[LISTING] = [lambda handler: handler.answer(200, json.dumps(page).encode())]
-    with pytest.raises(osf.FetchError, match=r"osfstorage/: not the answer that OSF documents"):
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (listing({}), "osfstorage/: not the answer that OSF documents"),
+        (listing({"data": [{"attributes": {"kind": "link"}}]}), "not the answer that OSF documents"),
+        (listing({"data": [], "links": {}}), "lists no file"),
+        (listing({"data": [], "links": {"next": "https://example.org/2"}}), "leads to https://example.org/2"),
+        (status(404), "status 404; see https://osf.io/74vfs"),
+        (status(503, Retry_After="60"), "status 503; it asks to wait 60 s; .*goes on where it stop"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_named(server, tmp_path, monkeypatch, answer, text):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    server.faults[LISTING] = [answer] * (1 + osf.TRIES)
+    with pytest.raises(osf.FetchError, match=text):
         fetch(server, tmp_path)
-
-
-@pytest.mark.parametrize("changes", [{"size": None}, {"size": -1}, {"size": True}, {"kind": "link"}])
-def test_an_entry_without_a_size_or_of_another_kind_is_refused(server, tmp_path, changes):
-    server.put("/a.nii", **changes)
-    with pytest.raises(osf.FetchError, match="not the answer that OSF documents"):
-        fetch(server, tmp_path)
-
-
-def test_a_list_that_runs_in_a_circle_ends(server, tmp_path):
-    server.put("/a.nii")
-    server.put_folder("/again/", LISTING)
-    with pytest.raises(osf.FetchError, match="in a circle"):
-        fetch(server, tmp_path)
-
-
-def test_an_empty_storage_and_a_node_that_is_gone_are_named(server, tmp_path):
-    with pytest.raises(osf.FetchError, match="lists no file"):
-        fetch(server, tmp_path)
-    server.faults[LISTING] = [status(404)]
-    with pytest.raises(osf.FetchError, match=r"status 404; see https://osf.io/74vfs"):
-        fetch(server, tmp_path)
-
-
-# Broken downloads
 
 
 def test_a_body_that_breaks_off_is_resumed_where_it_broke(server, tmp_path):
-    at = server.put("/a.nii")
-    server.faults[at] = [cut_after(3 * osf.PIECE + 5)]
+    at, n = server.put("/a.nii"), 3 * osf.PIECE
+    server.faults[at] = [lambda handler: handler.answer(200, BODY[: n + 5], length=len(BODY))]
     fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={3 * osf.PIECE}-"]
-    assert (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_body_that_always_breaks_off_ends_in_an_error_and_the_next_call_goes_on(
-    server, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(osf, "BREAKS", 3)
-    at = server.put("/a.nii")
-    broken = lambda handler: handler.answer(  # noqa: E731
-        206, length=9, headers={"Content-Range": f"bytes {osf.PIECE}-{len(BODY) - 1}/{len(BODY)}"}
-    )
-    server.faults[at] = [cut_after(osf.PIECE), broken, broken]
-    with pytest.raises(osf.FetchError, match=r"broke off .*goes on where it stopped"):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == {"a.nii.partial"}
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None] + 3 * [f"bytes={osf.PIECE}-"]
-    assert names(tmp_path) == {"a.nii"} and (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_killed_download_leaves_no_file_and_the_next_call_goes_on(server, tmp_path):
-    at = server.put("/a.nii")
-    server.faults[at] = [stall_after(2 * osf.PIECE)]
-    code = f"""
-from ipmn_core import osf
-osf.fetch({str(tmp_path)!r}, lambda _: True, api="{server.origin}/v2", origins=("{server.origin}",))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    part, end = tmp_path / "a.nii.partial", time.monotonic() + 15
-    while time.monotonic() < end and not (part.exists() and part.stat().st_size == 2 * osf.PIECE):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert names(tmp_path) == {"a.nii.partial"}
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={2 * osf.PIECE}-"]
-    assert (tmp_path / "a.nii").read_bytes() == BODY
+    assert server.ranges_of(at) == [None, f"bytes={n}-"] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
 def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
@@ -349,44 +249,13 @@ def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
     assert server.ranges_of(at) == ["bytes=14-"] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_page_in_place_of_the_file_does_not_cost_what_is_there(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY[:9])
-    server.faults[at] = [lambda handler: handler.answer(200, b"<html>Log in</html>")]
-    with pytest.raises(osf.FetchError, match=f"answers with 19 bytes, not {len(BODY)}; open it in a browser"):
+@pytest.mark.parametrize(("size", "found"), [(len(BODY) + 1, len(BODY)), (10, osf.PIECE)])
+def test_a_file_of_another_size_than_announced_is_refused(server, tmp_path, size, found):
+    at = server.put("/a.nii", size=size)
+    with pytest.raises(osf.FetchError, match=rf"a.nii: {size} bytes expected, {found} found"):
         fetch(server, tmp_path)
-    assert (tmp_path / "a.nii.partial").read_bytes() == BODY[:9]
-
-
-def test_a_complete_partial_is_verified_without_a_request(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY)
-    fetch(server, tmp_path)
-    assert server.ranges_of(at) == [] and (tmp_path / "a.nii").read_bytes() == BODY
-
-
-def test_a_file_shorter_than_announced_is_refused(server, tmp_path):
-    at = server.put("/a.nii", size=len(BODY) + 1)
-    with pytest.raises(osf.FetchError, match=rf"a.nii: {len(BODY) + 1} bytes expected, {len(BODY)} found"):
-        fetch(server, tmp_path)
-    assert server.ranges_of(at) == [None, f"bytes={len(BODY)}-"]  # the second was answered with 416
+    assert server.ranges_of(at)[1:] == [f"bytes={len(BODY)}-"] * (size > 10)  # that was answered with 416
     assert names(tmp_path) == set()
-
-
-def test_a_file_longer_than_announced_is_not_read_to_its_end(server, tmp_path):
-    server.put("/a.nii", size=10)
-    with pytest.raises(osf.FetchError, match=rf"10 bytes expected, {osf.PIECE} found"):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == set()
-
-
-def test_an_answer_with_another_range_than_asked_for_is_refused(server, tmp_path):
-    at = server.put("/a.nii")
-    (tmp_path / "a.nii.partial").write_bytes(BODY[:5])
-    server.faults[at] = [lambda h: h.answer(206, BODY[9:], {"Content-Range": f"bytes 9-{len(BODY) - 1}/*"})]
-    with pytest.raises(osf.FetchError, match=r"'bytes 9-.*request for bytes 5- of .*delete .*a.nii.partial"):
-        fetch(server, tmp_path)
-    assert (tmp_path / "a.nii.partial").read_bytes() == BODY[:5]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
@@ -402,12 +271,6 @@ def test_a_wrong_checksum_deletes_the_download_and_says_expected_and_found(serve
     assert fetch(server, tmp_path)[1] == [] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_file_without_a_checksum_is_not_called_verified(server, tmp_path):
-    server.put("/a.nii", hashes=())
-    server.put("/b.nii", extra={"hashes": {"sha256": "none", "md5": None}})
-    assert fetch(server, tmp_path)[1] == ["a.nii", "b.nii"]
-
-
 def test_a_file_in_the_way_is_neither_overwritten_nor_taken_for_osfs(server, tmp_path):
     at = server.put("/labels.xlsx", b"old")
     (tmp_path / "labels.xlsx").write_bytes(b"new")
@@ -416,128 +279,63 @@ def test_a_file_in_the_way_is_neither_overwritten_nor_taken_for_osfs(server, tmp
     assert (tmp_path / "labels.xlsx").read_bytes() == b"new" and server.ranges_of(at) == []
 
 
-def test_two_calls_at_a_time_on_one_folder_are_refused(server, tmp_path):
-    server.put("/a.nii")
-    with osf._locked(tmp_path), pytest.raises(osf.FetchError, match="another `ipmn fetch` is at work"):
-        fetch(server, tmp_path)
-
-
-# Busy servers
-
-
 def test_a_busy_server_is_asked_again_after_the_time_it_names(server, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", (waits := []).append)
     at = server.put("/a.nii")
-    server.faults = {
-        LISTING: [status(503)],
-        at: [status(429, Retry_After="7"), status(429, Retry_After="9999")],
-    }
+    server.faults[at] = [status(503), status(429, Retry_After="7"), status(429, Retry_After="9999")]
     fetch(server, tmp_path)
     assert waits == [7, osf.LONGEST_WAIT] and (tmp_path / "a.nii").read_bytes() == BODY
-
-
-@pytest.mark.parametrize("code", osf.BUSY)
-def test_a_server_that_stays_busy_ends_in_an_error_after_so_many_tries(server, tmp_path, monkeypatch, code):
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    at = server.put("/a.nii")
-    server.faults[at] = [status(code, Retry_After="60")] * 20
-    with pytest.raises(
-        osf.FetchError, match=rf"status {code}; it asks to wait 60 s; .*goes on where it stop"
-    ):
-        fetch(server, tmp_path)
-    assert len(server.ranges_of(at)) == 1 + osf.TRIES
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(osf, "BACKOFF", 0)
     nobody = "http://127.0.0.1:9"
-    with pytest.raises(
-        osf.FetchError, match=r"127.0.0.1:9/v2/nodes/.* cannot be reached .*check the network"
-    ):
+    with pytest.raises(osf.FetchError, match=r"127.0.0.1:9/v2.* cannot be reached .*check the network"):
         osf.fetch(tmp_path, bool, api=f"{nobody}/v2", origins=(nobody,))
-
-
-def test_a_server_that_falls_silent_is_not_waited_for_for_ever(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(osf, "TIMEOUT", (1, 0.2))
-    at = server.put("/a.nii")
-    server.faults[at] = [stall_after(osf.PIECE)]
-    start = time.monotonic()
-    fetch(server, tmp_path)
-    assert time.monotonic() - start < 15  # the server would stay silent for 30 s
-    assert server.ranges_of(at) == [None, f"bytes={osf.PIECE}-"]
-
-
-# Origins
 
 
 def test_a_redirect_to_another_allowed_origin_is_followed_with_its_range(server, serve, tmp_path):
     at, other = server.put("/a.nii"), serve()
     other.bodies["/bucket"] = BODY
-    server.faults[at] = [redirect(f"{other.origin}/bucket?signature=1")]
+    server.faults[at] = [status(302, Location=f"{other.origin}/bucket?signature=1")]
     (tmp_path / "a.nii.partial").write_bytes(BODY[:7])
     fetch(server, tmp_path, origins=(other.origin,))
     assert other.asked == [("/bucket", "bytes=7-")] and (tmp_path / "a.nii").read_bytes() == BODY
 
 
-def test_a_redirect_to_any_other_origin_is_refused_with_both_urls(server, serve, tmp_path):
-    at, other = server.put("/a.nii"), serve()
-    server.faults[at] = [redirect(f"{other.origin}/a?signature=1")]
-    with pytest.raises(osf.FetchError) as refused:
-        fetch(server, tmp_path)
-    text = f"{server.origin}{at} leads to {other.origin}/a, which is none of OSF's addresses"
-    assert str(refused.value).startswith(text) and "signature" not in str(refused.value)
-    assert other.asked == []
-
-
-def test_redirects_without_end_are_an_error(server, tmp_path):
+def test_a_redirect_to_any_other_origin_is_refused_with_both_urls(server, tmp_path):
     at = server.put("/a.nii")
-    server.faults[at] = [redirect(at)] * 20
-    with pytest.raises(osf.FetchError, match="more than 10 redirects"):
+    server.faults[at] = [status(302, Location="http://x.example.org/a?signature=1")]
+    text = rf"{server.origin}{at} leads to http://x.example.org/a, which is none of OSF's addresses"
+    with pytest.raises(osf.FetchError, match=text) as refused:
         fetch(server, tmp_path)
+    assert "signature" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        "http://osf.io/download/1/",
-        "https://osf.io.example.org/",
-        "https://osf.io@example.org/",
-        "https://osf.io\\@example.org/",
-        "https://osf.io:444/",
-        "https://example.org#https://osf.io",
-        "//osf.io/",
-        "file:///etc/passwd",
-        " https://osf.io/",
-        None,
+        *["http://osf.io/download/1/", "https://osf.io.example.org/", "https://osf.io@example.org/", None],
+        *["https://osf.io\\@example.org/", "https://osf.io:444/", "https://example.org#https://osf.io"],
+        *["//osf.io/", "file:///etc/passwd", " https://osf.io/"],
     ],
 )
 def test_only_osfs_own_addresses_over_https_are_allowed(url):
     with pytest.raises(osf.FetchError, match=r"https://api.osf.io/v2 leads to "):
         osf._require_allowed(url, "https://api.osf.io/v2", osf.ORIGINS)
+    for own in ("https://osf.io/download/1/", "HTTPS://Files.DE-1.osf.io/v1?x=@", "https://osf.io"):
+        osf._require_allowed(own, osf.API, osf.ORIGINS)
 
 
-def test_osfs_own_addresses_are_allowed():
-    for url in ("https://osf.io/download/1/", "HTTPS://Files.DE-1.osf.io/v1?x=@", "https://osf.io"):
-        osf._require_allowed(url, osf.API, osf.ORIGINS)
-
-
-def test_links_in_the_apis_answers_are_held_to_the_origins_too(server, tmp_path):
-    server.put("/a.nii", download="http://example.org/a")
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://example.org/a"):
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_links_in_the_apis_answers_are_held_to_the_origins_too(server, tmp_path, where):
+    if where == "file":
+        server.put("/a.nii", download="http://x.example.org/a")
+    else:
+        server.put_folder("/f/", ".x.example.org/f/")
+    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://.*x.example.org/"):
         fetch(server, tmp_path, questions=(questions := []))
     assert questions == []
-    server.listings = {LISTING: []}
-    server.put_folder("/f/", "x.example.org/f/")
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to http://127.0.0.1:\d+x.example.org/f/"):
-        fetch(server, tmp_path)
-    page = {"data": [], "links": {"next": "https://example.org/2"}}
-    server.faults[LISTING] = [lambda handler: handler.answer(200, json.dumps(page).encode())]
-    with pytest.raises(osf.FetchError, match=r"osfstorage/ leads to https://example.org/2"):
-        fetch(server, tmp_path)
-
-
-# Names
 
 
 BAD_NAMES = ["../x", "a/../../x", "a/.. /x", "//etc/x", "a\\x", "C:/x", "a/c:x", "a\nx", "a\x1b[2J", ""]
@@ -554,26 +352,7 @@ def test_a_dangerous_name_in_the_list_is_refused_by_name(server, tmp_path, name)
 
 
 @pytest.mark.parametrize(
-    "pair", [("a/X.nii", "A/x.NII"), ("a", "A/b"), ("A/b", "a"), ("\u00e9", "e\u0301"), ("a", "a")]
-)
-def test_two_names_that_a_disk_could_take_for_one_are_refused(server, tmp_path, pair):
-    for name in pair:
-        server.put(f"/{name}")
-    with pytest.raises(osf.FetchError, match="not every disk can tell apart"):
-        fetch(server, tmp_path)
-
-
-# Archives
-
-
-@pytest.mark.parametrize(
-    ("name", "pack"),
-    [
-        ("a.zip", zipped),
-        ("a.tar.gz", tarred),
-        ("a.TGZ", tarred),
-        ("a.tar", lambda *entries: tarred(*entries, mode="w")),
-    ],
+    ("name", "pack"), [("a.zip", zipped), ("a.TGZ", tarred), ("a.tar", functools.partial(tarred, mode="w"))]
 )
 def test_an_archive_is_kept_and_unpacked_beside_itself(server, tmp_path, name, pack):
     top = special("./", tarfile.DIRTYPE) if pack is not zipped else ("./", b"")
@@ -587,28 +366,21 @@ def test_an_archive_is_kept_and_unpacked_beside_itself(server, tmp_path, name, p
 BAD_ARCHIVES = {
     "up.zip": (zipped(("a", b"1"), ("../up", b"2")), "'../up', which has a part of dots only"),
     "up.tar": (tarred(("a", b"1"), ("b/../../up", b"2"), mode="w"), "'b/../../up', which has a part of dots"),
-    "up.folder.zip": (zipped(("../up/", b"")), "'../up/', which has a part of dots"),
     "absolute.zip": (zipped(("/tmp/up", b"1")), "'/tmp/up', which is absolute"),
-    "absolute.tgz": (tarred(("/tmp/up", b"1")), "'/tmp/up', which is absolute"),
     "backslash.zip": (zipped(("..\\up", b"1")), r"'..\\up', which has a backslash"),
     "drive.tar.gz": (tarred(("c:up", b"1")), "'c:up', which has a drive letter"),
     "own.zip": (zipped((".own.zip.unpacked", b"{}")), "which ends as files of this program do"),
     "twice.zip": (zipped(("a/B", b"1"), ("A/b", b"2")), "'A/b' and 'a/B', which not every disk"),
     "link.zip": (zipped(("a", b"1"), (zip_link("up"), b"/etc/passwd")), "'up', a link or a device"),
     "link.tar.gz": (tarred(special("up", tarfile.SYMTYPE, "/etc/passwd")), "'up', a link or a device"),
-    "hard.tar.gz": (
-        tarred(("a", b"1"), special("up", tarfile.LNKTYPE, "a")),
-        "'up', a link or a device",
-    ),
+    "hard.tar.gz": (tarred(("a", b"1"), special("up", tarfile.LNKTYPE, "a")), "'up', a link or a device"),
     "fifo.tar": (tarred(special("up", tarfile.FIFOTYPE), mode="w"), "'up', a link or a device"),
-    "device.tar": (tarred(special("up", tarfile.CHRTYPE), mode="w"), "'up', a link or a device"),
     "bomb.zip": (zipped(("a", bytes(3_000_000))), "unpacks to more than 100 times its size"),
     "bomb.tgz": (tarred(("a", bytes(3_000_000))), "unpacks to more than 100 times its size"),
     "many.zip": (zipped(*[(f"{i}", b"") for i in range(51)]), "has more than 50 entries"),
     "large.zip": (zipped(("a", BODY), ("b", BODY)), "524kB at most"),
     "broken.zip": (zipped(("a", BODY))[:-30], "broken.zip cannot be unpacked (File is not a zip file)"),
     "broken.tar.gz": (tarred(("a", BODY))[:100_000], "broken.tar.gz cannot be unpacked ("),
-    "text.tgz": (b"text", "text.tgz cannot be unpacked ("),
 }
 
 
@@ -624,55 +396,6 @@ def test_a_dangerous_or_damaged_archive_is_refused_and_leaves_nothing(server, tm
     assert names(tmp_path) == {f"data/{name}"} and not (tmp_path / "up").exists()
 
 
-def test_a_zip_with_a_password_or_a_wrong_sum_of_its_own_is_refused(tmp_path):
-    whole = zipped(("a", b"some text"))
-    locked = bytearray(whole)
-    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        locked[whole.index(signature) + offset] |= 1
-    (tmp_path / "locked.zip").write_bytes(locked)
-    with pytest.raises(osf.FetchError, match="encrypted"):
-        archive.unpack(tmp_path / "locked.zip")
-    wrong = bytearray(whole)
-    wrong[whole.index(b"PK\1\2") + 16] ^= 1
-    (tmp_path / "wrong.zip").write_bytes(wrong)
-    with pytest.raises(osf.FetchError, match=r"wrong.zip cannot be unpacked"):
-        archive.unpack(tmp_path / "wrong.zip")
-    assert names(tmp_path) == {"locked.zip", "wrong.zip"}
-
-
-def test_a_disk_that_fills_up_while_unpacking_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "a.zip").write_bytes(zipped(("a", b"1"), ("b", BODY)))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(len(BODY)))
-    with pytest.raises(osf.FetchError, match=r"too little room to unpack a.zip"):
-        archive.unpack(tmp_path / "a.zip")
-    assert names(tmp_path) == {"a.zip"}
-
-
-@pytest.mark.parametrize("moment", ["_extract", "_settle"])
-def test_unpacking_that_was_interrupted_is_done_by_the_next_call(server, tmp_path, monkeypatch, moment):
-    at = server.put("/a.zip", zipped(("d/1", b"1"), ("d/2", b"2"), ("e", b"3")))
-    (tmp_path / "d").mkdir()  # so that its files move one by one
-    whole = getattr(archive, moment)
-
-    def interrupted(source, folder, *_):
-        if moment == "_extract":
-            (folder / "half").write_bytes(b"half")
-        else:
-            (source / "d" / "1").rename(folder / "d" / "1")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(archive, moment, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(server, tmp_path)
-    assert names(tmp_path) == ({"a.zip"} if moment == "_extract" else {"a.zip", "d/1"})
-    monkeypatch.setattr(archive, moment, whole)
-    (tmp_path / ".a.zip.unpacking").mkdir()  # what a kill leaves
-    (tmp_path / ".a.zip.unpacking" / "junk").write_bytes(b"junk")
-    fetch(server, tmp_path)
-    assert names(tmp_path) == {"a.zip", ".a.zip.unpacked", "d/1", "d/2", "e"}
-    assert server.ranges_of(at) == [None]
-
-
 def test_what_was_edited_since_unpacking_stays_and_what_is_gone_comes_back(server, tmp_path):
     server.put("/a.zip", zipped(("labels.xlsx", b"old"), ("d/1", b"1")))
     fetch(server, tmp_path)
@@ -683,42 +406,12 @@ def test_what_was_edited_since_unpacking_stays_and_what_is_gone_comes_back(serve
     assert (tmp_path / "d" / "1").read_bytes() == b"1"
 
 
-def test_a_note_that_a_power_cut_left_empty_is_made_again(server, tmp_path):
-    server.put("/a.zip", zipped(("b", b"1")))
-    fetch(server, tmp_path)
-    (tmp_path / ".a.zip.unpacked").write_bytes(b"")
-    fetch(server, tmp_path)
-    assert json.loads((tmp_path / ".a.zip.unpacked").read_text())["files"] == ["b"]
-
-
 def test_another_file_in_the_way_of_an_archive_is_not_overwritten(server, tmp_path):
     server.put("/a.zip", zipped(("b", b"1"), ("c", b"2")))
     (tmp_path / "c").write_bytes(b"mine")
     with pytest.raises(osf.FetchError, match=r"/c differs from that in .*a.zip; move it away"):
         fetch(server, tmp_path)
     assert names(tmp_path) == {"a.zip", "c"} and (tmp_path / "c").read_bytes() == b"mine"
-
-
-# The whole way
-
-
-def test_a_phantom_fetched_as_one_zip_is_a_cohort_without_errors(server, phantom_root, tmp_path):
-    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root.parent, phantom_root.name)
-    server.put("/IPMN.zip", Path(packed).read_bytes())
-    folder, unverified = fetch(server, tmp_path / "data")
-    assert folder == tmp_path / "data" / phantom_root.name and unverified == []
-    scans, problems = data.inspect(folder)
-    assert len(scans) == len(data.read(phantom_root)) > 0
-    assert problems[problems["severity"] == "error"].empty
-
-
-def test_sheets_and_archives_side_by_side_make_one_cohort_too(server, phantom_root, tmp_path):
-    images = shutil.make_archive(tmp_path / "i", "gztar", phantom_root, "IPMN_images_masks")
-    server.put("/IPMN_labels_total.xlsx", (phantom_root / "IPMN_labels_total.xlsx").read_bytes())
-    server.put("/images.tar.gz", Path(images).read_bytes())
-    folder, _ = fetch(server, tmp_path / "data")
-    assert folder == tmp_path / "data"
-    assert len(data.read(folder)) == len(data.read(phantom_root))
 
 
 @pytest.fixture
@@ -730,23 +423,19 @@ def command(server, monkeypatch):
 
 
 def test_the_command_fetches_and_checks(server, command, phantom_root, tmp_path, capsys):
-    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root)
+    packed = shutil.make_archive(tmp_path / "packed", "zip", phantom_root.parent, phantom_root.name)
     server.put("/IPMN.zip", Path(packed).read_bytes())
     assert command(tmp_path / "data", "--yes") == 0
-    printed, n = capsys.readouterr().out, len(data.read(phantom_root))
-    assert "licence: " in printed and f"{tmp_path}/data: {n} labelled scans, 0 error(s)" in printed
+    folder, n = tmp_path / "data" / phantom_root.name, len(data.read(phantom_root))
+    printed = capsys.readouterr().out
+    assert "license: " in printed and f"{folder}: {n} labelled scans, 0 error(s)" in printed
 
 
-@pytest.mark.parametrize("answer", ["n", ""])
-def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, monkeypatch, capsys, answer):
-    server.put("/a.txt", b"1")
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-    assert command(tmp_path / "data") == 1
-    assert "ipmn: nothing was downloaded, as you answered" in capsys.readouterr().err
-
-
-def test_the_command_needs_a_terminal_or_yes(server, command, tmp_path, monkeypatch, capsys):
+def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, monkeypatch, capsys):
     server.put("/a.txt", b"1")
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert command(tmp_path / "data") == 1
-    assert "no terminal to ask at; `--yes` downloads" in capsys.readouterr().err
+    assert "ipmn: no terminal to ask at" in capsys.readouterr().err
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    assert command(tmp_path / "data") == 1
+    assert "ipmn: download cancelled" in capsys.readouterr().err

@@ -245,14 +245,14 @@ def test_perfect_separation_stays_perfect():
 
 
 def test_lone_cases_do_not_vary_and_give_no_interval():
-    alone = run(n=6, folds=1)  # one case a center and label
+    alone = run(n=6, folds=1)  # one case per center and label
     auc = global_auc(alone)
     assert 0 < auc < 1
     np.testing.assert_allclose(inference.resampled_auc(alone), auc)
     row = inference.intervals(alone).iloc[-1]
     assert row["auc"] == auc
     assert row[["auc_low", "auc_high"]].isna().all()
-    assert row["undefined"] == "one case a center and label: nothing for the bootstrap to draw"
+    assert row["undefined"] == "one case per center and label: nothing for the bootstrap to draw"
 
 
 def test_the_bootstrap_depends_on_the_seed_and_not_on_the_order_of_rows():

@@ -220,10 +220,10 @@ def test_both_tasks_in_one_frame_are_measured_each_with_its_own_classes():
 
 
 def test_every_absent_class_is_named():
-    assert metrics.absent_classes([0, 0], 2) == "no high-risk case"
-    assert metrics.absent_classes([1, 1], 2) == "no other case"
-    assert metrics.absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
-    assert metrics.absent_classes([2, 1, 0], 3) == ""
+    assert metrics.scores.absent_classes([0, 0], 2) == "no high-risk case"
+    assert metrics.scores.absent_classes([1, 1], 2) == "no other case"
+    assert metrics.scores.absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
+    assert metrics.scores.absent_classes([2, 1, 0], 3) == ""
 
 
 def test_best_inner_selects_by_the_held_out_cases_and_reports_the_test_cases():
@@ -276,7 +276,10 @@ def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is
         (lambda f: f.assign(prob_1=f["prob_1"].where(f.index != 5)), r"row 5 .* between 0 and 1"),
         (lambda f: f.assign(prob_0=f["prob_0"] + 1, prob_1=f["prob_1"] - 1), r"row 0 .* between 0 and 1"),
         (lambda f: f.assign(y_true=2), r"row 0 .*label is no class"),
-        (lambda f: f.assign(y_true=f["y_true"] ^ (f.index == 60)), r"row 60 .*had another label before"),
+        (
+            lambda f: f.assign(y_true=f["y_true"] ^ (f.index == 60)),
+            r"row 60 .*has another label in an earlier row",
+        ),
         (lambda f: f.assign(center=f["center"].where(f.index != 9)), r"row 9 .*a cell is empty"),
         (lambda f: f.assign(task="three_class"), "no column prob_2"),
         (lambda f: f.assign(fold=[0] * 90 + [1] * 90), r"row 90 .*tested in two folds"),

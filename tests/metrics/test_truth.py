@@ -5,7 +5,7 @@ from sklearn.metrics import roc_auc_score
 from test_metrics import random_run
 
 from ipmn_core import metrics
-from ipmn_core.metrics import truth, within
+from ipmn_core.metrics import centers, truth
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_every_fold_and_modality_has_its_own_cases(patients):
 def test_real_data_have_no_truth_and_so_no_reference_arms():
     run = random_run(2, epochs=1)
     assert truth.reference_arms(run, pd.DataFrame()).empty
-    gap = truth.gap_closed(within.decompose(run))
+    gap = truth.gap_closed(centers.decompose(run))
     assert gap[["pooled_closed", "within_closed"]].isna().all(axis=None) and gap["pooled"].notna().all()
     assert set(gap["undefined"]) == {"no oracle"}
 

@@ -1,183 +1,116 @@
-"""What befalls `ipmn run` from outside: it is killed, started twice, or has no place to write."""
+"""`ipmn run` is killed, started again, started twice, given other settings, or has no place to write."""
 
-import contextlib
-import multiprocessing
-import os
-import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import Project
 
-from ipmn_core import cli, pipeline
-from ipmn_core.runs import spread
+from ipmn_core import cli, params, pipeline
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes start from a server that forks")
-
-SETTINGS = {"profile": "kill", "phantom_max_per_cell": 3, "modalities": ["t2"], "size": 32, "device": "cpu"}
-SETTINGS |= {"three_class_models": ["shufflenetv2"], "binary_model": "shufflenetv2", "binary_folds": 2}
-SETTINGS |= {"three_class_folds": 2, "arms": ["centralized", "fedprox_0.1"]}
-SETTINGS |= {"epochs": 6, "rounds": 8, "batch_size": 4, "batches_per_epoch": 2, "threads": 1}
-SETTINGS |= {"precision": "float32", "checkpoint_seconds": 0.0}
-
-# What is seen on disk at a moment of each kind, in the order in which a run comes by them.
-MOMENTS = {
-    "writing the phantom": "phantom/.*.partial",
-    "filling the cache": "cache/*.partial",
-    "a federated round": "kill/runs/binary/t2/fedprox_0.1/fold*/share_done",
-    "writing a checkpoint of all clients": "kill/runs/binary/t2/fedprox_0.1/fold*/.checkpoint.pt.*.partial",
-    "training": "kill/runs/three_class/t2/shufflenetv2/fold*/share_done",
-    "writing a checkpoint": "kill/runs/three_class/t2/shufflenetv2/fold*/.checkpoint.pt.*.partial",
-    "writing the best model": "kill/runs/three_class/t2/shufflenetv2/fold*/.model.pt.*.partial",
-    "a notebook": "kill/notebooks/*.running.ipynb",
-    "writing tables": "kill/tables/*",
-}
-KILLS = dict(zip(MOMENTS, (3, 2, 5, 3, 3, 2, 1, 2, 1), strict=True))
-
-
-def start(profile, jobs=1, largest_file=None):
-    """`ipmn run` in a process of its own, its imports done; none of its files grows beyond a size."""
-    multiprocessing.set_forkserver_preload([spread.PRELOAD, "ipmn_core.cli", "ipmn_core.runs", "papermill"])
-    profile.write_text(yaml.safe_dump({"outputs": str(profile.parent), **SETTINGS, "jobs": jobs}))
-    process = multiprocessing.get_context(spread.CLEAN).Process(target=run, args=(profile, largest_file))
-    process.start()
-    return process
-
-
-def run(profile, largest_file):
-    log = open(profile.with_suffix(".log"), "a", buffering=1)  # noqa: SIM115
-    sys.stdout = sys.stderr = log
-    os.chdir(ROOT)
-    pipeline.START = spread.FORK  # its imports are done: seconds less at each start
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.exit(cli.main(["run", str(profile)]))
-
-
-def seen(process, profile, pattern):
-    """Whether something of `pattern` turned up, or was written again, before the process ended."""
-    before = written(profile.parent, pattern)
-    while process.is_alive():
-        if written(profile.parent, pattern) - before:
-            return True
-        time.sleep(0.001)
-    return False
-
-
-def written(folder, pattern):
-    """What there is of `pattern`, with the time of its last change."""
-    found = set()
-    for path in folder.glob(pattern):
-        with contextlib.suppress(FileNotFoundError):  # it has its final name now
-            found.add((path, path.stat().st_mtime_ns))
-    return found
-
-
-def kill_at(profile, pattern, delay, jobs):
-    """Whether `ipmn run` was killed, `delay` seconds after something of `pattern` turned up."""
-    process = start(profile, jobs)
-    if seen(process, profile, pattern):
-        time.sleep(delay)
-        process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
-
-
-def results(folder):
-    """Every table, and of every run its numbers and weights, by name."""
-    found = {path.name: path.read_bytes() for path in (folder / "kill" / "tables").iterdir()}
-    for path in (folder / "kill" / "runs").rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.suffix in (".parquet", ".csv"):
-            found[name] = path.read_bytes()
-        elif path.suffix == ".pt":
-            found[name] = {k: v.numpy().tobytes() for k, v in torch.load(path, weights_only=True).items()}
-    return found
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder / "kill.yaml")
-    process.join()
-    assert process.exitcode == 0, (folder / "kill.log").read_text()[-3000:]
-    return results(folder)
-
-
-def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(undisturbed, tmp_path):
-    rng, killed, profile = random.Random(0), Counter(), tmp_path / "kill.yaml"
-    for moment, times in KILLS.items():
-        for k in range(times):
-            delay = 0.0 if "writing" in moment else rng.uniform(0, 0.1)
-            jobs = 2 if k == 1 and "writing" not in moment else 1  # two workers take seconds more to start
-            started = time.monotonic()
-            killed[moment] += kill_at(profile, MOMENTS[moment], delay, jobs)
-            print(f"{time.monotonic() - started:6.1f} s  {moment}, {jobs} job(s)", flush=True)
-    print(dict(killed), "kills:", killed.total(), flush=True)
-    assert killed.total() >= 20 and set(killed) == set(MOMENTS) and min(killed.values()) > 0
-    last = start(profile, jobs=2)
-    last.join()
-    assert last.exitcode == 0, profile.with_suffix(".log").read_text()[-3000:]
-    ours = results(tmp_path)
-    assert ours.keys() == undisturbed.keys()
-    assert [name for name in ours if ours[name] != undisturbed[name]] == []
-    assert list(tmp_path.rglob("*.partial")) == [] and list(tmp_path.rglob("checkpoint.pt")) == []
-    assert len(pd.read_csv(tmp_path / "kill" / "tables" / "table3.csv")) == 16
-
-
-def refused(profile, **limits):
-    """What a run that cannot go on says at its end, with exit status 1, leaving nothing half written."""
-    process = start(profile, **limits)
-    process.join()
-    said = profile.with_suffix(".log").read_text()
-    assert process.exitcode == 1 and "Traceback" not in said, said[-3000:]
-    assert not [path for path in profile.parent.rglob("*.partial") if path.is_file()]
-    return said.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("megabytes", "what"),
-    [(3, r"cache/cubes32_\w+\.npy"), (6, r"runs/\w+/t2/\w+/fold\d/(model|checkpoint)\.pt")],
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")
+PROFILE = "params/smoke.yaml"
+ROUND = "outputs/smoke/runs/binary/t2/fedprox_0.1/fold0/checkpoint.pt"  # written after the first round of two
+MOMENTS = (  # what is seen on disk at a moment of each kind, in the order in which a run comes to them
+    "outputs/cache/.*.partial",
+    "outputs/smoke/runs/binary/t2/local_only/fold*/.checkpoint.pt.*.partial",
+    "outputs/smoke/notebooks/*.running.ipynb",
 )
-def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(tmp_path, megabytes, what):
-    said = refused(tmp_path / "kill.yaml", largest_file=megabytes * 10**6)
-    assert re.search(what + " cannot be written .*make room, or choose another folder", said)
-    assert not list((tmp_path / "kill").rglob("run.json"))
+
+
+@pytest.fixture
+def project(smoke, tmp_path, monkeypatch):
+    """A second project with the phantom of the first and no run yet; the working directory."""
+    project = Project.new(tmp_path / "project")
+    shutil.copytree(smoke.root / "outputs" / "phantom", project.root / "outputs" / "phantom")
+    monkeypatch.chdir(project.root)
+    return project
+
+
+def kill_at(project, pattern):
+    """Kill `ipmn run` as soon as there is something of `pattern`."""
+    old, process = set(project.root.glob(pattern)), project.start()
+    while process.poll() is None and not set(project.root.glob(pattern)) - old:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, project.said[-3000:]
+
+
+def results(project, *parts):
+    """Numbers and weights in `parts` of a project's results, by name."""
+    found = {}
+    for path in (path for part in parts for path in (project.folder / part).rglob("*")):
+        if path.suffix in (".csv", ".parquet"):
+            found[str(path.relative_to(project.folder))] = path.read_bytes()
+        elif path.suffix == ".pt":
+            state = torch.load(path, weights_only=True)
+            found[str(path.relative_to(project.folder))] = {k: v.numpy().tobytes() for k, v in state.items()}
+    return found
+
+
+def test_a_federated_run_killed_between_rounds_ends_with_the_same_bits_and_is_not_repeated(smoke, project):
+    values = yaml.safe_load((project.root / PROFILE).read_text()) | {"arms": ["fedprox_0.1"], "jobs": 1}
+    (project.root / PROFILE).write_text(yaml.safe_dump(values))
+    kill_at(project, ROUND)
+    p = params.load(PROFILE)
+    pipeline.prepare(p)
+    ours, theirs = (
+        results(project, "runs/binary/t2/fedprox_0.1"),
+        results(smoke, "runs/binary/t2/fedprox_0.1"),
+    )
+    assert ours == theirs and any(name.endswith("model.pt") for name in ours)
+    assert list(project.folder.rglob("checkpoint.pt")) == []
+    before = {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*")}
+    pipeline.prepare(p)
+    assert {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(smoke, project):
+    for pattern in MOMENTS:
+        kill_at(project, pattern)
+    assert project.start().wait() == 0, project.said[-3000:]
+    ours, theirs = results(project, "runs", "tables"), results(smoke, "runs", "tables")
+    assert ours.keys() == theirs.keys() and len(ours) > 30
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_other_settings_under_the_same_name_are_refused_before_any_training(smoke, monkeypatch):
+    monkeypatch.chdir(smoke.root)
+    changed = params.load(PROFILE).model_copy(update={"lr": 0.01})
+    with pytest.raises((RuntimeError, ValueError), match=r"lr: 0\.001 on disk, 0\.01 now"):
+        pipeline.prepare(changed)
+
+
+def test_a_second_run_is_refused_while_the_first_works(project, capsys):
+    with pipeline.locked(params.load(PROFILE)):
+        assert cli.main(["run", PROFILE]) == 1
+    assert f"ipmn: another `ipmn run` is at work in {project.folder}" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(project, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))  # the cache of cubes grows beyond it
+    try:
+        assert cli.main(["run", PROFILE]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"cache/cubes32_\w+\.npy cannot be written .*make room, or choose another folder", said)
+    assert not list(project.root.rglob("*.partial")) and not list(project.folder.rglob("run.json"))
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that not even root can write to")
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(SETTINGS, "outputs", "/sys")
-    said = refused(tmp_path / "kill.yaml")
-    assert re.fullmatch(r"ipmn: /sys/kill: .* \(make room, or choose another folder\)", said)
-
-
-def test_a_second_run_is_refused_until_the_first_has_ended_however_it_ends(tmp_path):
-    profile = tmp_path / "kill.yaml"
-    first = start(profile)
-    assert seen(first, profile, "phantom/.*.partial")
-    said = refused_while_another_works(profile)
-    assert said.startswith(f"ipmn: another `ipmn run` is at work in {tmp_path}/kill; wait for its end")
-    first.kill()
-    first.join()
-    third = start(profile)
-    assert seen(third, profile, "cache/*.npy")
-    third.kill()
-    third.join()
-
-
-def refused_while_another_works(profile):
-    process = start(profile)
-    process.join()
-    assert process.exitcode == 1
-    (said,) = (line for line in profile.with_suffix(".log").read_text().splitlines() if "ipmn: " in line)
-    return said[said.index("ipmn: ") :]
+def test_a_folder_that_cannot_be_written_is_a_sentence(project, capsys):
+    text = (project.root / PROFILE).read_text()
+    (project.root / PROFILE).write_text(re.sub(r"(?m)^outputs: \S+", "outputs: /sys", text))
+    assert cli.main(["run", PROFILE]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"ipmn: /sys/smoke: .* \(make room, or choose another folder\)", said)

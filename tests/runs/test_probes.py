@@ -8,7 +8,7 @@ import pytest
 
 from ipmn_core import metrics, params, runs
 from ipmn_core.data import Cubes, assign_folds
-from ipmn_core.metrics import within
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS
 from ipmn_core.runs import probes, records
 
@@ -160,7 +160,7 @@ def test_center_only_orders_centers_but_no_pair_of_one_center():
     scans["label"] = (rng.random(400) < prevalence).astype(int)
     x = probes.features("center_only", scans, np.zeros((400, 1, 1, 1)))
     frame = out_of_fold("center_only", scans, x)
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     assert row["within"] == 0.5
     assert row["between"] > row["pooled"] > 0.6
     folds = metrics.by_fold(frame)
@@ -170,11 +170,11 @@ def test_center_only_orders_centers_but_no_pair_of_one_center():
 def test_header_only_finds_a_protocol_that_goes_with_the_label_inside_each_center(tmp_path):
     scans = two_protocols(tmp_path, tied=True)
     x = probes.features("header_only", scans, np.zeros((len(scans), 1, 1, 1)))
-    row = within.decompose(out_of_fold("header_only", scans, x)).iloc[0]
+    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
     thick = (x[:, 2] % 1 == 0.5).astype(float)
     frame = scans.assign(task="binary", arm="truth", fold=np.arange(len(scans)) % 4, epoch=1)
     frame = frame.assign(y_true=scans["label"], prob_0=1 - thick, prob_1=thick)
-    known = within.decompose(frame).iloc[0]["within"]
+    known = centers.decompose(frame).iloc[0]["within"]
     assert known == pytest.approx(0.8, abs=0.05)  # sensitivity = specificity = 0.8, of 480 cases
     # over other draws the forest fell 0.02 below the known truth, for it also splits on noise
     assert known - 0.06 < row["within"] < known + 0.02
@@ -184,7 +184,7 @@ def test_header_only_orders_no_pair_within_a_center_of_one_protocol(tmp_path):
     scans = two_protocols(tmp_path, tied=True)
     first = scans.groupby("center")["image"].transform("first")  # everybody has the same header there
     x = probes.features("header_only", scans.assign(image=first), np.zeros((len(scans), 1, 1, 1)))
-    row = within.decompose(out_of_fold("header_only", scans, x)).iloc[0]
+    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
     assert row["within"] == 0.5
     assert row["between"] > 0.55
 
@@ -192,7 +192,7 @@ def test_header_only_orders_no_pair_within_a_center_of_one_protocol(tmp_path):
 def test_header_only_finds_nothing_inside_centers_whose_headers_are_drawn_at_random(tmp_path):
     scans = two_protocols(tmp_path, tied=False)
     x = probes.features("header_only", scans, np.zeros((len(scans), 1, 1, 1)))
-    row = within.decompose(out_of_fold("header_only", scans, x)).iloc[0]
+    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
     assert row["within"] == pytest.approx(0.5, abs=0.1)  # about 2000 pairs within: standard error 0.03
     assert row["between"] > 0.55  # the headers still tell the centers
 
@@ -203,7 +203,7 @@ def test_histogram_only_finds_brightness_that_goes_with_the_label():
     level = 0.4 + 0.1 * scans["label"].to_numpy()[:, None, None, None]
     cubes = np.clip(level + 0.1 * rng.standard_normal((200, 6, 6, 6)), 0, 1).astype(np.float16)
     frame = out_of_fold("histogram_only", scans, probes.features("histogram_only", scans, cubes))
-    assert within.decompose(frame).iloc[0]["within"] > 0.95
+    assert centers.decompose(frame).iloc[0]["within"] > 0.95
 
 
 @pytest.mark.parametrize("name", probes.PROBES)

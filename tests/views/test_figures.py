@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from sklearn.metrics import auc, roc_auc_score
 
 from ipmn_core import data, metrics, views
-from ipmn_core.metrics import by_center, tables
+from ipmn_core.metrics import centers, tables
 from ipmn_core.names import CENTERS, display_name
 from ipmn_core.views import results, style
 
@@ -33,8 +33,8 @@ def summary(binary_predictions):
 
 @pytest.fixture(scope="module")
 def explored(binary_predictions):
-    """`by_center.summary` of the last epoch of T2."""
-    table = by_center.summary(by_center.by_rules(binary_predictions), n_resamples=50)
+    """`centers.summary` of the last epoch of T2."""
+    table = centers.summary(centers.by_rules(binary_predictions), n_resamples=50)
     return table.query("modality == 't2' and rule == 'last'")
 
 
@@ -214,7 +214,7 @@ def test_the_overview_has_every_arms_interval_and_shades_the_center(explored):
 
 def test_the_details_are_those_of_the_center_and_the_arm(t2):
     _, middle, right = views.center_in_detail(t2, "NYU", "fedprox_0.1").axes
-    matrix = by_center.confusion(t2.query("center == 'NYU' and arm == 'fedprox_0.1'"))
+    matrix = centers.confusion(t2.query("center == 'NYU' and arm == 'fedprox_0.1'"))
     assert [text.get_text() for text in middle.texts] == [str(n) for n in matrix.flat]
     assert [sum(bar.get_height() for bar in bars) for bars in right.containers] == [8, 4]
     assert middle.get_title() == "NYU: FedProx (μ=0.1)"

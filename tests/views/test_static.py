@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 
 from ipmn_core import metrics
 from ipmn_core.data import load_roi, to_cube
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABEL_NAMES
 from ipmn_core.views import static
 from ipmn_core.views.scans import scan_volumes, widest_slice
@@ -45,13 +45,13 @@ def tables(binary_predictions):
     alone = binary_predictions[binary_predictions["arm"] == "centralized"].assign(arm="local_only")
     predictions = pd.concat([binary_predictions, alone, three_class()], ignore_index=True)
     predictions["case_id"] = predictions["case_id"].replace(_worst_at_nyu(predictions), HOSTILE)
-    selected = by_center.by_rules(predictions)
-    return selected, by_center.summary(selected, n_resamples=50)
+    selected = centers.by_rules(predictions)
+    return selected, centers.summary(selected, n_resamples=50)
 
 
 def _worst_at_nyu(predictions):
     rows = predictions[(predictions["arm"] == "centralized") & (predictions["modality"] == "t2")]
-    return by_center.most_wrong(rows[rows["center"] == "NYU"])["case_id"].iloc[0]
+    return centers.most_wrong(rows[rows["center"] == "NYU"])["case_id"].iloc[0]
 
 
 def data_of(view):
@@ -492,7 +492,7 @@ def test_three_classes_have_their_own_arms_and_counts_and_high_risk_against_the_
 
 def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, tables):
     choose(page, modality="t1")
-    wrong = by_center.most_wrong(rows_of(tables[0], {"task": "binary", "modality": "t1"}, "centralized"))
+    wrong = centers.most_wrong(rows_of(tables[0], {"task": "binary", "modality": "t1"}, "centralized"))
     expected = [
         [case.case_id, case.center, *(LABEL_NAMES[True][k] for k in (case.y_true, case.predicted))]
         for case in wrong.itertuples()
@@ -504,7 +504,7 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, ta
     for modality in ("t1", "t2"):
         choose(page, modality=modality)
         here = {"task": "binary", "modality": modality}
-        wrong = by_center.most_wrong(rows_of(tables[0], here, "centralized", center="NYU"))
+        wrong = centers.most_wrong(rows_of(tables[0], here, "centralized", center="NYU"))
         assert [row[0] for row in cells(page, "cases most wrong")] == wrong["case_id"].tolist()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ipmn_core import views
-from ipmn_core.metrics import by_center
+from ipmn_core.metrics import centers
 from ipmn_core.views import scans, static, style, widgets
 from ipmn_core.views.gradcam import Look
 
@@ -193,7 +193,7 @@ def test_the_explorer_lists_the_worst_cases_and_opens_one(binary_predictions, ph
     known = binary_predictions["case_id"].isin(["NYU00", "NYU01", "NYU02"])
     rows = binary_predictions[known].replace(dict(zip(["NYU00", "NYU01", "NYU02"], names, strict=True)))
     explorer = views.center_explorer(rows, None, phantom_scans)
-    worst = by_center.most_wrong(rows.query("modality == 't1' and arm == 'centralized'"))
+    worst = centers.most_wrong(rows.query("modality == 't1' and arm == 'centralized'"))
     assert explorer.worst._options_values[1:] == tuple((case, "t1") for case in worst["case_id"])
     assert explorer.viewer.layout.display == "none"
     explorer.worst.index = 2

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from test_metrics import global_auc
 
-from ipmn_core.metrics import within
+from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS
 
 ARM = ["task", "modality", "arm"]
@@ -55,7 +55,7 @@ KINDS = {
 @pytest.mark.parametrize("seed", range(3))
 def test_every_value_equals_the_pairs_counted_one_by_one(seed):
     frame = random_run(2, seed=seed)
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     counted = {kind: count_pairs(frame, 1, belongs) for kind, belongs in KINDS.items()}
     for kind, (share, _) in counted.items():
         assert row[kind] == share  # halves sum exactly
@@ -65,14 +65,14 @@ def test_every_value_equals_the_pairs_counted_one_by_one(seed):
 
 
 def test_pooled_is_the_mixture_of_within_and_between():
-    for row in within.decompose(random_run(2, seed=4)).itertuples():
+    for row in centers.decompose(random_run(2, seed=4)).itertuples():
         mixture = row.share_within * row.within + (1 - row.share_within) * row.between
         assert row.pooled == pytest.approx(mixture, abs=1e-12)  # float64 divisions
 
 
 def test_three_classes_are_the_mean_over_classes_against_the_rest():
     frame = random_run(3, task="three_class")
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     counted = {kind: [count_pairs(frame, k, f) for k in range(3)] for kind, f in KINDS.items()}
     for kind, classes in counted.items():
         assert row[kind] == pytest.approx(np.mean([share for share, _ in classes]), abs=1e-12)  # of a mean
@@ -85,14 +85,14 @@ def test_three_classes_are_the_mean_over_classes_against_the_rest():
 @pytest.mark.parametrize(("n_classes", "task"), [(2, "binary"), (3, "three_class")])
 def test_pooled_of_one_fold_is_its_global_auc(n_classes, task):
     frame = random_run(n_classes, n_folds=1, task=task)
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     assert row["pooled"] == pytest.approx(global_auc(frame), abs=1e-12)  # ranks against pairs
 
 
 def test_a_fold_counts_by_its_pairs():
     small = run([1, 0], [0.1, 0.9], fold=0)  # 1 pair, wrong
     large = run([1, 1, 0, 0, 0], [0.9, 0.8, 0.1, 0.2, 0.3], fold=1)  # 6 pairs, all right
-    assert within.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
+    assert centers.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
 
 
 def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
@@ -101,22 +101,22 @@ def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
     prevalence = dict(zip(CENTERS, np.linspace(0.1, 0.7, 7), strict=True))
     p = np.array([prevalence[c] for c in center])
     frame = run((rng.random(300) < p).astype(int), p, center, rng.integers(0, 4, 300))
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     assert row["within"] == 0.5
     assert row["between"] > row["pooled"] > 0.6
-    assert (within.within_by_center(frame)["within"] == 0.5).all()
+    assert (centers.within_by_center(frame)["within"] == 0.5).all()
 
 
 def test_knowing_the_disease_but_not_the_centers_scale_shows_within_only():
     frame = run([1, 0, 1, 0], [0.9, 0.8, 0.2, 0.1], ["NYU", "NYU", "IU", "IU"])
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     assert (row["within"], row["between"], row["share_within"], row["pairs"]) == (1, 0.5, 0.5, 4)
 
 
 @pytest.mark.parametrize(("n_classes", "task"), [(2, "binary"), (3, "three_class")])
 def test_a_center_is_its_own_pairs_over_folds(n_classes, task):
     frame = random_run(n_classes, task=task)
-    table = within.within_by_center(frame)
+    table = centers.within_by_center(frame)
     assert table["center"].tolist() == list(CENTERS[:4])  # in their order
     for row in table.itertuples():
         here = frame[frame["center"] == row.center]
@@ -128,9 +128,9 @@ def test_a_center_is_its_own_pairs_over_folds(n_classes, task):
 
 def test_centers_weighted_by_their_pairs_give_within():
     frame = random_run(2)
-    centers = within.within_by_center(frame)
-    weighted = np.average(centers["within"], weights=centers["pairs"])
-    assert within.decompose(frame).loc[0, "within"] == pytest.approx(weighted, abs=1e-12)  # float64 sums
+    mine = centers.within_by_center(frame)
+    weighted = np.average(mine["within"], weights=mine["pairs"])
+    assert centers.decompose(frame).loc[0, "within"] == pytest.approx(weighted, abs=1e-12)  # float64 sums
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_centers_weighted_by_their_pairs_give_within():
     ],
 )
 def test_a_value_without_pairs_is_nan_with_the_reason(y, center, fold, defined, reason):
-    row = within.decompose(run(y, [0.9, 0.8, 0.7, 0.1], center, fold)).iloc[0]
+    row = centers.decompose(run(y, [0.9, 0.8, 0.7, 0.1], center, fold)).iloc[0]
     assert row["undefined"].startswith(reason)
     assert np.isnan(row["pooled"]) != bool(defined)
     assert [kind for kind in ("within", "between") if not np.isnan(row[kind])] == (
@@ -155,11 +155,11 @@ def test_a_value_without_pairs_is_nan_with_the_reason(y, center, fold, defined, 
 def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
     prob = np.full((4, 3), 1 / 3)
     frame = run([0, 1, 0, 2], prob, ["NYU", "NYU", "IU", "EMC"], task="three_class")
-    row = within.decompose(frame).iloc[0]
+    row = centers.decompose(frame).iloc[0]
     assert row["pooled"] == pytest.approx(0.5, abs=1e-15)
     assert np.isnan(row["within"])
     assert row["undefined"] == "no center has both high-risk and other cases in one fold"
-    table = within.within_by_center(frame).set_index("center")
+    table = centers.within_by_center(frame).set_index("center")
     assert table["within"].isna().all()
     assert table.loc["NYU", "undefined"] == "no high-risk case"
     assert table.loc["IU", "undefined"] == "only no-risk cases; no low-risk case; no high-risk case"
@@ -169,7 +169,7 @@ def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
 
 def test_a_center_without_pairs_is_listed_with_the_reason():
     frame = run([1, 0, 0, 1], [0.9, 0.1, 0.5, 0.5], ["EMC", "EMC", "NYU", "MCF"])
-    table = within.within_by_center(frame)
+    table = centers.within_by_center(frame)
     assert table["center"].tolist() == ["NYU", "MCF", "EMC"]
     assert table["undefined"].tolist() == ["no high-risk case", "only high-risk cases", ""]
     assert table["within"].isna().tolist() == [True, True, False]
@@ -181,7 +181,7 @@ def test_tasks_modalities_and_arms_in_one_frame_are_each_measured_alone():
         random_run(2, arm="centralized", seed=1),
         random_run(3, arm="resnet34", task="three_class", modality="t1", seed=2),
     ]
-    for measure in (within.decompose, within.within_by_center):
+    for measure in (centers.decompose, centers.within_by_center):
         together = measure(pd.concat(parts))
         pd.testing.assert_frame_equal(together, pd.concat(map(measure, parts), ignore_index=True))
         assert together["arm"].unique().tolist() == ["fedavg", "centralized", "resnet34"]
@@ -193,8 +193,8 @@ def test_tasks_modalities_and_arms_in_one_frame_are_each_measured_alone():
 def test_columns_are_the_ones_promised():
     frame = random_run(2)
     values = ["pooled", "within", "between", "share_within", "pairs", "undefined"]
-    assert list(within.decompose(frame)) == [*ARM, *values]
-    assert list(within.within_by_center(frame)) == [
+    assert list(centers.decompose(frame)) == [*ARM, *values]
+    assert list(centers.within_by_center(frame)) == [
         *ARM,
         "center",
         "within",
@@ -209,4 +209,4 @@ def test_several_epochs_of_a_run_are_refused_by_name():
     with pytest.raises(
         ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select` first"
     ):
-        within.decompose(pd.concat([frame, frame.assign(epoch=2)]))
+        centers.decompose(pd.concat([frame, frame.assign(epoch=2)]))

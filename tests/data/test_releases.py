@@ -1,0 +1,268 @@
+"""The reader of both releases and its errors, on tiny cohorts written to disk."""
+
+import re
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import (
+    first_release,
+    only_error,
+    problems_of,
+    save_sheet,
+    save_volume,
+    second_release,
+)
+
+from ipmn_core import data
+from ipmn_core.data.releases import SCAN_COLUMNS, center_of
+
+T1_SHEET, ROI = "IPMN_labels_t1_total.xlsx", "t1_clean_ROI"
+
+
+def test_a_name_gives_its_center_or_is_refused_with_the_known_prefixes():
+    names = {
+        "NYU": ["nyu_0001", "ipmn-0001-Nyu"],
+        "MCF": ["CAD_28_T1", "MCF_03", "mcf_CAD_3"],
+        "NU": ["NU_03", "northwestern_0001"],
+        "AHN": ["ahn05", "AHN05"],
+        "MCA": ["mca_05"],
+        "IU": ["IU_2"],
+        "EMC": ["EMC007", "EMC_01_002"],
+    }
+    assert {center: {center_of(name) for name in of} for center, of in names.items()} == {
+        c: {c} for c in names
+    }
+    for name in ("ucsf_01", "0001", "", "nuclear_1", "nyu_vs_mca_3"):
+        with pytest.raises(ValueError, match=f"{name!r}.*nyu.*cad, northwestern"):
+            center_of(name)
+
+
+def test_a_case_name_has_no_suffix_and_no_trailing_channel_number():
+    for raw in ("AHN05", " AHN05 ", "AHN05.nii.gz", "AHN05.NII", "AHN05_0000.nii.gz", "AHN05_0000"):
+        assert data.case_name(raw) == "AHN05"
+    assert data.case_name("EMC_0000_002.nii.gz") == "EMC_0000_002"
+
+
+# The two layouts
+
+
+def test_the_first_release_is_read_in_sheet_order_t1_first(tmp_path):
+    first_release(tmp_path, t1=[("nyu_2", 2), ("AHN01.nii.gz", 0)], t2=[("ahn01", 0), ("CAD_3", 1)])
+    scans = data.read(tmp_path)
+    assert list(scans.columns) == SCAN_COLUMNS and scans["label"].dtype.kind == "i"
+    assert scans["case_id"].tolist() == ["nyu_2", "AHN01", "ahn01", "CAD_3"]
+    assert scans["patient_id"].tolist() == ["nyu_2", "ahn01", "ahn01", "cad_3"]
+    assert scans["center"].tolist() == ["NYU", "AHN", "AHN", "MCF"]
+    assert scans["modality"].tolist() == ["t1", "t1", "t2", "t2"]
+    assert scans["label"].tolist() == [2, 0, 0, 1]
+    assert scans["image"].tolist()[1] == str(tmp_path / ROI / "AHN01.nii.gz")
+    assert set(scans["mask"]) == {""}
+
+
+def test_the_second_release_is_read_with_masks_and_the_row_as_patient(tmp_path):
+    second_release(tmp_path, [("CAD_28_T1", "CAD_28_T2", 1), (None, "EMC_01_002", 0), ("IU_2", None, 2)])
+    scans = data.read(tmp_path)
+    assert scans["case_id"].tolist() == ["CAD_28_T1", "IU_2", "CAD_28_T2", "EMC_01_002"]
+    assert scans["patient_id"].tolist() == ["cad_28_t1", "iu_2", "cad_28_t1", "emc_01_002"]
+    assert scans["label"].tolist() == [1, 2, 1, 0]
+    assert scans["mask"].tolist()[2] == str(tmp_path / "IPMN_images_masks/t2/masks/CAD_28_T2.nii.gz")
+
+
+def test_files_match_in_any_case_with_nii_or_nii_gz_and_with_the_channel_number(tmp_path):
+    first_release(tmp_path, t1=[("nyu_1", 0), ("MCF_2.nii.gz", 1), ("iu_3", 2)])
+    folder = tmp_path / ROI
+    (folder / "nyu_1.nii.gz").rename(folder / "NYU_1_0000.nii.gz")
+    (folder / "MCF_2.nii.gz").rename(folder / "mcf_2.NII.GZ")
+    (folder / "iu_3.nii.gz").unlink()
+    save_volume(folder / "IU_3.nii")
+    found = [Path(file).name for file in data.read(tmp_path)["image"]]
+    assert found == ["NYU_1_0000.nii.gz", "mcf_2.NII.GZ", "IU_3.nii"]
+
+
+def test_blank_labels_are_left_out_and_counted_and_blank_rows_are_skipped(tmp_path):
+    rows = [("nyu_1", "nyu_1", 1), (None,) * 3, ("nyu_2", None, None), ("nyu_3", "nyu_3", " ")]
+    second_release(tmp_path, [*rows, (None, "nyu_4", 0)])
+    scans = data.read(tmp_path)
+    cases = list(zip(scans["modality"], scans["case_id"], strict=True))
+    assert cases == [("t1", "nyu_1"), ("t2", "nyu_1"), ("t2", "nyu_4")]
+    assert scans.attrs["unlabelled"] == {"t1": 2, "t2": 1}
+    assert "2 of 3 t1 scans and 1 of 3 t2 scans have no label" in problems_of(tmp_path, "note")[-1]
+    assert not [w for w in problems_of(tmp_path, "warning") if "no row" in w]
+
+
+def test_a_first_release_with_one_modality_only_is_read_whole_labels_as_number_or_text(tmp_path):
+    labels = [1, 1.0, "1", " 1 ", "1.0"]
+    first_release(tmp_path, t1=[(f"nyu_{i}", label) for i, label in enumerate(labels)])
+    (tmp_path / "IPMN_labels_t2_total.xlsx").unlink()
+    (tmp_path / "t2_clean_ROI").rmdir()
+    assert data.read(tmp_path)["label"].tolist() == [1] * 5
+
+
+# Columns
+
+
+@pytest.mark.parametrize("header", ["Patient ID", "patient_id", "PatientID", "Case", "scan name", "ID"])
+def test_the_name_column_is_found_wherever_it_is(tmp_path, header):
+    first_release(tmp_path)
+    save_sheet(tmp_path / T1_SHEET, ["Risk assessment", "Age", "Idiom", header], [(2, 60, "", "nyu_1")])
+    save_volume(tmp_path / ROI / "nyu_1.nii.gz")
+    assert data.read(tmp_path)["label"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        (["Patient ID", "b", "c", "d", "e", "f"], ["the label", "'Patient ID', 'b'"]),
+        (["a", "b", "c", "d", "e", "Risk"], ["the t1 name", "none", "'Risk'"]),
+        (["Patient ID", "Center name", "c", "d", "e", "Risk"], ["'Patient ID' or 'Center name'"]),
+        (["Patient ID", "b", "c", "d", "Risk factors", "Risk"], ["'Risk factors' or 'Risk'"]),
+        (["a", "T2", *"cdef", "Risk"], ["the t1 name", "none"]),
+        (["T1", "T1 date", *"cdef", "Risk"], ["the t1 name", "'T1' or 'T1 date'"]),
+    ],
+)
+def test_a_column_that_is_missing_or_ambiguous_is_an_error_and_positions_are_the_way_out(
+    tmp_path, headers, named
+):
+    if len(headers) == 6:
+        first_release(tmp_path, t1=[("nyu_1", 2)], headers=headers)
+    else:
+        second_release(tmp_path, [("nyu_1", None, 2)], headers=headers)
+    only_error(tmp_path, "IPMN_labels_", "rename", "position", *named)
+    assert data.read(tmp_path, columns="position")["label"].tolist() == [2]
+
+
+def test_t1_within_a_longer_word_is_no_t1_header(tmp_path):
+    headers = ["T1_file", "T2_file", "Patient1", "T10", "T21", "f", "risk"]
+    second_release(tmp_path, [("nyu_1", "nyu_1", 2)], headers)
+    assert len(data.read(tmp_path)) == 2
+
+
+def test_positions_beyond_the_sheet_and_another_way_to_find_columns_are_refused(tmp_path):
+    first_release(tmp_path)
+    save_sheet(tmp_path / T1_SHEET, ["Patient ID", "Risk"], [("nyu_1", 1)])
+    only_error(tmp_path, T1_SHEET, "the label", "'Patient ID', 'Risk'", columns="position")
+    with pytest.raises(ValueError, match="guess"):
+        data.inspect(tmp_path, columns="guess")
+
+
+# Errors of sheets and files
+
+
+def empty(sheet):
+    pd.DataFrame().to_excel(sheet, header=False, index=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (lambda root: second_release(root, []), ["IPMN_images_masks", "own folder"]),
+        (lambda root: (root / T1_SHEET).unlink(), [T1_SHEET, "cannot be read"]),
+        (lambda root: (root / T1_SHEET).write_bytes(b"no workbook"), [T1_SHEET, "cannot be read"]),
+        (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),
+        (lambda root: (root / ROI).rename(root / "x"), [ROI, "no such folder"]),
+        (lambda root: (root / ROI / "nyu_2.nii.gz").unlink(), [f"{T1_SHEET} row 3", "nyu_2.nii.gz", ROI]),
+        (
+            lambda root: save_volume(root / ROI / "nyu_2_0000.nii.gz"),
+            ["row 3", "nyu_2_0000.nii.gz", "keep one"],
+        ),
+    ],
+)
+def test_a_sheet_or_file_that_cannot_be_used_is_one_error_with_its_name(tmp_path, spoil, parts):
+    first_release(tmp_path, t1=[("nyu_1", 1), ("nyu_2", 2)])
+    spoil(tmp_path)
+    only_error(tmp_path, *parts)
+
+
+def test_a_root_with_neither_release_is_an_error(tmp_path):
+    only_error(tmp_path, tmp_path, T1_SHEET, "IPMN_labels_total.xlsx", "label sheets")
+
+
+def test_a_link_to_nowhere_is_no_file_and_no_volume_is_read(tmp_path):
+    first_release(tmp_path, t1=[("nyu_1", 1), ("nyu_2", 1)])
+    (tmp_path / ROI / "nyu_1.nii.gz").write_bytes(b"")
+    (tmp_path / ROI / "nyu_2.nii.gz").unlink()
+    (tmp_path / ROI / "nyu_2.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    only_error(tmp_path, "row 3", "no image of nyu_2")
+    assert data.inspect(tmp_path)[0]["case_id"].tolist() == ["nyu_1"]
+
+
+def test_an_image_without_its_mask_is_an_error(tmp_path):
+    second_release(tmp_path, [("nyu_1", "nyu_1", 1)])
+    (tmp_path / "IPMN_images_masks/t2/masks/nyu_1.nii.gz").unlink()
+    only_error(tmp_path, "IPMN_labels_total.xlsx row 2", "no mask of nyu_1", "IPMN_images_masks/t2/masks")
+
+
+# Errors of rows
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        (("ucsf_7", 1), ["'ucsf_7'", "no center", "northwestern", "rename"]),
+        (("nyu_mca_7", 1), ["'nyu_mca_7'", "MCA and NYU"]),
+        ((7, 1), ["'7'", "no center"]),
+        *(((name, 1), [repr(name), "path"]) for name in ("../nyu_2", "t1/nyu_2", "t1\\nyu_2", "nyu_.._2")),
+        (("nyu_\u200b2", 1), [r"'nyu_\u200b2'", "does not print"]),
+        *((("nyu_2", x), [f"label {x!r}", "nyu_2"]) for x in (3, -1, "high", 1.5, True, "true", "01", "2.5")),
+        *((("nyu_2", x), [f"label {x!r}", "nyu_2"]) for x in ("=1+1", "#REF!", "#DIV/0!")),
+        ((None, 2), ["name ''"]),
+        (("NYU_1.nii.gz", 1), ["rows 2 and 4", "'nyu_1'", "keep one row"]),
+        (("NYU_1", None), ["rows 2 and 4", "different labels: 1, none"]),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_an_error_with_its_number_and_name(tmp_path, row, parts):
+    first_release(tmp_path, t1=[("nyu_1", 1), (None, None), row], t2=[("nyu_1", 1)])
+    (tmp_path / ROI / "NYU_1.nii.gz").unlink(missing_ok=True)
+    only_error(tmp_path, T1_SHEET, "4", *parts)
+
+
+@pytest.mark.parametrize("attributes", ["", ' t="array" ref="F3"'])
+def test_a_formula_counts_as_the_value_it_had_last(tmp_path, attributes):
+    sheet = tmp_path / T1_SHEET
+    first_release(tmp_path, t1=[("nyu_1", 0), ("nyu_2", "=1+1")])
+    with zipfile.ZipFile(sheet) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    cells = parts["xl/worksheets/sheet1.xml"].decode()
+    computed = re.sub(r"<f>1\+1</f><v */>", f"<f{attributes}>1+1</f><v>2</v>", cells)
+    assert computed != cells
+    with zipfile.ZipFile(sheet, "w") as book:
+        for name, part in (parts | {"xl/worksheets/sheet1.xml": computed.encode()}).items():
+            book.writestr(name, part)
+    assert data.read(tmp_path)["label"].tolist() == [0, 2]
+
+
+def test_t1_and_t2_of_different_centers_in_one_row_are_an_error(tmp_path):
+    second_release(tmp_path, [("nyu_1", "mcf_1", 1)])
+    only_error(tmp_path, "patient nyu_1", "t1 nyu_1 NYU", "t2 mcf_1 MCF")
+
+
+def test_read_lists_ten_errors_and_counts_the_rest(tmp_path):
+    first_release(tmp_path, t1=[(f"nyu_{i}", 9) for i in range(12)])
+    with pytest.raises(data.CohortError) as error:
+        data.read(tmp_path)
+    lines = str(error.value).splitlines()
+    assert "12" in lines[0] and str(tmp_path) in lines[0]
+    assert "row 2" in lines[1] and "row 11" in lines[10]
+    assert lines[11].strip() == f"and 2 more; `ipmn check {tmp_path}` lists all" and len(lines) == 12
+
+
+# Warnings and notes
+
+
+def test_a_file_without_a_row_is_a_warning(tmp_path):
+    second_release(tmp_path, [("nyu_1", None, 1)])
+    folder = tmp_path / "IPMN_images_masks/t2/masks"
+    save_volume(folder / "iu_9.nii.gz")
+    for name in ("._iu_9.nii.gz", ".DS_Store", "readme.txt"):
+        (folder / name).touch()
+    strays = [w for w in problems_of(tmp_path, "warning") if "no row" in w]
+    assert len(strays) == 1 and str(folder / "iu_9.nii.gz") in strays[0]
+    assert len(data.read(tmp_path)) == 1
+
+
+def test_different_labels_of_a_patients_t1_and_t2_are_a_warning(tmp_path):
+    first_release(tmp_path, t1=[("NYU_1", 1), ("nyu_2", 0)], t2=[("nyu_1", 2), ("nyu_2", 0)])
+    (warning,) = [w for w in problems_of(tmp_path, "warning") if "different labels" in w]
+    assert "patient nyu_1" in warning and "t1 NYU_1 1" in warning and "t2 nyu_1 2" in warning

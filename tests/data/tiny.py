@@ -1,0 +1,86 @@
+"""Tiny cohorts: both releases on disk, and tables of scans without files."""
+
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+
+from ipmn_core import data
+from ipmn_core.data import releases
+
+PAPER_TABLE1 = pd.read_csv(Path(data.__file__).parents[1] / "paper" / "table1.csv")
+COUNTS = PAPER_TABLE1[["center", "modality", "no_risk", "low_risk", "high_risk"]]
+FIRST_HEADERS = ["Patient ID", "Age", "Sex", "Center", "Scanner", "Risk assessment"]
+SECOND_HEADERS = ["T1", "T2", "Age", "Sex", "Center", "Scanner", "IPMN risk"]
+VOLUME = gzip.compress(nibabel.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)).to_bytes())
+
+
+def save_volume(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(VOLUME)
+
+
+def save_sheet(path, headers, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame([headers, *rows], dtype=object).to_excel(path, header=False, index=False)
+
+
+def save_scans(folder, names):
+    """A folder with a volume for each name that can be a file's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {data.case_name(name) for name in names if name}:
+        if name and "/" not in name:
+            save_volume(folder / f"{name}.nii.gz")
+
+
+def first_release(root, t1=(), t2=(), headers=FIRST_HEADERS):
+    """A first release with rows (name, label) in each sheet and a file for each name."""
+    for modality, rows in (("t1", t1), ("t2", t2)):
+        rows = [(name, 60, "F", "", "", label) for name, label in rows]
+        headers_here = headers if modality == "t1" else FIRST_HEADERS
+        save_sheet(root / f"IPMN_labels_{modality}_total.xlsx", headers_here, rows)
+        save_scans(root / f"{modality}_clean_ROI", [row[0] for row in rows])
+    return root
+
+
+def second_release(root, rows, headers=SECOND_HEADERS):
+    """A second release with sheet rows (t1 name, t2 name, label) and an image and a mask for each name."""
+    rows = [(t1, t2, 60, "F", "", "", label) for t1, t2, label in rows]
+    save_sheet(root / "IPMN_labels_total.xlsx", headers, rows)
+    for i, modality in enumerate(("t1", "t2")):
+        for kind in ("images", "masks"):
+            save_scans(root / f"IPMN_images_masks/{modality}/{kind}", [row[i] for row in rows])
+    return root
+
+
+def problems_of(root, severity="error", **options):
+    """Where, problem and remedy of each problem of one severity, as one text each; every one has a remedy."""
+    problems = data.inspect(root, **options)[1]
+    assert problems["remedy"].str.len().gt(0).all()
+    rows = problems[problems["severity"] == severity]
+    return [f"{row.where} | {row.problem} | {row.remedy}" for row in rows.itertuples()]
+
+
+def only_error(root, *parts, **options):
+    """Asserts that a cohort has one error, which names every part."""
+    (error,) = problems_of(root, **options)
+    for part in parts:
+        assert str(part) in error
+
+
+def scans_of(counts, paired=False):
+    """Scans without files from rows (center, modality, no, low, high), labels in an irregular order."""
+    rows = []
+    for center, modality, *n in counts:
+        labels = np.random.default_rng(len(rows)).permutation(np.repeat([0, 1, 2], n))
+        for i, label in enumerate(labels):
+            name = f"{center}_{i}" if paired else f"{center}_{modality}_{i}"
+            rows.append((name, name.lower(), center, modality, label, f"{name}.nii.gz", ""))
+    scans = pd.DataFrame(rows, columns=releases.SCAN_COLUMNS)
+    return scans.sort_values("modality", kind="stable", ignore_index=True)
+
+
+def paper_scans(paired=False):
+    return scans_of(COUNTS.itertuples(index=False), paired)

@@ -1,0 +1,101 @@
+"""A federation of real processes on this machine, over TLS: one site is killed."""
+
+import contextlib
+import os
+import shutil
+import ssl
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from hospitals import profile
+
+from ipmn_core import params, runs
+from ipmn_core.flower import certificates, demo, processes
+
+SITES = ("NYU", "NU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clock():
+    """Processes have clocks of their own."""
+
+
+def wait_until(what, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.2)
+
+
+def kill(process):
+    """SIGKILL for a process and all that it started, as when the power fails."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
+def running(text):
+    """The command lines of processes that hold `text`."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in lines if text in line and str(os.getpid()) not in line]
+
+
+def intruder(local, folder):
+    """A process that knows where the server is and has the CA's certificate, but a key of its own."""
+    place = folder / "intruder"
+    shutil.copytree(local.federation.folder / "sites" / "NYU", place)
+    for name in ("key", "key.pub"):
+        (place / name).unlink()
+    certificates.node_key(place)
+    local.data["intruder"] = local.data["NYU"]
+    local.start("intruder", place)
+
+
+def status_of(local, path, source):
+    """The HTTP status of a request without credentials that comes from the address `source`."""
+    context = ssl.create_default_context(cafile=local.federation.server / "ca.crt")
+    with httpx.Client(transport=httpx.HTTPTransport(verify=context, local_address=source)) as client:
+        return client.post(f"https://127.0.0.1:{local.federation.port}{path}", content=b"").status_code
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # some 20 processes import torch
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are looked for in /proc")
+def test_a_site_is_killed_and_all_ends_as_in_one_process(tmp_path):
+    """The site comes back, and every bit is that of one process; one with another key stays outside."""
+    p = profile(tmp_path / "outputs", binary_model="shufflenetv2", phantom_max_per_cell=2)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json")))
+    with demo.started(tmp_path / "p.yaml", SITES, tmp_path / "f", round_seconds=30.0) as local:
+        intruder(local, tmp_path)
+        assert status_of(local, "/v1/control/list-nodes", "127.0.0.5") == 403
+        assert status_of(local, "/v1/control/list-nodes", "127.0.0.1") != 403
+        assert status_of(local, "/v1/fleet/register-node", "127.0.0.5") != 403
+        p = params.load(local.federation.folder / "profile.yaml")
+        there = runs.folder_of(p, runs.grid(p, "binary")[0])
+        with ThreadPoolExecutor() as pool:
+            trained = pool.submit(lambda: next(processes.run(local.federation)))
+            wait_until(lambda: (there / "checkpoint.pt").exists() or trained.done())
+            kill(local.processes["NYU"])
+            assert not (there / "run.json").exists()
+            while not trained.done():
+                if local.processes["NYU"].poll() is not None:
+                    local.start("NYU")  # the server still counts the killed one as online
+                time.sleep(1.0)
+            assert trained.result() == there
+        assert not (tmp_path / "f" / "sites" / "intruder").exists()
+    here = demo.in_process(p, SITES)
+    assert demo.compare(there, here, tmp_path / "f" / "sites") == (0.0, 0.0)
+    for name in ("updates.csv", "history.csv"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+    assert not (there / "left_out.csv").exists()
+    assert not running(str(tmp_path))
