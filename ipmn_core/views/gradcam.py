@@ -80,10 +80,7 @@ class Look:
 
     @property
     def pancreas(self) -> np.ndarray:
-        """(S, S, S) bool: voxels that hold a part of the masked ROI; the rest is padding, zero.
-
-        Where stored values are negative, padding is not the least of them and counts as pancreas.
-        """
+        """(S, S, S) bool: part of the masked ROI, not padding, zero (if no stored value is negative)."""
         return self.cube > 0
 
     @property
@@ -251,8 +248,8 @@ def _blank(scan: pd.Series, cube: np.ndarray, patient: pd.Series | None, seed: i
 def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed: int, size: int):
     """The lesion (`phantom.lesion`) brought to the cube as the image is: share of each voxel, (S, S, S).
 
-    Cut to the mask, then resized by area, not scaled. `patient` is the scan's row of truth.csv, `roi` its
-    clean ROI. Raises ValueError if the phantom was drawn with another seed.
+    `patient` is the scan's row of truth.csv, `roi` its clean ROI. Raises ValueError if the phantom was drawn
+    with another seed.
     """
     lesion = phantom.lesion(patient, seed, scan["modality"])
     if scan["mask"]:
@@ -283,10 +280,9 @@ def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device =
 def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
     """One row per case: `share` of attention on the lesion, `expected` of an even map, their ratio.
 
-    Columns case_id, center, label, y_true, prob, in_pancreas (share of attention on the pancreas, not on
-    padding), in_pancreas_even (of an even map), expected, share, ratio, ratio_image (of the cube's own
-    brightness taken as a map) and, with `controls` (each an `untrained` of the same cases), ratio_untrained,
-    their mean; NaN without a lesion or attention.
+    Columns: COLUMNS (fields and properties of `Look`), ratio_image (of the cube's own brightness taken as a
+    map) and, with `controls` (each an `untrained` of the same cases), ratio_untrained, their mean; NaN
+    without a lesion or attention.
     """
     frame = pd.DataFrame([[getattr(look, key) for key in COLUMNS] for look in looks], columns=COLUMNS)
     frame["ratio_image"] = [_ratio(look.share_of(look.cube), look.expected) for look in looks]
@@ -297,10 +293,8 @@ def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
 
 def canonical(look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Cube, heat map, lesion (or None), each (S, S, S) in RAS+ orientation, and a voxel's size (3,) in mm."""
-    turned = [
-        None if volume is None else nib.apply_orientation(volume, look.turn)
-        for volume in (look.cube, look.heat, look.lesion)
-    ]
+    volumes = look.cube, look.heat, look.lesion
+    turned = [v if v is None else nib.apply_orientation(v, look.turn) for v in volumes]
     mm = np.empty(3)
     mm[look.turn[:, 0].astype(int)] = look.mm
     return (*turned, mm)
@@ -336,15 +330,14 @@ def by_class(looks: Sequence[Look]) -> Figure:
 
 def _example(looks: Sequence[Look], label: int) -> Look:
     of_class = [look for look in looks if look.label == label]
-    found = sorted((look for look in of_class if look.expected > 0), key=lambda look: look.expected)
+    found = sorted((one for one in of_class if one.expected > 0), key=lambda one: one.expected)
     return found[len(found) // 2] if found else of_class[0]
 
 
 def overlay(ax: Axes, image: np.ndarray, heat: np.ndarray | None, lesion: np.ndarray | None, aspect: float):
     """Draw a slice of a cube in [0, 1], its heat map and the lesion's outline as radiologists see them.
 
-    All three (A, B), of arrays in canonical (RAS+) orientation: [:, :, k] is axial; the patient's right, or
-    front, is on the left. `aspect`: mm along B over mm along A.
+    All three (A, B), of canonical (RAS+) arrays; `aspect`: mm along B over mm along A.
     """
     white = float(np.percentile(image, 99.5)) or 1.0
     ax.imshow(image[::-1].T, cmap="gray", origin="lower", aspect=aspect, vmin=0, vmax=white)
