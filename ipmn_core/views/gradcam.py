@@ -145,12 +145,11 @@ def layer_of(network: nn.Module, size: int) -> str:
 
 def _goes_around(end, step) -> bool:
     """Whether autograd's graph leads from `end` to the input, its only leaf, without passing `step`."""
-    seen, todo = {step}, [end]
+    seen, todo = {step, None}, [end]
     while todo:
-        node = todo.pop()
-        if node not in seen:
+        if (node := todo.pop()) not in seen:
             seen.add(node)
-            todo += [before for before, _ in node.next_functions if before is not None]
+            todo += [before for before, _ in node.next_functions]
     return any(hasattr(node, "variable") for node in seen)
 
 
@@ -158,8 +157,8 @@ def grad_cam(network: nn.Module, cubes: np.ndarray, label: int, layer: str) -> n
     """Grad-CAM of class `label` at `layer` over cubes, both (N, S, S, S), float32, each map in [0, 1].
 
     Selvaraju et al. 2017, Eq. (1) and (2): the maps of `layer`, each weighted by the mean gradient of the
-    class's logit over it, summed, negative values set to 0; by MONAI, stretched to the cube trilinearly. Here
-    divided by its maximum (all zero where nothing speaks for the class). Leaves the network unchanged.
+    class's logit over it, summed, negative values set to 0, stretched to the cube trilinearly (MONAI); then
+    divided by the maximum (all zero where nothing speaks for the class). Leaves the network unchanged.
     """
     from monai.visualize import GradCAM
 
@@ -195,18 +194,16 @@ def of_run(
         case_ids = splits.loc[splits["role"] == "test", "case_id"]
     mine = cohort.scans[cohort.scans["modality"] == run.modality]
     places = dict(zip(mine["case_id"], mine.index, strict=True))
-    missing = [case for case in case_ids if case not in places]
-    if missing:
-        cases = ", ".join(missing[:5])
-        raise ValueError(f"no {run.modality} scan of {cases} among these: pass the run's cohort")
+    if missing := ", ".join([case for case in case_ids if case not in places][:5]):
+        raise ValueError(f"no {run.modality} scan of {missing} among these: pass the run's cohort")
     patients = {row["patient_id"].casefold(): row for _, row in data.read_truth(p).iterrows()}
     asked = range(len(class_names(run.task)))[asked]
     about = {"task": run.task, "modality": run.modality, "network": one.network, "asked": asked}
     looks = []
     for case in tqdm(case_ids, "cases", unit="case", delay=2):
         scan, cube = mine.loc[places[case]], np.float32(cohort.cubes[places[case]])
-        patient = patients.get(scan["patient_id"].casefold())
-        looks.append(replace(_blank(scan, cube, patient, p.phantom_seed), **about))
+        blank = _blank(scan, cube, patients.get(scan["patient_id"].casefold()), p.phantom_seed)
+        looks.append(replace(blank, **about))
     local, seen = run.arm == runs.LOCAL_ONLY, {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
         network = trained.load(one, center).to(federated.device_of(p))
@@ -335,10 +332,7 @@ def _example(looks: Sequence[Look], label: int) -> Look:
 
 
 def overlay(ax: Axes, image: np.ndarray, heat: np.ndarray | None, lesion: np.ndarray | None, aspect: float):
-    """Draw a slice of a cube in [0, 1], its heat map and the lesion's outline as radiologists see them.
-
-    All three (A, B), of canonical (RAS+) arrays; `aspect`: mm along B over mm along A.
-    """
+    """Draw a canonical slice (A, B) of a cube, its heat map and the lesion; `aspect`: mm along B over A."""
     white = float(np.percentile(image, 99.5)) or 1.0
     ax.imshow(image[::-1].T, cmap="gray", origin="lower", aspect=aspect, vmin=0, vmax=white)
     show_heat(ax, *(None if cut is None else cut[::-1].T for cut in (heat, lesion)))
