@@ -28,7 +28,6 @@ from ipmn_core.views.scans import (
     scan_volumes,
     show_slice,
     slices,
-    widest_slice,
 )
 from ipmn_core.views.style import PALETTE, color, png, save, show, use_style
 from ipmn_core.views.widgets import attention_viewer, center_explorer, fedprox_by_hand, roi_viewer

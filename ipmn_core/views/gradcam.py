@@ -80,10 +80,7 @@ class Look:
 
     @property
     def pancreas(self) -> np.ndarray:
-        """(S, S, S) bool: voxels that hold a part of the masked ROI; the rest is padding, zero.
-
-        Where stored values are negative, padding is not the least of them and counts as pancreas.
-        """
+        """(S, S, S) bool: part of the masked ROI, not padding, zero (if no stored value is negative)."""
         return self.cube > 0
 
     @property
@@ -148,12 +145,11 @@ def layer_of(network: nn.Module, size: int) -> str:
 
 def _goes_around(end, step) -> bool:
     """Whether autograd's graph leads from `end` to the input, its only leaf, without passing `step`."""
-    seen, todo = {step}, [end]
+    seen, todo = {step, None}, [end]
     while todo:
-        node = todo.pop()
-        if node not in seen:
+        if (node := todo.pop()) not in seen:
             seen.add(node)
-            todo += [before for before, _ in node.next_functions if before is not None]
+            todo += [before for before, _ in node.next_functions]
     return any(hasattr(node, "variable") for node in seen)
 
 
@@ -161,8 +157,8 @@ def grad_cam(network: nn.Module, cubes: np.ndarray, label: int, layer: str) -> n
     """Grad-CAM of class `label` at `layer` over cubes, both (N, S, S, S), float32, each map in [0, 1].
 
     Selvaraju et al. 2017, Eq. (1) and (2): the maps of `layer`, each weighted by the mean gradient of the
-    class's logit over it, summed, negative values set to 0; by MONAI, stretched to the cube trilinearly. Here
-    divided by its maximum (all zero where nothing speaks for the class). Leaves the network unchanged.
+    class's logit over it, summed, negative values set to 0, stretched to the cube trilinearly (MONAI); then
+    divided by the maximum (all zero where nothing speaks for the class). Leaves the network unchanged.
     """
     from monai.visualize import GradCAM
 
@@ -198,18 +194,16 @@ def of_run(
         case_ids = splits.loc[splits["role"] == "test", "case_id"]
     mine = cohort.scans[cohort.scans["modality"] == run.modality]
     places = dict(zip(mine["case_id"], mine.index, strict=True))
-    missing = [case for case in case_ids if case not in places]
-    if missing:
-        cases = ", ".join(missing[:5])
-        raise ValueError(f"no {run.modality} scan of {cases} among these: pass the run's cohort")
+    if missing := ", ".join([case for case in case_ids if case not in places][:5]):
+        raise ValueError(f"no {run.modality} scan of {missing} among these: pass the run's cohort")
     patients = {row["patient_id"].casefold(): row for _, row in data.read_truth(p).iterrows()}
     asked = range(len(class_names(run.task)))[asked]
     about = {"task": run.task, "modality": run.modality, "network": one.network, "asked": asked}
     looks = []
     for case in tqdm(case_ids, "cases", unit="case", delay=2):
         scan, cube = mine.loc[places[case]], np.float32(cohort.cubes[places[case]])
-        patient = patients.get(scan["patient_id"].casefold())
-        looks.append(replace(_blank(scan, cube, patient, p.phantom_seed), **about))
+        blank = _blank(scan, cube, patients.get(scan["patient_id"].casefold()), p.phantom_seed)
+        looks.append(replace(blank, **about))
     local, seen = run.arm == runs.LOCAL_ONLY, {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
         network = trained.load(one, center).to(federated.device_of(p))
@@ -251,8 +245,8 @@ def _blank(scan: pd.Series, cube: np.ndarray, patient: pd.Series | None, seed: i
 def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed: int, size: int):
     """The lesion (`phantom.lesion`) brought to the cube as the image is: share of each voxel, (S, S, S).
 
-    Cut to the mask, then resized by area, not scaled. `patient` is the scan's row of truth.csv, `roi` its
-    clean ROI. Raises ValueError if the phantom was drawn with another seed.
+    `patient` is the scan's row of truth.csv, `roi` its clean ROI. Raises ValueError if the phantom was drawn
+    with another seed.
     """
     lesion = phantom.lesion(patient, seed, scan["modality"])
     if scan["mask"]:
@@ -283,10 +277,9 @@ def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device =
 def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
     """One row per case: `share` of attention on the lesion, `expected` of an even map, their ratio.
 
-    Columns case_id, center, label, y_true, prob, in_pancreas (share of attention on the pancreas, not on
-    padding), in_pancreas_even (of an even map), expected, share, ratio, ratio_image (of the cube's own
-    brightness taken as a map) and, with `controls` (each an `untrained` of the same cases), ratio_untrained,
-    their mean; NaN without a lesion or attention.
+    Columns: COLUMNS (fields and properties of `Look`), ratio_image (of the cube's own brightness taken as a
+    map) and, with `controls` (each an `untrained` of the same cases), ratio_untrained, their mean; NaN
+    without a lesion or attention.
     """
     frame = pd.DataFrame([[getattr(look, key) for key in COLUMNS] for look in looks], columns=COLUMNS)
     frame["ratio_image"] = [_ratio(look.share_of(look.cube), look.expected) for look in looks]
@@ -297,10 +290,8 @@ def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
 
 def canonical(look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Cube, heat map, lesion (or None), each (S, S, S) in RAS+ orientation, and a voxel's size (3,) in mm."""
-    turned = [
-        None if volume is None else nib.apply_orientation(volume, look.turn)
-        for volume in (look.cube, look.heat, look.lesion)
-    ]
+    volumes = look.cube, look.heat, look.lesion
+    turned = [v if v is None else nib.apply_orientation(v, look.turn) for v in volumes]
     mm = np.empty(3)
     mm[look.turn[:, 0].astype(int)] = look.mm
     return (*turned, mm)
@@ -336,16 +327,12 @@ def by_class(looks: Sequence[Look]) -> Figure:
 
 def _example(looks: Sequence[Look], label: int) -> Look:
     of_class = [look for look in looks if look.label == label]
-    found = sorted((look for look in of_class if look.expected > 0), key=lambda look: look.expected)
+    found = sorted((one for one in of_class if one.expected > 0), key=lambda one: one.expected)
     return found[len(found) // 2] if found else of_class[0]
 
 
 def overlay(ax: Axes, image: np.ndarray, heat: np.ndarray | None, lesion: np.ndarray | None, aspect: float):
-    """Draw a slice of a cube in [0, 1], its heat map and the lesion's outline as radiologists see them.
-
-    All three (A, B), of arrays in canonical (RAS+) orientation: [:, :, k] is axial; the patient's right, or
-    front, is on the left. `aspect`: mm along B over mm along A.
-    """
+    """Draw a canonical slice (A, B) of a cube, its heat map and the lesion; `aspect`: mm along B over A."""
     white = float(np.percentile(image, 99.5)) or 1.0
     ax.imshow(image[::-1].T, cmap="gray", origin="lower", aspect=aspect, vmin=0, vmax=white)
     show_heat(ax, *(None if cut is None else cut[::-1].T for cut in (heat, lesion)))
