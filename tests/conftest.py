@@ -131,20 +131,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def chromium():
-    """One Chromium without a network for all tests of a session; they skip where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    """One Chromium for all tests of a session; without one they skip, as `browser.lacking` says."""
     import browser
 
-    path = browser.chromium()  # skips without one
+    path = browser.chromium()
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        running = playwright.chromium.launch(executable_path=path, args=browser.FLAGS)
         yield running
         running.close()
-
-
-def pytest_terminal_summary(terminalreporter):
-    """What tests measured (`record_property("measured", ...)`), one line each, under -q too."""
-    for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name == "measured":
-                terminalreporter.write_line(value)

@@ -4,23 +4,14 @@ from functools import partial
 
 import browser
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-CHROMIUM = browser.chromium()  # without one there is nothing to test here
 CHAPTERS = ("01_data_exploration", "03_federated_binary")
 
 
 def lines(texts):
     """The texts whole, one per line, for an assertion's message: pytest itself shortens them."""
     return "\n".join(texts)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=browser.FLAGS)
-        yield running
-        running.close()
 
 
 def test_the_report_works_as_a_file_without_a_network(chromium, smoke):

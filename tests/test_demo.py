@@ -16,7 +16,7 @@ import pytest
 from ipmn_core import data, metrics, models, params, phantom, runs
 from ipmn_core.metrics import tables, truth
 from ipmn_core.names import MODALITIES, TASKS
-from ipmn_core.phantom import cohort as phantom_cohort
+from ipmn_core.phantom import files
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -39,7 +39,7 @@ def demo(tmp_path_factory):
     labelled = everyone[everyone["label_t2"].notna()]
     chosen = labelled.groupby(["center", "label_t2"], sort=False).head(p.max_per_cell).sort_index()
     with pytest.MonkeyPatch.context() as patch:  # the demo writes the others, too, and leaves them out
-        patch.setattr(phantom_cohort, "patients", lambda *_: chosen.reset_index(drop=True))
+        patch.setattr(files, "patients", lambda *_: chosen.reset_index(drop=True))
         cohort = data.load_cohort(p)
     assert len(cohort) == len(chosen)
     predictions = pd.concat([runs.run_grid(p, task, cohort) for task in TASKS])

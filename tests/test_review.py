@@ -48,6 +48,7 @@ def reviewed(tmp_path_factory):
     (folder / "data").mkdir()
     values = {"profile": "review", "outputs": str(folder), "data": str(folder / "data"), "device": "cpu"}
     values |= {"size": 32, "epochs": 2, "rounds": 2, "inner_validation": 0.2, "threads": 1, "jobs": 1}
+    values |= {"three_class_folds": 3, "binary_folds": 3}
     (folder / "review.yaml").write_text(yaml.safe_dump(values))
     p = params.load(folder / "review.yaml")
     scans = scans_of(most=6)

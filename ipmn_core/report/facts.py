@@ -29,8 +29,12 @@ PACKAGES = ("ipmn", "numpy", "pandas", "scipy", "scikit-learn", "nibabel", "matp
 
 
 def parameters(notebook: NotebookNode) -> dict[str, Any]:
-    """The parameters that papermill executed a notebook with."""
-    return json.loads(json.dumps(notebook.metadata.get("papermill", {}).get("parameters", {})))
+    """The settings that papermill executed a notebook with, those in the file of its `profile` included."""
+    given = dict(notebook.metadata.get("papermill", {}).get("parameters", {}))
+    path = Path(str(given.get("profile", "")))
+    if path.suffix == ".yaml" and path.is_file():  # as `ipmn run` writes it
+        given = {**given, **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    return json.loads(json.dumps(given))
 
 
 def result(folder: Path, n: int) -> dict[str, Any]:
