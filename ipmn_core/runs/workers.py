@@ -112,11 +112,13 @@ def own_gpu(p: Params) -> Iterator[str]:
     n_gpus = torch.cuda.device_count() if p.device == "auto" and p.jobs > 1 else 0
     with contextlib.ExitStack() as stack:
         for gpu in range(n_gpus) if n_gpus > 1 else ():
-            with contextlib.suppress(Timeout):
-                lock = FileLock(Path(tempfile.gettempdir()) / f"ipmn-{os.getuid()}-gpu{gpu}.lock", timeout=0)
+            lock = FileLock(Path(tempfile.gettempdir()) / f"ipmn-{os.getuid()}-gpu{gpu}.lock", timeout=0)
+            try:
                 stack.enter_context(lock)
-                yield f"cuda:{gpu}"
-                return
+            except Timeout:
+                continue
+            yield f"cuda:{gpu}"
+            return
         yield f"cuda:{os.getpid() % n_gpus}" if n_gpus > 1 else p.device
 
 

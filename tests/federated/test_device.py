@@ -1,5 +1,7 @@
+import multiprocessing
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -7,14 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipmn_core import models
-from ipmn_core.federated import machine
+from ipmn_core.federated import device as devices
 from ipmn_core.params import Params
-from ipmn_core.runs import spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # On a CPU without bfloat16 units, where training refuses it, ResNet-34 would take minutes.
-IN_BFLOAT16 = [name for name in models.MODELS if name != "resnet34" or machine.has_bfloat16(CPU)]
+SLOW = [name for name in models.MODELS if name != "resnet34" or devices.has_bfloat16(CPU)]
+SLOW.remove("shufflenetv2")
+NETWORKS = ["shufflenetv2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def cubes(channels_last=False):
@@ -48,14 +51,14 @@ def steps(x):
 # are off by 0.8 of their norm, or infinite, in 5 layers of ResNet-34, 24 of DenseNet-121 and, channels last,
 # 3 each of ShuffleNet-V2 and MobileNet-V2.
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-@pytest.mark.parametrize("name", IN_BFLOAT16)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_convolution_gives_the_gradients_of_float32_to_the_precision_of_bfloat16(name, channels_last):
     model, x = models.build(name, 3).train(), cubes(channels_last).requires_grad_()
     if channels_last:
         model = model.to(memory_format=torch.channels_last_3d)
     caught = caught_convolutions(model)
     torch.manual_seed(0)  # of dropout
-    with machine.autocast(CPU, True):
+    with devices.autocast(CPU, True):
         logits = model(x)
     F.cross_entropy(logits.float(), torch.tensor([0, 2])).backward()
     assert len(caught) == sum(isinstance(layer, nn.Conv3d) for layer in model.modules())
@@ -75,14 +78,14 @@ def test_every_convolution_gives_the_gradients_of_float32_to_the_precision_of_bf
         assert steps(layer.weight.grad) == steps(layer.weight) or layer.kernel_size == (1, 1, 1), layer
 
 
-@pytest.mark.parametrize("name", IN_BFLOAT16)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_in_bfloat16_answers_nearly_as_in_float32(name):
     model = models.build(name, 3).eval()
     with torch.inference_mode():
         exact = model(cubes())
-        with machine.autocast(CPU, True):
+        with devices.autocast(CPU, True):
             rough = model(cubes())
-        with machine.autocast(CPU, False):
+        with devices.autocast(CPU, False):
             assert torch.equal(model(cubes()), exact)
     assert rough.dtype == torch.bfloat16
     # rounding by up to 2^-9 in each of up to 120 layers; the largest difference measured was 0.009
@@ -96,23 +99,24 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_average_pooling_keeps_type_and_layout(dtype, layout):
     x = torch.rand(2, 8, 4, 4, 4).to(dtype, memory_format=layout)
-    with machine.autocast(CPU, dtype == torch.bfloat16):
+    with devices.autocast(CPU, dtype == torch.bfloat16):
         pooled = F.avg_pool3d(x, 2, 2)
     assert pooled.dtype == dtype and pooled.is_contiguous(memory_format=layout)
     torch.testing.assert_close(pooled.float(), F.avg_pool3d(x.float(), 2, 2), rtol=2**-8, atol=0)
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
     model, seen = models.build("densenet121", 3).to(memory_format=layout), []
     for name, layer in model.named_modules():
         if re.search(r"denseblock[2-4].*norm1$", name):  # what meets the concatenations after the pooling
             layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    with torch.inference_mode(), machine.autocast(CPU, True):
+    with torch.inference_mode(), devices.autocast(CPU, True):
         model(cubes().contiguous(memory_format=layout))
     assert len(seen) == 12 + 24 + 16
     assert {x.dtype for x in seen} == {torch.bfloat16}  # under torch.autocast alone: float32, contiguous
-    if machine.has_bfloat16(CPU):  # elsewhere torch's own convolutions return contiguous volumes
+    if devices.has_bfloat16(CPU):  # elsewhere torch's own convolutions return contiguous volumes
         assert all(x.is_contiguous(memory_format=layout) for x in seen)
 
 
@@ -120,13 +124,13 @@ def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
 def test_a_cpu_with_amx_or_avx512_has_bfloat16(monkeypatch, amx, avx512, able):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
-    assert machine.has_bfloat16(CPU) == able
+    assert devices.has_bfloat16(CPU) == able
 
 
 def test_a_torch_that_cannot_say_so_has_no_bfloat16(monkeypatch):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert not machine.has_bfloat16(CPU)
+    assert not devices.has_bfloat16(CPU)
 
 
 @pytest.mark.parametrize(
@@ -147,34 +151,34 @@ def test_a_torch_that_cannot_say_so_has_no_bfloat16(monkeypatch):
 )
 def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, precision, device, model, used):
     p = Params(precision=precision)
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
-    assert machine.uses_bfloat16(p, device, model) == used
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    assert devices.uses_bfloat16(p, device, model) == used
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     if precision == "bfloat16":
         with pytest.raises(ValueError, match=rf"this {device.type} has no bfloat16 .* set `precision"):
-            machine.uses_bfloat16(p, device, model)
+            devices.uses_bfloat16(p, device, model)
     else:
-        assert not machine.uses_bfloat16(p, device, model)
+        assert not devices.uses_bfloat16(p, device, model)
 
 
 def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.device_of(Params(device="auto")) == CPU
+    assert devices.device_of(Params(device="auto")) == CPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"cuda was asked for, torch sees 0 GPU.*`cpu`"):
-        machine.device_of(Params(device="cuda"))
+        devices.device_of(Params(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.device_of(Params(device="auto")) == GPU
+    assert devices.device_of(Params(device="auto")) == GPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert machine.device_of(Params(device="cuda:1")) == torch.device("cuda:1")
+    assert devices.device_of(Params(device="cuda:1")) == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"cuda:2 was asked for, torch sees 2 GPU"):
-        machine.device_of(Params(device="cuda:2"))
+        devices.device_of(Params(device="cuda:2"))
 
 
 def test_threads_are_those_asked_for_and_0_leaves_them():
-    machine.prepare(2)
+    devices.prepare(2)
     assert torch.get_num_threads() == 2
-    machine.prepare(0)
+    devices.prepare(0)
     assert torch.get_num_threads() == 2
 
 
@@ -184,24 +188,25 @@ def resident():
 
 
 def keep_and_release():
-    machine.prepare(1)
-    machine.release_memory()  # what earlier tests left
+    devices.prepare(1)
+    devices.release_memory()  # what earlier tests left
     start, size = resident(), 2**27
     x = torch.ones(size // 4)
     del x
     assert resident() - start > 0.9 * size
-    machine.release_memory()
+    devices.release_memory()
     assert resident() - start < 0.1 * size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory, read from /proc")
 def test_freed_memory_is_kept_for_the_next_step_until_it_is_released():
-    assert spread.alone(keep_and_release, ()) is None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(keep_and_release).result()
 
 
 def test_one_thread_is_for_the_block_alone_even_if_it_fails():
     before = torch.get_num_threads()
-    with pytest.raises(ValueError), machine.one_thread():
+    with pytest.raises(ValueError), devices.one_thread():
         assert torch.get_num_threads() == 1
         raise ValueError
     assert torch.get_num_threads() == before

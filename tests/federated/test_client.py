@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Flip, Rotate90
+from small import cases, largest_difference, settings, small_net, steps_taken
+
+from ipmn_core.federated import Cases, DivergedError, Learner, client, fit_centralized
+
+TRAIN, TEST = {"a": torch.arange(20)}, {"a": torch.arange(20, 33)}
+
+
+def trained(**changes):
+    model = small_net()
+    epochs = list(fit_centralized(model, TRAIN, TEST, cases(), settings(**changes)))
+    return model.state_dict(), epochs
+
+
+def test_one_seed_gives_the_same_bits_and_every_seed_counts():
+    (a, epochs_a), (b, epochs_b) = trained(), trained()
+    assert largest_difference(a, b) == 0
+    assert all((x.prob == y.prob).all() for x, y in zip(epochs_a, epochs_b, strict=True))
+    for other in ((1, 0), (0, 1)):
+        assert largest_difference(a, trained(seed=other)[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(2, [2]), (16, [16]), (17, [17]), (32, [16, 16]), (33, [16, 17]), (34, [16, 16, 2])]
+)
+def test_a_tail_of_one_joins_the_batch_before_it(n, sizes):
+    pieces = [torch.arange(n)[batch] for batch in client.batches(n, 16)]
+    assert [len(piece) for piece in pieces] == sizes
+    assert torch.cat(pieces).tolist() == list(range(n))
+
+
+def test_one_training_case_is_refused_with_its_reason():
+    with pytest.raises(ValueError, match=r"AHN: 1 training case.*at least 2"):
+        Learner("AHN", small_net(), torch.arange(1), settings())
+
+
+def test_the_protocol_reaches_optimizer_and_schedule():
+    _, epochs = trained(lr_step=2, epochs=4, batches_per_epoch=2)
+    optimizer = epochs[-1].learners["all"].optimizer
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.AdamW) and group["weight_decay"] == 0.01
+    assert group["lr"] == pytest.approx(1e-5)  # 1e-3, a tenth of it after every second epoch
+    assert steps_taken(epochs[-1]) == {"all": {8.0}}  # 20 cases in batches of 4 would be 5 steps an epoch
+
+
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("axis", range(4))
+def test_augmentation_is_monais_flip_and_quarter_turns_of_every_cube(axis, quarters):
+    x = torch.rand(3, 1, 5, 5, 5).half()
+    flipped = [Flip(axis - 1)(cube) if axis else cube for cube in x]
+    rotate = Rotate90(quarters, spatial_axes=(0, 1))
+    expected = torch.stack([torch.as_tensor(np.asarray(rotate(cube))) for cube in flipped])
+    expected[1] = x[1]  # the middle cube stays as it is
+    assert torch.equal(client.augmented(x.clone(), [axis, 0, axis], [quarters, 0, quarters]), expected)
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.1, 1.0])
+def test_each_case_is_flipped_and_turned_with_its_probability(prob):
+    n = 20_000
+    drawn = client.draw_augmentations(n, prob, torch.Generator().manual_seed(0))
+    each = torch.tensor([1 - prob, prob / 3, prob / 3, prob / 3])  # none, or one of 3 axes, of 3 turns
+    axes, quarters = map(torch.tensor, drawn)
+    share = torch.bincount(4 * axes + quarters, minlength=16).double() / n
+    wanted = each.outer(each).flatten().double()
+    assert ((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / n).sqrt()).all()  # 4 standard errors
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_an_epoch_shows_each_case_once_augmented_and_with_its_label(monkeypatch, prob):
+    data = Cases(torch.rand(9, 1, 4, 4, 4), torch.arange(9))
+    before, cubes, labels = data.x.clone(), [], []
+    monkeypatch.setattr(client, "forward", lambda model, x, settings: cubes.append(x) or x.mean().view(1))
+    loss = lambda logits, y: labels.append(y) or logits.sum().requires_grad_()  # noqa: E731
+    monkeypatch.setattr(client, "local_objective", loss)
+    model = small_net()
+    learner = Learner("all", model, torch.arange(9), settings())
+    client.train_epoch(model, learner, data, settings(augment_prob=prob), (0,))
+    cubes, labels = torch.cat(cubes), torch.cat(labels)
+    assert labels.tolist() != list(range(9)) and sorted(labels.tolist()) == list(range(9))
+    voxels = [x.flatten(1).sort().values for x in (cubes, data.x[labels])]
+    assert torch.equal(*voxels)  # a turned cube keeps its voxels
+    unchanged = (cubes == data.x[labels]).flatten(1).all(1)
+    assert unchanged.all() if prob == 0 else not unchanged.any()
+    assert torch.equal(data.x, before)  # augmentation is in place, in a copy
+
+
+def test_probabilities_sum_to_one_and_are_those_of_the_model():
+    model, data = small_net().eval(), cases(9)
+    prob = client.evaluate(model, torch.arange(9), data, settings())
+    with torch.no_grad():
+        expected = torch.softmax(model(data.x.float()), 1).double().numpy()
+    np.testing.assert_allclose(prob, expected, atol=1e-6)  # float32 sums in batches of another size
+    np.testing.assert_allclose(prob.sum(1), 1, atol=1e-6)
+
+
+def test_training_lowers_the_loss_of_a_task_that_can_be_learned():
+    data = cases(32)
+    data.x[data.y == 1] += 1
+    train, test = {"a": torch.arange(24)}, {"a": torch.arange(24, 32)}
+    epochs = list(fit_centralized(small_net(), train, test, data, settings(epochs=30, lr=1e-2)))
+    assert epochs[-1].loss < 0.5 * epochs[0].loss
+    assert (epochs[-1].prob.argmax(1) == data.y[24:].numpy()).all()
+
+
+def test_bfloat16_stays_close_to_float32():
+    exact, rough = trained(epochs=1)[1][-1].prob, trained(epochs=1, bfloat16=True)[1][-1].prob
+    assert 0 < np.abs(exact - rough).max() < 0.05  # 8 bits of mantissa: a few per cent
+
+
+def test_a_step_reads_nothing_back_from_the_device():
+    # a tensor on the meta device has no values: whatever the host would wait for on a GPU raises here
+    model, steps = small_net().to("meta"), []
+    data = Cases(torch.empty(12, 1, 8, 8, 8, device="meta"), torch.empty(12, device="meta").long())
+    learner = Learner("AHN", small_net(), torch.arange(12), settings())
+    learner.optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RuntimeError, match="item"):  # the mean loss, once, at the end of the epoch
+        client.train_epoch(model, learner, data, settings(augment_prob=0.5), (0,), lambda: steps.append(1))
+    assert len(steps) == 3  # batches of 4
+
+
+def test_a_loss_that_is_no_number_stops_the_training_with_a_remedy():
+    data = cases(8)
+    data.x[3] = torch.nan
+    with pytest.raises(DivergedError, match=r"nan.*lower `lr`"):
+        list(
+            fit_centralized(small_net(), {"a": torch.arange(6)}, {"a": torch.arange(6, 8)}, data, settings())
+        )

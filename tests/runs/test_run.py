@@ -1,0 +1,298 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_profile import profile, small_cohort
+
+from ipmn_core import federated, metrics, models, runs
+from ipmn_core.data import assign_folds
+from ipmn_core.federated import Cases, client
+from ipmn_core.runs import Run, StaleRunError, run, store
+
+ARMS = ["centralized", "fedprox_0.1", "local_only"]
+ALL = {"arms": ARMS, "inner_validation": 0.3}
+CONTRACT = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+FILES = {"predictions.parquet", "validation.parquet", "history.csv", "model.pt", "run.json", "splits.csv"}
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return small_cohort()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cohort):
+    """A profile, all of whose runs are finished; not to be changed."""
+    p = profile(tmp_path_factory.mktemp("trained"), **ALL)
+    runs.train(p, runs.TASKS, cohort)
+    return p
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """The same, to be changed."""
+    shutil.copytree(trained.folder, tmp_path / "t")
+    return profile(tmp_path, **ALL)
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_run_leaves_the_contract_and_is_not_repeated(trained, cohort):
+    predictions = runs.predictions(trained, "binary")
+    assert list(predictions.columns) == [*CONTRACT, "prob_0", "prob_1"]
+    assert list(runs.predictions(trained, "three_class").columns) == [*CONTRACT, "prob_0", "prob_1", "prob_2"]
+    assert not predictions.duplicated(["case_id", "arm", "fold", "epoch"]).any()
+    assert predictions.groupby(["arm", "epoch"])["case_id"].nunique().eq(24).all()  # each case is tested once
+    assert set(predictions["epoch"]) == {1, 2, 3}
+    np.testing.assert_allclose(predictions["prob_0"] + predictions["prob_1"], 1, atol=1e-6)
+    for arm in ARMS:
+        folder = trained.folder / "runs" / "binary" / "t1" / arm / "fold1"
+        updates = {"updates.csv"} if arm.startswith("fed") else set()
+        assert {path.name for path in folder.iterdir()} == FILES | updates
+    record = json.loads((folder / "run.json").read_text())
+    assert record["settings"]["arm"] == "local_only" and record["data"] == "data-1" and record["seconds"] > 0
+    before = times(trained.folder)
+    pd.testing.assert_frame_equal(runs.run_grid(trained, "binary", cohort), predictions)
+    assert times(trained.folder) == before
+
+
+def test_a_run_says_what_every_case_was_used_for(trained, cohort):
+    scans = cohort.of("t1").scans
+    fold = assign_folds(scans, 2, binary=True).to_numpy()
+    predictions, validation = runs.predictions(trained, "binary"), runs.validation(trained, "binary")
+    assert list(validation.columns) == list(predictions.columns)
+    for k in (0, 1):
+        splits = pd.read_csv(trained.folder / f"runs/binary/t1/centralized/fold{k}/splits.csv")
+        role = splits.set_index("case_id")["role"]
+        assert sorted(role.index) == sorted(scans["case_id"])
+        assert set(role.index[role == "test"]) == set(scans["case_id"][fold == k])
+        for frame, name in ((predictions, "test"), (validation, "validation")):
+            for _, rows in frame[frame["fold"] == k].groupby(["arm", "epoch"]):
+                assert set(rows["case_id"]) == set(role.index[role == name])
+        cells = scans.set_index("case_id").loc[role.index].assign(role=role)
+        cells = cells[role != "test"].groupby(["center", "label"])["role"]
+        held = cells.agg(lambda r: (r == "validation").sum())
+        assert (held == (0.3 * cells.size()).round()).all() and held.sum() > 0
+
+
+def test_the_held_out_cases_do_not_train(trained, cohort, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(federated, "fit_centralized", lambda *a: seen.update(train=a[1], held=a[2]))
+    settings = runs.run_settings(trained, Run("binary", "t1", "centralized", 0))
+    cases = runs.with_roles(cohort.of("t1"), settings)
+    runs.learn(torch.nn.Linear(1, 1), cases, settings, store.Progress())
+    roles = cases.scans["role"].to_numpy()
+    train, held = (np.sort(torch.cat(list(part.values())).numpy()) for part in seen.values())
+    assert (train == np.flatnonzero(roles == "train")).all()
+    assert (held == np.flatnonzero(roles != "train")).all()
+
+
+@pytest.mark.parametrize("arm", ["centralized", "local_only"])
+def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(trained, cohort, arm):
+    folder = trained.folder / "runs" / "binary" / "t1" / arm / "fold0"
+    history, kept = pd.read_csv(folder / "history.csv"), torch.load(folder / "model.pt", weights_only=True)
+    best = history.loc[history["test_auc"].idxmax(), "epoch"]
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    rows = rows[rows["epoch"] == best]
+    mine = cohort.of("t1")
+    y = torch.zeros(len(mine), dtype=torch.int64)
+    data = Cases(torch.tensor(mine.cubes).unsqueeze(1), y)
+    settings = runs.run_settings(trained, Run("binary", "t1", arm, 0))
+    for center, of_center in rows.groupby("center"):
+        prefix = f"{center}." if arm == "local_only" else ""  # there each center has a model of its own
+        model = models.build("tiny", 2)
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)})
+        places = mine.scans.reset_index().set_index("case_id")["index"][of_center["case_id"]].to_numpy()
+        prob = client.evaluate(model, torch.tensor(places), data, settings)
+        np.testing.assert_allclose(prob[:, 1], of_center["prob_1"], atol=1e-6)  # another batch size
+
+
+def test_the_best_epoch_is_the_first_of_the_highest_auc(tmp_path, cohort, monkeypatch):
+    aucs, saved = iter([0.5, 0.7, 0.7, 0.6]), []
+    monkeypatch.setattr(run, "note", lambda progress, *_: progress.history.append(()) or next(aucs))
+    monkeypatch.setattr(store, "save_model", lambda folder, model: saved.append(folder))
+    monkeypatch.setattr(store, "write", lambda *_: None)
+    p = profile(tmp_path, epochs=4, checkpoint_seconds=60.0)
+    runs.execute(p, Run("binary", "t1", "centralized", 0), cohort)
+    assert len(saved) == 2
+
+
+def interrupt(monkeypatch, module, name, at):
+    """Raise KeyboardInterrupt at the `at`-th call of a function, counted from 1, before it does anything."""
+    honest, calls = getattr(module, name), []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return honest(*given)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+PLACES = {
+    "after the first epoch": (run, "note", 2),
+    "before the best weights": (store, "save_model", 1),
+    "before the first checkpoint": (store, "save_checkpoint", 1),
+    "before the second checkpoint": (store, "save_checkpoint", 2),
+    "between the tables": (store, "_csv", 2),
+    "before run.json": (store, "seal", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(
+    trained, tmp_path, cohort, arm, place, monkeypatch
+):
+    broken, this = profile(tmp_path, **ALL), Run("binary", "t1", arm, 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, *PLACES[place])
+        runs.execute(broken, this, cohort)
+    folder = runs.folder_of(broken, this)
+    assert not (folder / "run.json").exists()  # no run.json, no run
+    with pytest.raises(FileNotFoundError, match="no finished run; run notebook 03"):
+        runs.predictions(broken, "binary")
+    runs.execute(broken, this, cohort)
+    whole = runs.folder_of(trained, this)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    for path in whole.iterdir():
+        same = path.read_bytes() == (folder / path.name).read_bytes()
+        assert same or path.name == "run.json", path.name  # it holds the seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "difference"),
+    [
+        ({"lr": 0.01}, "data-1", "lr: 0.001 on disk, 0.01 now"),
+        ({"seed": 1}, "data-1", r"seed: \[0, 0\] on disk, \[1, 0\] now"),
+        ({}, "data-2", "data: 'data-1' on disk, 'data-2' now"),
+    ],
+)
+def test_a_run_of_other_settings_or_data_is_refused_with_the_difference(
+    trained, cohort, changes, key, difference
+):
+    other = trained.model_copy(update=changes)
+    with pytest.raises(StaleRunError, match=difference):
+        runs.run_grid(other, "binary", replace(cohort, key=key))
+    if changes:
+        with pytest.raises(StaleRunError, match=difference):
+            runs.predictions(other, "binary")
+
+
+def test_a_checkpoint_of_other_settings_is_refused_before_any_training(tmp_path, cohort, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, run, "note", 2)
+        runs.execute(profile(tmp_path), Run("binary", "t1", "centralized", 1), cohort)
+    with pytest.raises(StaleRunError, match=r"fold1 .*lr: 0\.001 on disk, 0\.01 now"):
+        runs.train(profile(tmp_path, lr=0.01), ["binary"], cohort)
+    assert not (tmp_path / "t/runs/binary/t1/centralized/fold0").exists()
+
+
+def test_runs_of_another_machine_can_be_read_on_this_one(copied, trained, cohort):
+    for path in copied.folder.rglob("run.json"):
+        record = json.loads(path.read_text())
+        record["settings"] |= {"device": "cuda", "bfloat16": True, "channels_last": True}
+        path.write_text(json.dumps(record))
+    gpu = copied.model_copy(update={"device": "cuda:7", "precision": "bfloat16"})  # this machine has neither
+    pd.testing.assert_frame_equal(runs.run_grid(gpu, "binary", cohort), runs.predictions(trained, "binary"))
+
+
+def test_results_are_read_task_by_task(trained, copied):
+    tested, inner = runs.finished_predictions(trained)
+    both = [runs.predictions(trained, task) for task in runs.TASKS]
+    pd.testing.assert_frame_equal(tested, pd.concat(both, ignore_index=True))
+    assert set(inner["task"]) == set(runs.TASKS)
+    assert runs.histories(trained, "binary").groupby(["arm", "fold"])["epoch"].agg(list).map(len).eq(3).all()
+    shutil.rmtree(copied.folder / "runs" / "binary")
+    pd.testing.assert_frame_equal(runs.finished_predictions(copied)[0], both[0])
+    shutil.rmtree(copied.folder / "runs" / "three_class")
+    with pytest.raises(FileNotFoundError, match="no task is finished"):
+        runs.finished_predictions(copied)
+
+
+def test_updates_of_the_clients_are_kept_by_round(trained):
+    updates = runs.updates(trained)
+    assert set(updates["arm"]) == {"fedprox_0.1"} and set(updates["round"]) == {1, 2, 3}
+    assert len(updates) == 2 * 3 * 3 * 3  # folds, rounds, pairs of three centers
+    assert (updates.query("client == other")["inner_product"] > 0).all()
+    assert runs.left_out(trained).empty
+
+
+def test_a_client_that_was_left_out_is_named_on_disk_and_on_the_screen(tmp_path, cohort, monkeypatch, capsys):
+    honest = client.local_update
+
+    def local_update(model, *given):
+        if given[-1][-2:] == [2, 1]:  # round and client
+            raise OSError("the disk is gone")
+        return honest(model, *given)
+
+    monkeypatch.setattr(client, "local_update", local_update)
+    p = profile(tmp_path, arms=["fedavg"])
+    runs.train(p, ["binary"], cohort)
+    rows = runs.left_out(p)[["fold", "round", "client", "reason"]].to_numpy().tolist()
+    trained_at = run.indices(cohort.scans.assign(role="train"), "train")
+    name = list(trained_at)[1]
+    assert rows == [[fold, 2, name, "OSError: the disk is gone"] for fold in (0, 1)]
+    assert f"binary t1 fedavg fold 0, round 2: {name} left out: OSError" in capsys.readouterr().err
+
+
+def test_weights_are_kept_for_the_runs_that_a_pattern_names(tmp_path, cohort):
+    p = profile(tmp_path, keep_models=["binary/t1/centralized/fold1"])
+    predictions = runs.run_grid(p, "binary", cohort)
+    assert [path.parent.name for path in p.folder.rglob("model.pt")] == ["fold1"]
+    assert set(predictions["fold"]) == {0, 1} and runs.validation(p, "binary").empty
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(0.0, [1, 2, 3, 4, 5]), (5.0, [1, 3, 5]), (25.0, [3])])
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, cohort, monkeypatch, seconds, epochs):
+    clock, saved = [0.0], []
+
+    def save_checkpoint(folder, about, progress, learning):
+        clock[0] += 1  # second
+        saved.append(learning["epoch"])
+
+    def note(*_):
+        clock[0] += 10  # seconds
+        return 0.5
+
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(store, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(run, "note", note)
+    monkeypatch.setattr(store, "write", lambda *_: None)
+    p = profile(tmp_path, epochs=6, checkpoint_seconds=seconds)
+    runs.execute(p, Run("binary", "t1", "centralized", 0), cohort)
+    assert saved == epochs
+
+
+@pytest.mark.parametrize("name", ["predictions.parquet", "validation.parquet"])
+def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(copied, name):
+    path = copied.folder / "runs" / "binary" / "t1" / "centralized" / "fold1" / name
+    splits, frame = pd.read_csv(path.with_name("splits.csv")), pd.read_parquet(path)
+    frame.loc[2, "case_id"] = leaked = splits.loc[splits["role"] == "train", "case_id"].iloc[0]
+    frame.to_parquet(path)
+    with pytest.raises(metrics.PredictionsError, match=rf"{name}, row 2 \(case {leaked} .* was trained on"):
+        (runs.predictions if name.startswith("p") else runs.validation)(copied, "binary")
+
+
+def test_a_case_tested_in_two_folds_is_refused(copied):
+    one, two = (copied.folder / "runs" / "binary" / "t1" / "centralized" / f"fold{k}" for k in (0, 1))
+    shutil.copy(one / "splits.csv", two)
+    frame = pd.read_parquet(one / "predictions.parquet").assign(fold=1)
+    frame.to_parquet(two / "predictions.parquet", index=False)
+    with pytest.raises(metrics.PredictionsError, match=r"\(case .*tested in two folds"):
+        runs.predictions(copied, "binary")
+
+
+def test_an_epoch_that_lacks_a_test_case_is_refused(copied):
+    path = copied.folder / "runs" / "binary" / "t1" / "centralized" / "fold0" / "predictions.parquet"
+    frame = pd.read_parquet(path)
+    frame.drop(index=3).to_parquet(path, index=False)
+    with pytest.raises(metrics.PredictionsError, match=rf"epoch 1: no row of case {frame.loc[3, 'case_id']}"):
+        runs.predictions(copied, "binary")

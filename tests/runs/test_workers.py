@@ -1,0 +1,132 @@
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from filelock import Timeout
+from small_profile import Carried, profile, small_cohort
+
+from ipmn_core import models, runs
+from ipmn_core.runs import RunsFailedError, workers
+
+TWO = {"modalities": ["t1", "t2"], "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return small_cohort()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process is killed by a signal")
+def test_runs_of_a_killed_worker_are_named_and_a_second_call_ends_with_the_bits_of_one_worker(
+    tmp_path, cohort
+):
+    one, two = profile(tmp_path / "a", **TWO), profile(tmp_path / "b", **TWO, jobs=2)
+    carried = Carried(cohort.scans, cohort.cubes, cohort.key, models.MODELS["tiny"], "t2", os.getpid())
+    with pytest.raises(RunsFailedError, match=r"of 4 runs failed; the others are finished and kept") as error:
+        runs.train(two, ["binary"], carried)
+    for fold in (0, 1):
+        assert f"binary t2 centralized fold {fold}: a worker process was ended from outside" in str(
+            error.value
+        )
+    pd.testing.assert_frame_equal(
+        runs.run_grid(two, "binary", replace(carried, deadly="")), runs.run_grid(one, "binary", cohort)
+    )
+
+
+def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, cohort):
+    p, cubes = profile(tmp_path, **TWO), cohort.cubes.copy()
+    cubes[cohort.scans["modality"] == "t2"] = np.nan
+    with pytest.raises(RunsFailedError, match="2 of 4 runs failed") as error:
+        runs.train(p, ["binary"], replace(cohort, cubes=cubes))
+    for fold in (0, 1):
+        assert f"binary t2 centralized fold {fold}: DivergedError: the training loss" in str(error.value)
+    assert " t1 " not in str(error.value)
+    before = {path: path.stat().st_mtime_ns for path in p.folder.glob("runs/binary/t1/centralized/*/*")}
+    assert sum(path.name == "run.json" for path in before) == 2
+    assert set(runs.run_grid(p, "binary", cohort)["modality"]) == {"t1", "t2"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert runs.unfinished(p, ["binary"], cohort) == []
+
+
+def test_each_run_takes_a_gpu_that_is_free_and_shares_one_if_none_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the locks are
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    p = profile(tmp_path, device="auto", jobs=3)
+    with workers.own_gpu(p) as first:
+        with workers.own_gpu(p) as second, workers.own_gpu(p) as shared:
+            assert (first, second) == ("cuda:0", "cuda:1") and shared in (first, second)
+        with workers.own_gpu(p) as freed:
+            assert freed == second
+    for error in (BlockingIOError, Timeout):  # an error of the run comes out, and frees the GPU
+        with pytest.raises(error), workers.own_gpu(p) as device:
+            raise error("no more processes")
+        assert device == "cuda:0"
+    for changes in ({"jobs": 1}, {"device": "cuda:1"}):  # one worker takes the first GPU
+        of_one = p.model_copy(update=changes)
+        with workers.own_gpu(of_one) as device:
+            assert device == of_one.device
+
+
+def test_the_share_of_a_run_that_is_done_is_noted_after_every_epoch(tmp_path, cohort, monkeypatch):
+    store, noted = workers.store, []
+    honest = store.note_share
+    monkeypatch.setattr(
+        store, "note_share", lambda folder, share: noted.append(share) or honest(folder, share)
+    )
+    assert store.share_done(tmp_path / "not begun") == 0
+    (tmp_path / "share_done").write_text("")  # while it is being written
+    assert store.share_done(tmp_path) == 0
+    honest(tmp_path, 0.25)
+    assert store.share_done(tmp_path) == 0.25
+    p = profile(tmp_path, arms=["fedprox_0.1"], rounds=2)
+    runs.train(p, ["binary"], cohort)
+    assert noted == [0.5, 1.0] * 2
+    assert [store.share_done(runs.folder_of(p, run)) for run in runs.grid(p, "binary")] == [1, 1]
+
+
+def test_progress_shows_what_is_done_and_the_time_left(capsys):
+    started = time.monotonic()
+    with workers.progress(lambda: 1 + 0.05 * int(time.monotonic() - started), 2, "training binary"):
+        time.sleep(3.5)
+    said = capsys.readouterr().err
+    assert re.search(r"training binary:  50%\|.*\| 1\.0/2 runs", said)
+    left = dict(re.findall(r"runs \[00:0(\d)<00:(\d\d)\]", said))
+    assert {"1", "2", "3"} <= set(left)  # renewed every second
+    assert all(int(seconds) >= 10 for seconds in left.values())  # 0.8 to 0.95 runs at 0.05 per second
+
+
+def test_without_runs_no_progress_is_shown(tmp_path, cohort, capsys):
+    p = profile(tmp_path, epochs=1)
+    runs.train(p, ["binary"], cohort)
+    capsys.readouterr()
+    runs.train(p, ["binary"], cohort)
+    assert capsys.readouterr().err == ""
+
+
+WORKER = (
+    "import sys, time; from ipmn_core.process import end_with; end_with(int(sys.argv[1])); time.sleep(60)"
+)
+PARENT = (
+    "import os, subprocess, sys, time; "
+    "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]); "
+    "time.sleep(2); print('begun', flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not change its parent")
+def test_a_worker_ends_with_the_process_that_started_it():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, WORKER], stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"begun\n"
+    parent.kill()
+    killed = time.monotonic()
+    assert parent.stdout.read() == b""  # until the worker, too, has closed it
+    assert time.monotonic() - killed < 20  # seconds
+    parent.wait()
