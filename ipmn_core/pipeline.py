@@ -80,9 +80,10 @@ def _prepare(p: Params, fresh: bool) -> None:
     grids = {task: runs.grid(p, task) for task in TASKS}
     for run in (grid[0] for grid in grids.values()):
         runs.on_this_machine(p, runs.run_settings(p, run))
-    cohort = data.load_cohort(p)
+    scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
-        data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
+        data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+    cohort = data.load_cohort(p)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:
