@@ -22,7 +22,7 @@ from ipmn_core.flower.deployment import Federation, FederationError, Policy, flo
 NAME = "hospitals"  # of the federation, to Flower's own command
 STARTUP_SECONDS = 120.0
 ANSWER_SECONDS = 180.0  # Flower's command takes ten on a slow, busy machine
-STATUS_SECONDS = 30.0  # between questions to Flower, whose command takes seconds of a core
+STATUS_SECONDS = 60.0  # between questions to Flower, whose command takes seconds of a core
 
 
 def server_command(federation: Federation) -> list[str]:

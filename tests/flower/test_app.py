@@ -213,7 +213,7 @@ def test_a_round_continues_without_a_hospital_and_says_so(nodes, p):
     assert not any(order["fresh"] for order in orders.values())
 
 
-def test_the_last_round_is_tested_everywhere_whatever_the_policy(nodes, p):
+def test_the_last_round_is_tested_everywhere_under_either_policy(nodes, p):
     grid = Hospitals(nodes, away=once("NU", "evaluate", 2, "silent", times=3))
     there = serve(grid, p(), away="continue", min_sites=1)
     assert set(pd.read_parquet(there / "predictions.parquet")["epoch"]) == {1, 2}
