@@ -120,45 +120,29 @@ def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
         assert all(x.is_contiguous(memory_format=layout) for x in seen)
 
 
-@pytest.mark.parametrize(("amx", "avx512", "able"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, True)])
-def test_a_cpu_with_amx_or_avx512_has_bfloat16(monkeypatch, amx, avx512, able):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
-    assert devices.has_bfloat16(CPU) == able
-
-
-def test_a_torch_that_cannot_say_so_has_no_bfloat16(monkeypatch):
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert not devices.has_bfloat16(CPU)
-
-
 @pytest.mark.parametrize(
-    ("precision", "device", "model", "used"),
-    [
-        ("float32", CPU, "densenet121", False),
-        ("float32", GPU, "densenet121", False),
-        ("auto", CPU, "densenet121", True),
-        ("auto", CPU, "resnet34", True),
-        ("auto", CPU, "mobilenetv2", False),
-        ("auto", CPU, "shufflenetv2", False),
-        ("auto", CPU, "efficientnetb0", False),
-        ("auto", GPU, "mobilenetv2", True),
-        ("bfloat16", CPU, "densenet121", True),
-        ("bfloat16", CPU, "mobilenetv2", True),
-        ("bfloat16", GPU, "mobilenetv2", True),
-    ],
+    ("amx", "avx512", "able"), [(False, False, False), (False, True, True), (True, False, True)]
 )
-def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, precision, device, model, used):
-    p = Params(precision=precision)
+def test_a_cpu_with_amx_or_avx512_has_bfloat16_if_torch_can_say_so(monkeypatch, amx, avx512, able):
+    for name, answer in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
+    assert devices.has_bfloat16(CPU) == able
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert devices.has_bfloat16(CPU) == avx512
+
+
+AUTO = [(CPU, "densenet121", True), (CPU, "mobilenetv2", False), (GPU, "mobilenetv2", True)]
+
+
+@pytest.mark.parametrize(("device", "model", "pays"), AUTO)
+def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, device, model, pays):
+    used = lambda precision: devices.uses_bfloat16(Params(precision=precision), device, model)  # noqa: E731
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
-    assert devices.uses_bfloat16(p, device, model) == used
+    assert (used("float32"), used("auto"), used("bfloat16")) == (False, pays, True)
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
-    if precision == "bfloat16":
-        with pytest.raises(ValueError, match=rf"this {device.type} has no bfloat16 .* set `precision"):
-            devices.uses_bfloat16(p, device, model)
-    else:
-        assert not devices.uses_bfloat16(p, device, model)
+    assert (used("float32"), used("auto")) == (False, False)
+    with pytest.raises(ValueError, match=rf"this {device.type} has no bfloat16 .* set `precision"):
+        used("bfloat16")
 
 
 def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch):

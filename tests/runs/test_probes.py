@@ -1,16 +1,18 @@
-import operator
 import warnings
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.ensemble import RandomForestClassifier
+from small_profile import profile
 
-from ipmn_core import metrics, params, runs
-from ipmn_core.data import Cubes, assign_folds
+from ipmn_core import metrics, runs
+from ipmn_core.data import Cohort, assign_folds
 from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS
-from ipmn_core.runs import probes, records
+from ipmn_core.runs import StaleRunError, probes
 
 
 @pytest.fixture(autouse=True)
@@ -46,23 +48,6 @@ def out_of_fold(name, scans, x, n_folds=4, seed=0):
     return frame
 
 
-def two_protocols(tmp_path, tied, n=480):
-    """Scans whose slice thickness is one of two protocols inside each center, the center setting both.
-
-    With `tied`, 80 % of the positives have the thicker and 80 % of the negatives the thinner; the centers'
-    own thickness and prevalence differ more than the protocols do.
-    """
-    rng = np.random.default_rng(0)
-    at = rng.integers(0, 7, n)
-    label = (rng.random(n) < np.linspace(0.2, 0.6, 7)[at]).astype(int)
-    thick = rng.random(n) < (np.where(label == 1, 0.8, 0.2) if tied else 0.5)
-    dz = 9 - at + 0.5 * thick  # thicker scans belong to centers with fewer positives
-    in_plane = rng.uniform(0.7, 1.7, n)
-    rows = [((a, a, z), (2, 2, 2 + i % 3)) for i, (a, z) in enumerate(zip(in_plane, dz, strict=True))]
-    files = [write_image(tmp_path / f"{i}.nii", *row) for i, row in enumerate(rows)]
-    return scans_of(np.array(CENTERS)[at], label, files)
-
-
 def test_center_features_are_one_column_a_center_in_their_order():
     x = probes.features("center_only", scans_of(["MCF", "EMC", "MCF"]), np.zeros((3, 2, 2, 2)))
     assert x.dtype == np.float64
@@ -77,14 +62,6 @@ def test_header_features_are_spacing_and_matrix_as_written(tmp_path):
     x = probes.features("header_only", scans_of("NYU", image=files), np.zeros((2, 2, 2, 2)))
     assert x.dtype == np.float64
     assert x.tolist() == [[0.75, 1.5, 7.25, 5, 6, 7], [2, 1.5, 3, 2, 6, 7]]
-
-
-def test_header_features_read_no_voxel(tmp_path):
-    file = tmp_path / "a.nii"
-    write_image(file, (1, 2, 3))
-    file.write_bytes(file.read_bytes()[:352])  # the header alone
-    x = probes.features("header_only", scans_of("NYU", image=[str(file)]), np.zeros((1, 2, 2, 2)))
-    assert x.tolist() == [[1, 2, 3, 2, 3, 4]]
 
 
 def test_odd_headers_are_used_as_far_as_they_go(tmp_path):
@@ -115,28 +92,6 @@ def test_histograms_equal_numpys_over_the_non_zero_voxels():
     assert probes.features("histogram_only", scans_of(["NYU"]), np.zeros((1, 2, 2, 2), np.float16)).sum() == 0
 
 
-def test_cubes_are_read_from_disk_one_at_a_time(tmp_path):
-    cubes = np.random.default_rng(0).random((5, 4, 4, 4)).astype(np.float16)
-    np.save(tmp_path / "cubes.npy", cubes)
-
-    class Rows:
-        """An array of which only one row at a time may be asked for."""
-
-        def __init__(self, array):
-            self.array = array
-
-        def __len__(self):
-            return len(self.array)
-
-        def __getitem__(self, i):
-            return self.array[operator.index(i)]  # a TypeError for a slice
-
-    mapped = Rows(np.load(tmp_path / "cubes.npy", mmap_mode="r"))
-    scans = scans_of(["NYU"] * 5)
-    expected = probes.features("histogram_only", scans, cubes)
-    np.testing.assert_array_equal(probes.features("histogram_only", scans, mapped), expected)
-
-
 def test_center_only_gives_each_center_its_prevalence_in_training():
     rng = np.random.default_rng(1)
     scans = scans_of(rng.choice(CENTERS, 400))
@@ -150,7 +105,11 @@ def test_center_only_gives_each_center_its_prevalence_in_training():
         prevalence = np.bincount(y[here & train], minlength=3) / (here & train).sum()
         ours = prob[here[~train]]
         assert (ours == ours[0]).all()
-        np.testing.assert_allclose(ours[0], prevalence, atol=1e-4)  # weak regularisation, solver's tolerance
+        np.testing.assert_allclose(ours[0], prevalence, atol=1e-4)  # weak regularization, solver's tolerance
+
+
+def decomposed(name, scans, x):
+    return centers.decompose(out_of_fold(name, scans, x)).iloc[0]
 
 
 def test_center_only_orders_centers_but_no_pair_of_one_center():
@@ -158,43 +117,28 @@ def test_center_only_orders_centers_but_no_pair_of_one_center():
     scans = scans_of(rng.choice(CENTERS, 400))
     prevalence = np.linspace(0.1, 0.7, 7)[scans["center"].map(CENTERS.index)]
     scans["label"] = (rng.random(400) < prevalence).astype(int)
-    x = probes.features("center_only", scans, np.zeros((400, 1, 1, 1)))
-    frame = out_of_fold("center_only", scans, x)
-    row = centers.decompose(frame).iloc[0]
+    row = decomposed("center_only", scans, probes.features("center_only", scans, np.zeros((400, 1, 1, 1))))
     assert row["within"] == 0.5
     assert row["between"] > row["pooled"] > 0.6
-    folds = metrics.by_fold(frame)
-    assert (folds.loc[folds["center"] != "global", "auc"].dropna() == 0.5).all()
 
 
-def test_header_only_finds_a_protocol_that_goes_with_the_label_inside_each_center(tmp_path):
-    scans = two_protocols(tmp_path, tied=True)
-    x = probes.features("header_only", scans, np.zeros((len(scans), 1, 1, 1)))
-    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
-    thick = (x[:, 2] % 1 == 0.5).astype(float)
-    frame = scans.assign(task="binary", arm="truth", fold=np.arange(len(scans)) % 4, epoch=1)
-    frame = frame.assign(y_true=scans["label"], prob_0=1 - thick, prob_1=thick)
-    known = centers.decompose(frame).iloc[0]["within"]
-    assert known == pytest.approx(0.8, abs=0.05)  # sensitivity = specificity = 0.8, of 480 cases
-    # over other draws the forest fell 0.02 below the known truth, for it also splits on noise
-    assert known - 0.06 < row["within"] < known + 0.02
-
-
-def test_header_only_orders_no_pair_within_a_center_of_one_protocol(tmp_path):
-    scans = two_protocols(tmp_path, tied=True)
-    first = scans.groupby("center")["image"].transform("first")  # everybody has the same header there
-    x = probes.features("header_only", scans.assign(image=first), np.zeros((len(scans), 1, 1, 1)))
-    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
-    assert row["within"] == 0.5
-    assert row["between"] > 0.55
-
-
-def test_header_only_finds_nothing_inside_centers_whose_headers_are_drawn_at_random(tmp_path):
-    scans = two_protocols(tmp_path, tied=False)
-    x = probes.features("header_only", scans, np.zeros((len(scans), 1, 1, 1)))
-    row = centers.decompose(out_of_fold("header_only", scans, x)).iloc[0]
-    assert row["within"] == pytest.approx(0.5, abs=0.1)  # about 2000 pairs within: standard error 0.03
-    assert row["between"] > 0.55  # the headers still tell the centers
+@pytest.mark.parametrize(("protocols", "within"), [("tied", 0.8), ("random", 0.5), ("one", 0.5)])
+def test_header_only_finds_a_protocol_inside_each_center_if_it_goes_with_the_label(protocols, within):
+    rng = np.random.default_rng(0)
+    n = 480
+    at = rng.integers(0, 7, n)
+    label = (rng.random(n) < np.linspace(0.2, 0.6, 7)[at]).astype(int)
+    tied = np.where(label == 1, 0.8, 0.2)  # the share of thick slices: sensitivity = specificity = 0.8
+    thick = rng.random(n) < {"tied": tied, "random": 0.5, "one": 0.0}[protocols]
+    x = np.zeros((n, 6))
+    x[:, 2] = 9 - at + 0.5 * thick  # thicker slices belong to centers with fewer positives
+    if protocols != "one":
+        x[:, :2] = rng.uniform(0.7, 1.7, (n, 1))
+        x[:, 5] = 2 + np.arange(n) % 3
+    row = decomposed("header_only", scans_of(np.array(CENTERS)[at], label), x)
+    # about 2000 pairs within: standard error 0.03; the forest also splits on noise
+    assert row["within"] == pytest.approx(within, abs=0.0 if protocols == "one" else 0.1)
+    assert row["between"] > 0.55  # the headers tell the centers
 
 
 def test_histogram_only_finds_brightness_that_goes_with_the_label():
@@ -202,8 +146,9 @@ def test_histogram_only_finds_brightness_that_goes_with_the_label():
     scans = scans_of(rng.choice(CENTERS, 200), rng.integers(0, 2, 200))
     level = 0.4 + 0.1 * scans["label"].to_numpy()[:, None, None, None]
     cubes = np.clip(level + 0.1 * rng.standard_normal((200, 6, 6, 6)), 0, 1).astype(np.float16)
-    frame = out_of_fold("histogram_only", scans, probes.features("histogram_only", scans, cubes))
-    assert centers.decompose(frame).iloc[0]["within"] > 0.95
+    assert (
+        decomposed("histogram_only", scans, probes.features("histogram_only", scans, cubes))["within"] > 0.95
+    )
 
 
 @pytest.mark.parametrize("name", probes.PROBES)
@@ -243,59 +188,50 @@ def test_wrong_calls_are_refused_with_the_remedy():
 
 
 @pytest.fixture
-def profile(tmp_path):
-    """A profile, 48 scans of two centers and modalities with a header each, and their cubes."""
-    values = {"profile": "t", "outputs": str(tmp_path), "size": 32, "three_class_folds": 2, "binary_folds": 2}
-    p = params.validate({**values, "inner_validation": 0.2}, "test")
-    rows = [
-        (f"{c}{k}", f"{c}{k}", c, m, k % 3) for m in ("t1", "t2") for c in ("NYU", "AHN") for k in range(12)
-    ]
+def given(tmp_path):
+    """A profile, and a cohort of 48 scans of two centers and modalities with a header each."""
+    cells = [(c, m, k) for m in ("t1", "t2") for c in ("NYU", "AHN") for k in range(12)]
+    rows = [(f"{c}{k}", f"{c}{k}", c, m, k % 3) for c, m, k in cells]
     scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
     scans["image"] = [write_image(tmp_path / f"{i}.nii", (1, 1, 3 + i % 5)) for i in range(len(scans))]
-    cubes = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
-    return p, scans, Cubes(cubes, "data-1")
+    cubes = np.random.default_rng(0).random((len(scans), 8, 8, 8)).astype(np.float16)
+    p = profile(tmp_path, modalities=["t1", "t2"], inner_validation=0.2)
+    return p, Cohort(scans, cubes, "data-1")
 
 
-def test_probes_leave_runs_in_the_contract_that_are_not_repeated(profile):
-    p, scans, cubes = profile
+def test_probes_leave_runs_in_the_contract_that_are_not_repeated(given):
+    p, cohort = given
     for task in runs.TASKS:
-        fitted = probes.fit(p, task, scans, cubes)
+        fitted = probes.fit(p, task, cohort)
         metrics.check(fitted)
         assert set(fitted["arm"]) == set(probes.PROBES) and set(fitted["epoch"]) == {1}
         assert fitted.groupby(["arm", "modality"]).size().eq(24).all()  # each case once
         before = {path: path.stat().st_mtime_ns for path in p.folder.rglob("*")}
-        pd.testing.assert_frame_equal(probes.fit(p, task, scans, cubes), fitted)
+        pd.testing.assert_frame_equal(probes.fit(p, task, cohort), fitted)
         assert {path: path.stat().st_mtime_ns for path in p.folder.rglob("*")} == before
-    folds = assign_folds(scans, 2, binary=True)
-    for fold, rows in probes.predictions(p, "binary").query("modality == 't2'").groupby("fold"):
-        expected = scans.loc[(folds == fold) & (scans["modality"] == "t2"), "case_id"]
-        assert set(rows["case_id"]) == set(expected)
-
-
-def test_a_probes_run_trains_on_all_that_it_does_not_test_and_is_its_own_predict(profile):
-    p, scans, cubes = profile
-    fitted = probes.fit(p, "binary", scans, cubes)
-    mine = (scans["modality"] == "t1").to_numpy()
-    x = probes.features("header_only", scans[mine], cubes.array[mine])
-    y = (scans.loc[mine, "label"] == 2).astype(int).to_numpy()
-    test = (assign_folds(scans, 2, binary=True)[mine] == 1).to_numpy()
-    rows = fitted.query("arm == 'header_only' and modality == 't1' and fold == 1")
-    expected = probes.predict("header_only", x, y, ~test, test, p.seed)
-    assert (rows[["prob_0", "prob_1"]].to_numpy() == expected).all()
-    splits = pd.read_csv(p.folder / "runs" / "binary" / "t1" / "header_only" / "fold1" / "splits.csv")
-    assert splits["role"].value_counts().to_dict() == {"train": int((~test).sum()), "test": int(test.sum())}
-
-
-def test_probes_of_other_data_or_settings_are_refused(profile):
-    p, scans, cubes = profile
-    probes.fit(p, "binary", scans, cubes)
-    with pytest.raises(records.StaleRunError, match="data: '"):
-        probes.fit(p, "binary", scans, Cubes(cubes.array, "data-2"))
-    with pytest.raises(records.StaleRunError, match="seed: 0 on disk, 1 now"):
+    with pytest.raises(StaleRunError, match="data: 'data-1' on disk, 'data-2' now"):
+        probes.fit(p, "binary", replace(cohort, key="data-2"))
+    with pytest.raises(StaleRunError, match="seed: 0 on disk, 1 now"):
         probes.predictions(p.model_copy(update={"seed": 1}), "binary")
 
 
-def test_a_cohort_without_high_risk_still_has_three_classes(profile):
-    p, scans, cubes = profile
-    fitted = probes.fit(p, "three_class", scans.assign(label=scans["label"] % 2), cubes)
-    assert (fitted["prob_2"] == 0).all()
+def test_a_probe_trains_on_all_that_it_does_not_test_and_is_scikit_learns(given):
+    p, cohort = given
+    fitted, mine = probes.fit(p, "binary", cohort), cohort.of("t1")
+    y = (mine.scans["label"] == 2).to_numpy()
+    test = (assign_folds(mine.scans, 2, binary=True) == 1).to_numpy()
+    forest = RandomForestClassifier(200, min_samples_leaf=5, max_features=None, random_state=0)
+    for name in ("header_only", "histogram_only"):
+        x = probes.features(name, mine.scans, mine.cubes)
+        expected = forest.fit(x[~test], y[~test]).predict_proba(x[test])
+        rows = fitted[(fitted["arm"] == name) & (fitted["modality"] == "t1") & (fitted["fold"] == 1)]
+        assert (rows["case_id"] == mine.scans.loc[test, "case_id"].to_numpy()).all()
+        assert (rows[["prob_0", "prob_1"]].to_numpy() == expected).all()
+        splits = pd.read_csv(p.folder / "runs" / "binary" / "t1" / name / "fold1" / "splits.csv")
+        assert splits["role"].value_counts().to_dict() == {"train": sum(~test), "test": sum(test)}
+
+
+def test_a_cohort_without_high_risk_still_has_three_classes(given):
+    p, cohort = given
+    scans = cohort.scans.assign(label=cohort.scans["label"] % 2)
+    assert (probes.fit(p, "three_class", replace(cohort, scans=scans))["prob_2"] == 0).all()

@@ -25,9 +25,7 @@ def cohort():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process is killed by a signal")
-def test_runs_of_a_killed_worker_are_named_and_a_second_call_ends_with_the_bits_of_one_worker(
-    tmp_path, cohort
-):
+def test_runs_of_a_killed_worker_are_named_and_a_second_call_ends_as_one_worker(tmp_path, cohort):
     one, two = profile(tmp_path / "a", **TWO), profile(tmp_path / "b", **TWO, jobs=2)
     carried = Carried(cohort.scans, cohort.cubes, cohort.key, models.MODELS["tiny"], "t2", os.getpid())
     with pytest.raises(RunsFailedError, match=r"of 4 runs failed; the others are finished and kept") as error:
@@ -112,11 +110,11 @@ def test_without_runs_no_progress_is_shown(tmp_path, cohort, capsys):
 
 
 WORKER = (
-    "import sys, time; from ipmn_core.process import end_with; end_with(int(sys.argv[1])); time.sleep(60)"
+    "import sys, time; from ipmn_core.process import end_with; end_with(int(sys.argv[1])); time.sleep(99)"
 )
 PARENT = (
-    "import os, subprocess, sys, time; "
-    "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]); "
+    "import subprocess, sys, time; "
+    "subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
     "time.sleep(2); print('begun', flush=True); time.sleep(60)"
 )
 
