@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 
 @contextlib.contextmanager
@@ -28,10 +27,3 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
     finally:
         tmp.unlink(missing_ok=True)
-
-
-def write(path: Path, how: Callable[[Path], Any]) -> Path:
-    """Call `how` with a temporary path, then rename it to `path`, as `atomic`; return `path`."""
-    with atomic(path) as tmp:
-        how(tmp)
-    return path
