@@ -63,7 +63,7 @@ class Site:
             raise SiteError(
                 f"{self.p.data} holds scans of {', '.join(others)}, this is {self.center}: name its folder"
             )
-        return runs.with_roles(cohort.of(self.run.modality), self.settings)
+        return runs.with_roles(cohort, self.settings)
 
     @cached_property
     def cases(self) -> Cases:

@@ -134,6 +134,8 @@ def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
     there is no epoch to choose. Raises StaleRunError as `runs.train`.
     """
     todo = unfinished(p, task, cohort)
+    fold = data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
+    cohort = Cohort(cohort.scans.assign(fold=fold), cohort.cubes, cohort.key)
     seen: dict[tuple[str, str], tuple[Cohort, np.ndarray]] = {}
     for run in tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1):
         if (run.modality, run.arm) not in seen:
@@ -145,8 +147,7 @@ def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
 
 def _fit(p: Params, run: Run, cohort: Cohort, x: np.ndarray) -> None:
     started = time.perf_counter()
-    fold = data.assign_folds(cohort.scans, p.folds(run.task), p.fold_rule, binary=run.task == "binary")
-    test = (fold == run.fold).to_numpy()
+    test = (cohort.scans["fold"] == run.fold).to_numpy()
     y = targets(cohort.scans["label"].to_numpy(), run.task)
     prob = predict(run.arm, x, y, ~test, test, p.seed)
     absent = len(class_names(run.task)) - prob.shape[1]  # classes above all labels of the cohort

@@ -45,7 +45,7 @@ def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     """
     federated.prepare(p.threads)
     settings = on_this_machine(p, run_settings(p, run))
-    cases = with_roles(cohort.of(run.modality), settings)
+    cases = with_roles(cohort, settings)
     progress = store.resume(folder_of(p, run))
     model = build(settings, federated.device_of(p), centers=list(indices(cases.scans, "train")))
     epochs = learn(model, cases, settings, progress)
@@ -55,10 +55,14 @@ def execute(p: Params, run: Run, cohort: Cohort) -> Path:
 
 
 def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
-    """The cases of one modality, each with its `role` in a run: test, validation or train."""
-    binary = settings.task == "binary"
-    fold = data.assign_folds(cohort.scans, settings.folds, settings.fold_rule, binary)
-    scans = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
+    """The cases of the run's modality, each with its `role` in the run: test, validation or train.
+
+    Folds are those of the whole cohort: the rule by patient looks at both modalities.
+    """
+    fold = data.assign_folds(cohort.scans, settings.folds, settings.fold_rule, settings.task == "binary")
+    tested = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
+    cohort = Cohort(tested, cohort.cubes, cohort.key).of(settings.modality)
+    scans = cohort.scans
     trained = scans[scans["role"] == "train"]
     held_out = data.inner_validation(trained, settings.inner_validation, settings.seed)
     scans.loc[held_out, "role"] = "validation"

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from small_profile import profile, small_cohort
 
 from ipmn_core import federated, metrics, models, runs
-from ipmn_core.data import assign_folds
+from ipmn_core.data import Cohort, assign_folds
 from ipmn_core.federated import Cases, client
 from ipmn_core.runs import Run, StaleRunError, run, store
 
@@ -85,12 +86,29 @@ def test_the_held_out_cases_do_not_train(trained, cohort, monkeypatch):
     seen = {}
     monkeypatch.setattr(federated, "fit_centralized", lambda *a: seen.update(train=a[1], held=a[2]))
     settings = runs.run_settings(trained, Run("binary", "t1", "centralized", 0))
-    cases = runs.with_roles(cohort.of("t1"), settings)
+    cases = runs.with_roles(cohort, settings)
     runs.learn(torch.nn.Linear(1, 1), cases, settings, store.Progress())
     roles = cases.scans["role"].to_numpy()
     train, held = (np.sort(torch.cat(list(part.values())).numpy()) for part in seen.values())
     assert (train == np.flatnonzero(roles == "train")).all()
     assert (held == np.flatnonzero(roles != "train")).all()
+
+
+@pytest.mark.parametrize(("rule", "apart"), [("patient", False), ("center", True)])
+def test_by_patient_both_modalities_are_tested_in_one_fold(trained, rule, apart):
+    rng, rows = np.random.default_rng(0), []
+    for k, (t1, t2) in enumerate(rng.random((60, 2)) < 0.8):  # some patients have one scan only
+        label = int(rng.integers(3))
+        rows += [(f"{m} {k}", f"p{k}", "NYU", m, label) for m, there in (("t1", t1), ("t2", t2)) if there]
+    scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
+    both = Cohort(scans.sort_values("modality", ignore_index=True), np.zeros((len(scans), 1, 1, 1)), "k")
+    p = trained.model_copy(update={"fold_rule": rule, "binary_folds": 4})
+    fold = {}
+    for m, k in itertools.product(("t1", "t2"), range(4)):
+        rows = runs.with_roles(both, runs.run_settings(p, Run("binary", m, "fedavg", k))).scans
+        fold |= {(m, patient): k for patient in rows.loc[rows["role"] == "test", "patient_id"]}
+    together = [name for m, name in fold if m == "t1" and ("t2", name) in fold]
+    assert any(fold["t1", name] != fold["t2", name] for name in together) == apart
 
 
 @pytest.mark.parametrize("arm", ["centralized", "local_only"])
