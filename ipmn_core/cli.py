@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     argument("arm", type=Path, metavar="ARM", help="<outputs>/runs/<task>/<modality>/<arm>")
     argument("target", metavar="TARGET", **new_folder)
 
+    add("params", print_params, "print every setting, its default (the paper's protocol) and its meaning")
+
     cli.add(commands)
     return parser
 
@@ -124,6 +126,16 @@ def run_profile(options: argparse.Namespace) -> int:
     for what in ("tables", "figures", "notebooks"):
         print(f"{what:>10}  {p.folder / what}/")
     print(f"{'report':>10}  {page}")
+    return 0
+
+
+def print_params(options: argparse.Namespace) -> int:
+    """Print all settings from the schema."""
+    import pandas as pd
+
+    from ipmn_core import params
+
+    print(pd.DataFrame(params.table()).to_markdown(index=False, disable_numparse=True))
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ipmn_core import cli, data, phantom, pipeline
+from ipmn_core.params import Params
 
 HELP = """
 import time
@@ -74,7 +75,7 @@ def sentence(capsys):
 
 def test_help_lists_the_commands_and_loads_nothing_heavy_and_the_data_room_no_torch():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom"):
+    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom", "params"):
         assert f"\n    {command} " in told
         assert f"ipmn {command} " in told.split("examples:")[1]
     status, seconds, *heavy = told.splitlines()[-2].split()
@@ -209,3 +210,15 @@ def test_an_interruption_exits_with_130_and_a_debugger_gets_the_whole_error(pret
 
 def test_a_problem_is_one_cell_and_moves_no_cursor():
     assert cli._in_one_cell("a|b\x1b[2J\nü\udcff") == r"a\|b\x1b[2J\nü\udcff"
+
+
+def test_params_prints_every_setting_with_its_default_and_meaning(capsys):
+    assert cli.main(["params"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(Params.model_fields) + 2
+    assert any(row.split("|")[1:4] == ["batch_size", "16", "cases per batch"] for row in map(spaceless, rows))
+
+
+def spaceless(row):
+    """A row of a Markdown table, without the spaces around its cells."""
+    return "|".join(cell.strip() for cell in row.split("|"))
