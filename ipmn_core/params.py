@@ -87,7 +87,8 @@ class Params(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="draws weights, batches, augmentation and inner splits")
     keep_models: Annotated[tuple[str, ...], List] = Field(
-        ("*",), description="runs whose weights are kept, patterns of <task>/<modality>/<arm>/fold<k>"
+        ("*",),
+        description="runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         "auto", description="auto, cpu, cuda or cuda:1"

@@ -86,7 +86,9 @@ def folder_of(p: Params, run: Run) -> Path:
 
 
 def keeps_model(p: Params, run: Run) -> bool:
-    """Whether the profile keeps the weights of a run: one of its patterns `keep_models` matches its path."""
+    """Whether the weights of a run are kept: a pattern of `keep_models` matches it, or chapter 3 shows it."""
+    if run in (Run("binary", p.modalities[-1], arm, 0) for arm in (p.arms[0], p.arms[-1])):
+        return True
     path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
     return any(fnmatch(path, pattern) for pattern in p.keep_models)
 

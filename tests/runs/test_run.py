@@ -262,9 +262,13 @@ def test_a_client_that_was_left_out_is_named_on_disk_and_on_the_screen(tmp_path,
 
 
 def test_weights_are_kept_for_the_runs_that_a_pattern_names(tmp_path, cohort):
-    p = profile(tmp_path, keep_models=["binary/t1/centralized/fold1"])
+    arms = ["centralized", "fedavg", "local_only"]  # chapter 3 shows the first and the last
+    p = profile(tmp_path, arms=arms, keep_models=["binary/t1/fedavg/fold1"])
     predictions = runs.run_grid(p, "binary", cohort)
-    assert [path.parent.name for path in p.folder.rglob("model.pt")] == ["fold1"]
+    kept = {str(path.relative_to(p.folder / "runs")) for path in p.folder.rglob("model.pt")}
+    assert kept == {
+        f"binary/t1/{run}/model.pt" for run in ("centralized/fold0", "fedavg/fold1", "local_only/fold0")
+    }
     assert set(predictions["fold"]) == {0, 1} and runs.validation(p, "binary").empty
 
 
