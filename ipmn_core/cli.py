@@ -16,6 +16,7 @@ NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 EPILOG = """examples:
   ipmn run params/demo.yaml        all four notebooks on the phantom cohort: tables 1-3, figures, a report
   ipmn report params/demo.yaml     the report alone, from the notebooks of the last run
+  ipmn params                      every setting, its default and its meaning
   ipmn fetch data/ipmn             the real data set, from OSF
   ipmn check data/ipmn             is this copy of the data set usable?
   ipmn predict scan.nii.gz --mask pancreas.nii.gz --models outputs/demo/runs/binary/t2/fedavg

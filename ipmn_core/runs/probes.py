@@ -7,7 +7,7 @@ one that told the hospitals of chest radiographs apart (Zech et al., PLoS Medici
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import nibabel as nib
@@ -135,7 +135,7 @@ def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
     """
     todo = unfinished(p, task, cohort)
     fold = data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
-    cohort = Cohort(cohort.scans.assign(fold=fold), cohort.cubes, cohort.key)
+    cohort = replace(cohort, scans=cohort.scans.assign(fold=fold))
     seen: dict[tuple[str, str], tuple[Cohort, np.ndarray]] = {}
     for run in tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1):
         if (run.modality, run.arm) not in seen:

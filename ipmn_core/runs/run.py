@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,12 @@ def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
     """
     fold = data.assign_folds(cohort.scans, settings.folds, settings.fold_rule, settings.task == "binary")
     tested = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
-    cohort = Cohort(tested, cohort.cubes, cohort.key).of(settings.modality)
+    cohort = replace(cohort, scans=tested).of(settings.modality)
     scans = cohort.scans
     trained = scans[scans["role"] == "train"]
     held_out = data.inner_validation(trained, settings.inner_validation, settings.seed)
     scans.loc[held_out, "role"] = "validation"
-    return Cohort(scans, cohort.cubes, cohort.key)
+    return replace(cohort, scans=scans)
 
 
 def build(settings: RunSettings, device: torch.device, centers: list[str]) -> torch.nn.Module:

@@ -50,7 +50,13 @@ def test_a_subset_keeps_the_attributes_and_takes_both_scans_of_a_patient():
 
 def profile(root, **changes):
     settings = {"data": str(root), "cohort_root": root, "columns": "header", "modalities": ("t1", "t2")}
-    settings |= {"seed": 3, "jobs": 2, "phantom_max_per_cell": 7, "phantom_shortcut": 0.5, "max_per_cell": 2}
+    settings |= {
+        "phantom_seed": 3,
+        "jobs": 2,
+        "phantom_max_per_cell": 7,
+        "phantom_shortcut": 0.5,
+        "max_per_cell": 2,
+    }
     return types.SimpleNamespace(**settings | {"folder": root / "profile", "size": 32} | changes)
 
 

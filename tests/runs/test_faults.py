@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Project
+from project import Project
 
 from ipmn_core import cli, params, pipeline
 

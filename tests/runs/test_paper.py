@@ -16,24 +16,23 @@ def paper():
 
 def test_every_run_has_the_protocols_settings(paper):
     for run in (run for task in runs.TASKS for run in runs.grid(paper, task)):
-        settings = runs.settings_of(paper, run)
-        assert (settings["epochs"], settings["local_epochs"], settings["size"]) == (100, 1, 96)
-        assert (settings["batch_size"], settings["batches_per_epoch"]) == (16, None)
-        assert settings["max_per_cell"] is None and not settings["bfloat16"]
-        assert settings["mu"] == {"fedavg": 0.0, "fedprox_0.1": 0.1, "fedprox_0.3": 0.3}.get(run.arm)
+        settings = runs.on_this_machine(paper, runs.run_settings(paper, run))
+        assert (settings.epochs, settings.local_epochs, settings.size) == (100, 1, 96)
+        assert (settings.batch_size, settings.batches_per_epoch) == (16, None)
+        assert settings.max_per_cell is None and not settings.bfloat16
+        mu = {"fedavg": 0.0, "fedprox_0.1": 0.1, "fedprox_0.3": 0.3}.get(run.arm)
+        assert (settings.strategy and settings.strategy.mu) == mu
 
 
 @pytest.mark.slow
 def test_a_round_of_densenet_at_96_cubed_runs_on_the_first_releases_layout(paper, tmp_path):
     root = phantom.write(tmp_path / "data", layout="first", max_per_cell=1, progress=False)
     where = {"outputs": str(tmp_path), "data": str(root)}
-    p = paper.model_copy(update=where | {"epochs": 1, "rounds": 1, "threads": 2})
-    scans = data.open_cohort(p)
-    scans = scans[(scans["center"].isin(["NYU", "EMC"])) & (scans["modality"] == "t2")].reset_index(drop=True)
-    cubes = data.load_cubes(scans, p.size, p.folder / "cache")
-    assert cubes.array.shape == (6, 96, 96, 96)
-    folds = pd.Series([0, 1, 1] * 2)
-    folder = runs.execute(p, runs.Run("binary", "t2", "fedprox_0.3", 0), scans, folds, cubes)
+    p = paper.model_copy(update=where | {"rounds": 1, "threads": 2, "binary_folds": 2, "modalities": ("t2",)})
+    cohort = data.load_cohort(p)
+    cohort = cohort.where(cohort.scans["center"].isin(["NYU", "EMC"]))
+    assert cohort.cubes.shape == (6, 96, 96, 96)
+    folder = runs.execute(p, runs.Run("binary", "t2", "fedprox_0.3", 1), cohort)
     predictions = pd.read_parquet(folder / "predictions.parquet")
-    assert predictions["center"].tolist() == ["NYU", "EMC"]
+    assert set(predictions["center"]) == {"NYU", "EMC"}
     assert json.loads((folder / "run.json").read_text())["settings"]["model"] == "densenet121"
