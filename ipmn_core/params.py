@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ipmn_core.names import ARMS, MODELS
+
 PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
 List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
 Names = Annotated[tuple[str, ...], List, Field(min_length=1)]
@@ -58,15 +60,9 @@ class Params(BaseModel):
     inner_validation: float = Field(
         0.0, ge=0, le=0.5, description="share of each training fold held out to choose an epoch on"
     )
-    three_class_models: Names = Field(
-        ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121"),
-        description="networks of the three-class task",
-    )
+    three_class_models: Names = Field(MODELS, description="networks of the three-class task")
     binary_model: str = Field("densenet121", description="network of the binary task")
-    arms: Names = Field(
-        ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only"),
-        description="arms of the binary task; local_only is not in the paper",
-    )
+    arms: Names = Field(ARMS, description="arms of the binary task; local_only is not in the paper")
     epochs: Count = Field(100, description="centralized epochs")
     epochs_by_model: dict[str, Count] = Field(
         {}, description="networks of the three-class task that train for another number of epochs"

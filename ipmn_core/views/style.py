@@ -16,16 +16,14 @@ from pandas.io.formats.style import Styler
 
 from ipmn_core.disk import atomic
 from ipmn_core.metrics import GLOBAL
-from ipmn_core.names import CENTERS, display_name
+from ipmn_core.names import ARMS, CENTERS, MODELS, display_name
 
 # Okabe and Ito's palette: told apart with any common color vision
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
 BLACK = "#000000"
 # drawn dashed or square, for they train no network and share colors with arms that do
 REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
-_METHODS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")
-_MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")
-COLORS = {name: PALETTE[k] for names in (_METHODS, _MODELS, CENTERS) for k, name in enumerate(names)}
+COLORS = {name: PALETTE[k] for names in (ARMS, MODELS, CENTERS) for k, name in enumerate(names)}
 COLORS |= dict(zip(REFERENCES, (*PALETTE[5:], PALETTE[2], BLACK, PALETTE[3]), strict=True))
 COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn beside each other in an arm
 _others: dict[str, str] = {}  # colors of names that COLORS lacks, in order of first appearance
