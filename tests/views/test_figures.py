@@ -8,7 +8,7 @@ from sklearn.metrics import auc, roc_auc_score
 
 from ipmn_core import data, metrics, views
 from ipmn_core.metrics import centers, tables
-from ipmn_core.names import CENTERS, display_name
+from ipmn_core.names import ARMS, CENTERS, MODELS, display_name
 from ipmn_core.views import results, style
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
@@ -55,9 +55,9 @@ def test_every_name_has_one_color_even_if_nobody_lists_it():
     assert first == {name: views.color(name) for name in reversed(unlisted)}
     listed = {to_rgb(value) for value in style.COLORS.values()}
     assert len(set(first.values())) == len(unlisted) and not listed & {to_rgb(c) for c in first.values()}
-    for names in (style._METHODS, style._MODELS, CENTERS, style.REFERENCES):
-        assert len({views.color(name) for name in names}) == len(names)
-    arms = {views.color(arm) for arm in (*style._METHODS, *style._MODELS)}
+    for group in (ARMS, MODELS, CENTERS, style.REFERENCES):
+        assert len({views.color(name) for name in group}) == len(group)
+    arms = {views.color(arm) for arm in (*ARMS, *MODELS)}
     assert not arms & {views.color("t1"), views.color("t2")}
 
 
