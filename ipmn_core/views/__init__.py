@@ -1,6 +1,9 @@
 """What people look at: figures and live views."""
 
+from ipmn_core.views.by_hand import fedprox_by_hand
+from ipmn_core.views.explorer import center_explorer
 from ipmn_core.views.gradcam import by_class
+from ipmn_core.views.live import attention_viewer, roi_viewer
 from ipmn_core.views.results import (
     against_paper,
     center_in_detail,
@@ -30,4 +33,3 @@ from ipmn_core.views.scans import (
     slices,
 )
 from ipmn_core.views.style import PALETTE, color, png, save, show, use_style
-from ipmn_core.views.widgets import attention_viewer, center_explorer, fedprox_by_hand, roi_viewer

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipmn_core import federated
+from ipmn_core.views.live import LiveView
 from ipmn_core.views.style import BLACK, PALETTE, SMALL, WIDTH
 
 SERVER = "server"
@@ -316,3 +317,54 @@ def beside(centers: Centers, paths: pd.DataFrame) -> Figure:
         ax.set_ylabel("")
     axes[1, 0].set_ylim(0, top)  # the panels share it
     return _legend(figure, axes[0, 0])
+
+
+CHOICES = {"mu": (0.0, 0.1, 0.3, 1.0), "local steps": (1, 5, 20), "heterogeneity": (0.0, 0.5, 1.0)}
+START = {"mu": 2, "local steps": 2, "heterogeneity": 2}  # of CHOICES
+
+
+def fedprox_by_hand() -> LiveView:
+    """The walk of the two centers for each of `CHOICES`, computed beforehand by `paths`, with plain SGD."""
+    centers = [draw_centers(heterogeneity) for heterogeneity in CHOICES["heterogeneity"]]
+    walked = {
+        (m, s, h): paths(of, mu, local_steps)
+        for m, mu in enumerate(CHOICES["mu"])
+        for s, local_steps in enumerate(CHOICES["local steps"])
+        for h, of in enumerate(centers)
+    }
+    clients = centers[-1].clients.items()
+    state = {
+        "choices": CHOICES,
+        "start": START,
+        "limits": LIMITS,
+        "clients": [{"name": name, "color": COLORS[name], "cases": len(cases)} for name, cases in clients],
+        "settings": {",".join(map(str, places)): _walks(rows) for places, rows in walked.items()},
+        "planes": [_of_plane(of) for of in centers],
+    }
+    alt = "The plane of two weights: local steps of both centers and the server, and the drift of each round"
+    return LiveView("by_hand", state, lambda: view(centers[-1], walked[tuple(START.values())]), alt)
+
+
+def _walks(paths: pd.DataFrame) -> dict:
+    """Walks of each client by round, the server's weights, and drift, for one setting."""
+    by_client = dict(list(paths.groupby("client")))
+    rounded = {name: rows.groupby("round")[WEIGHTS] for name, rows in by_client.items()}
+    walks = {name: [rows.round(3).to_numpy().tolist() for _, rows in of] for name, of in rounded.items()}
+    server, distances = walks.pop(SERVER), drift(paths).groupby("client")["distance"]
+    return {
+        "walks": walks,
+        "server": [round_[0] for round_ in server],
+        "drift": {name: rows.round(3).tolist() for name, rows in distances},
+    }
+
+
+def _of_plane(centers: Centers) -> dict:
+    """Contours of each client's objective, Eq. (1), and the optima, of one heterogeneity."""
+    best, ax = optima(centers), Figure().subplots()
+    contours = {}
+    for row in best[best["client"] != "all"].itertuples():
+        rise = surface(centers, row.client, GRID, GRID) - row.loss
+        segments = ax.contour(GRID, GRID, rise, RISES).allsegs
+        contours[row.client] = [line.round(3).tolist() for level in segments for line in level]
+    stars = [[row.client, COLORS[row.client], [row.w_0, row.w_1]] for row in best.itertuples()]
+    return {"contours": contours, "optima": stars}

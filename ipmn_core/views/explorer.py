@@ -1,0 +1,141 @@
+"""The per-center explorer: results center by center, down to single cases, as a live view."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_hex
+
+from ipmn_core import metrics
+from ipmn_core.metrics import centers
+from ipmn_core.names import class_names, display_name
+from ipmn_core.runs import LOCAL_ONLY
+from ipmn_core.views.live import LiveView, answering, viewer_state
+from ipmn_core.views.results import overview
+from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
+
+TASKS = {"binary": "high risk or not", "three_class": "three classes"}
+METRICS = [
+    ["auc", "AUC", "mean over folds"],
+    ["acc", "accuracy", "all test cases"],
+]  # as `inference.intervals`
+
+
+def center_explorer(
+    predictions: pd.DataFrame,
+    validation: pd.DataFrame | None,
+    scans: pd.DataFrame,
+    size: int = 32,
+    seed: int = 0,
+) -> LiveView:
+    """Results by center: intervals of all, and of one the ROC, confusions, scores, most wrong cases.
+
+    `predictions` of one or both tasks, every epoch; `validation` those of the inner split, if any. A case
+    chosen from the most wrong opens in a viewer: on a page in the page's, live in one of `scans`. Raises
+    ValueError as `explorer_state`.
+    """
+    selected = centers.by_rules(predictions, validation)
+    summary = centers.summary(selected, seed=seed)
+    state = explorer_state(selected, summary)
+    live = state | {"scans": viewer_state(scans, size)}
+    first = state["views"][0]
+    shown = summary[(summary["task"] == first["task"]) & (summary["modality"] == first["modality"])]
+    shown = shown[(shown["rule"] == state["rules"][0][0]) & (shown["metric"] == "auc")]
+    alt = "AUC by center, mean over folds with its 95 % interval, a color per arm"
+    return LiveView("explorer", live, lambda: overview(shown), alt, lambda: state, answering(scans, size))
+
+
+def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
+    """What the explorer shows, from the two tables of `centers`.
+
+    `selected`: rows of predictions, one epoch per run and rule (`centers.by_rules`); `summary`: intervals
+    (`centers.summary`). Raises ValueError without rows, if a probability is not finite, or if a case has two
+    labels or centers, or is given twice in one arm and rule.
+    """
+    if selected.empty:
+        raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
+    rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
+    views = [
+        _results(rows, summary[(summary["task"] == task) & (summary["modality"] == modality)])
+        for (task, modality), rows in selected.groupby(["task", "modality"])
+    ]
+    return {"rules": rules, "metrics": METRICS, "views": views, "scans": None}
+
+
+def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
+    """Data of one task and modality for the explorer; arms, centers and cases by their place in a list."""
+    task, modality = rows[["task", "modality"]].iloc[0]
+    arms, cases = in_order(rows["arm"]), _cases(rows)
+    centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
+    return {
+        "task": task,
+        "taskName": TASKS.get(task, task),
+        "modality": modality,
+        "modalityName": display_name(modality),
+        "classes": class_names(task),
+        "arms": [_arm(arm) for arm in arms],
+        "centers": [display_name(center) for center in centers],
+        "cases": {
+            "id": cases["case_id"].astype(str).tolist(),
+            "center": cases["center"].map(centers.index).tolist(),
+            "y": cases["y_true"].astype(int).tolist(),
+        },
+        "scores": _scores(rows, arms, cases),
+        "summary": _summary(summary, arms, centers),
+    }
+
+
+def _arm(name: str) -> dict:
+    """How an arm is shown: references train no network and are dashed; a personal arm has one model per center."""
+    look = {"name": name, "label": display_name(name), "color": to_hex(color(name))}
+    return look | {"reference": name in REFERENCES, "personal": name == LOCAL_ONLY}
+
+
+def _cases(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each case once: case_id, center, y_true."""
+    cases = rows[["case_id", "center", "y_true"]].drop_duplicates(ignore_index=True)
+    for fault, table, key in (
+        ("has two labels or centers", cases, ["case_id"]),
+        ("is given twice in one arm and rule", rows, ["case_id", "arm", "rule"]),
+    ):
+        if (twice := table.duplicated(key)).any():
+            case = table.loc[twice, "case_id"].iloc[0]
+            raise ValueError(f"Case {case} {fault}: pass one epoch per run and rule, of one cohort.")
+    return cases
+
+
+def _scores(rows: pd.DataFrame, arms: list[str], cases: pd.DataFrame) -> list[dict]:
+    """Probabilities (N, K) of every arm and rule, float32 as the networks gave them: rounding would tie some.
+
+    NaN marks a case that was not tested. `epochs` are those chosen, by fold.
+    """
+    place = pd.Series(cases.index, cases["case_id"])
+    scored = []
+    for (arm, rule), part in rows.groupby(["arm", "rule"], sort=False):
+        _, prob = metrics.y_and_prob(part)
+        table = np.full((len(cases), prob.shape[1]), np.nan, "<f4")
+        table[place[part["case_id"]]] = prob
+        epochs = part.groupby("fold")["epoch"].first().tolist()
+        packed = base64.b64encode(table.tobytes()).decode()
+        scored.append({"arm": arms.index(arm), "rule": rule, "epochs": epochs, "p": packed})
+    return scored
+
+
+def _summary(summary: pd.DataFrame, arms: list[str], centers: list[str]) -> list[list]:
+    """Rows arm, rule, metric, center, mean, low, high (3 decimals, None where undefined), why."""
+    known = summary[summary["arm"].isin(arms)]
+    numbers = known[["mean", "low", "high"]].to_numpy(float).round(3)
+    return [
+        [
+            arms.index(row.arm),
+            row.rule,
+            row.metric,
+            centers.index(row.center),
+            *(v if np.isfinite(v) else None for v in values.tolist()),
+            row.undefined,
+        ]
+        for row, values in zip(known.itertuples(), numbers, strict=True)
+    ]

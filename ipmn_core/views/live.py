@@ -1,0 +1,314 @@
+"""Live views: ES modules that show the same in JupyterLab and, without a kernel, on the report's page.
+
+A cell's output holds the widget, a still picture (PNG) and, as `MIME`, the state from which a page makes the
+view live. Names come from files: JSON is escaped so that none of them ends a script.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import anywidget
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from traitlets import Dict, Unicode
+
+from ipmn_core.data import ScanError, headers
+from ipmn_core.names import LABELS, MODALITIES, display_name
+from ipmn_core.views import gradcam
+from ipmn_core.views.gradcam import Look
+from ipmn_core.views.scans import (
+    HEAT,
+    OPACITY,
+    Case,
+    header_facts,
+    middle,
+    open_case,
+    three_planes,
+    widest_slice,
+    window_of,
+)
+from ipmn_core.views.style import centers_in, png
+
+MIME = "application/vnd.ipmn.view+json"
+PARTS = ("elements", "viewer", "explorer", "by_hand")
+LAB = "export default { render };"
+PAGE = (
+    'for (const view of document.querySelectorAll(".ipmn-view")) await enliven(view);'  # viewers come first
+)
+ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # what HTML reads as its own
+
+VOXELS = 2**18  # of an image on a page, at most: about 0.25 MB once packed
+MARGIN = 10  # mm around the pancreas that stay where an image is cut
+STORED = ("uint8", "int16", "uint16", "float32")  # types that the modules read; others become float32
+
+Arrays = dict[str, np.ndarray]
+
+
+def module(last: str = PAGE) -> str:
+    """The ES module of all views, which at its end makes those of a page live."""
+    return "\n".join([*((files(__package__) / f"{part}.js").read_text("utf-8") for part in PARTS), last])
+
+
+def css() -> str:
+    """The style sheet of all views."""
+    return (files(__package__) / "views.css").read_text("utf-8")
+
+
+class LiveView(anywidget.AnyWidget):
+    """A view, one of `PARTS`, of a `state` for the kernel and one for a page (default: the same).
+
+    `still` draws the picture that stands for the view where nothing runs, `alt` says what it shows. `answer`
+    returns what the view asks for while it is live: JSON and arrays.
+    """
+
+    _esm = module(LAB)
+    _css = css()
+    view = Unicode().tag(sync=True)
+    state = Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        view: str,
+        state: dict[str, Any],
+        still: Callable[[], Figure],
+        alt: str,
+        page: Callable[[], dict[str, Any]] | None = None,
+        answer: Callable[[Any], tuple[dict[str, Any], Arrays]] | None = None,
+    ):
+        super().__init__(view=view, state=state)
+        self.still, self.alt, self.page, self.answer = still, alt, page or (lambda: state), answer
+        self.on_msg(self._reply)
+
+    def _reply(self, _, message: dict[str, Any], __) -> None:
+        about, arrays = self.answer(message["question"])
+        about = about | {"arrays": [[name, array.dtype.name] for name, array in arrays.items()]}
+        buffers = [array.tobytes(order="F") for array in arrays.values()]
+        self.send({"number": message["number"], "about": about}, buffers)
+
+    def _repr_mimebundle_(self, **kwargs):
+        data, metadata = super()._repr_mimebundle_(**kwargs)
+        picture = base64.b64encode(png(self.still())).decode()
+        on_page = {"view": self.view, "alt": self.alt, "state": self.page()}
+        return data | {"image/png": picture, MIME: on_page}, metadata
+
+
+def packed(arrays: Arrays) -> list[list[str]]:
+    """Arrays for a page: name, type, and bytes (first axis fastest), deflated (zlib) and in base64.
+
+    Measured on seven T1 phantoms: 0.78 of the raw bytes, after differences along an axis 1.1. PNG gives 0.70,
+    but a page reads it back through a canvas, whose pixels some browsers change against tracking.
+    """
+    deflated = {name: zlib.compress(array.tobytes(order="F"), 9) for name, array in arrays.items()}
+    return [
+        [name, arrays[name].dtype.name, base64.b64encode(text).decode()] for name, text in deflated.items()
+    ]
+
+
+def as_html(data: dict[str, Any], png: str) -> str:
+    """The view of an output for a page: its picture (PNG in base64) and its data, which `module` makes live.
+
+    Raises ValueError if the state holds NaN, which is not JSON.
+    """
+    state = json.dumps(data["state"], separators=(",", ":"), allow_nan=False).translate(ESCAPES)
+    return (
+        f'<div class="ipmn-view" data-view="{escape(data["view"])}">'
+        f'<img alt="{escape(data["alt"])}" src="data:image/png;base64,{png}" style="max-width: 100%">'
+        f'<script type="application/json">{state}</script></div>'
+    )
+
+
+# ---- the ROI viewer
+
+
+def roi_viewer(scans: pd.DataFrame, size: int = 32) -> LiveView:
+    """A viewer of the cases of `scans` in three planes, beside the cube of edge `size` that a network gets.
+
+    On a page: one high-risk case of each center, of the last modality.
+    """
+    last = scans[scans["modality"] == scans["modality"].iloc[-1]]
+    first = last.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
+    return _viewer(scans, size, first.sort_values("center", key=lambda c: c.map(centers_in(c).index)))
+
+
+def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
+    """The same for the cases of `looks` (`gradcam.of_run`), with the heat map over the cube.
+
+    On a page: the first case of each class.
+    """
+    names = {look.case_id: look.label for look in looks}
+    mine = scans[scans["case_id"].isin(names) & (scans["modality"] == looks[0].modality)]
+    first = mine.groupby("label").head(1)
+    return _viewer(mine, len(looks[0].cube), first, {look.case_id: look for look in looks})
+
+
+def _viewer(scans: pd.DataFrame, size: int, shown: pd.DataFrame, looks: dict[str, Look] | None = None):
+    """The viewer of `scans`, of which a page holds those `shown`."""
+
+    def page() -> dict[str, Any]:
+        held = [on_page(scan, size, (looks or {}).get(scan["case_id"])) for _, scan in shown.iterrows()]
+        return viewer_state(shown, size) | {"held": dict(enumerate(held))}
+
+    def still() -> Figure:
+        first = open_case(shown.iloc[0], size)
+        return three_planes(first, middle(first))
+
+    alt = "The first case in three planes, and below them the cube that a network sees"
+    return LiveView("viewer", viewer_state(scans, size), still, alt, page, answering(scans, size, looks))
+
+
+def viewer_state(scans: pd.DataFrame, size: int) -> dict[str, Any]:
+    """Which cases a viewer lists, in the order of centers; it asks for each that is not in `held`."""
+    return {
+        "size": size,
+        "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
+        "held": {},
+        "modalities": {m: display_name(m) for m in MODALITIES},
+        "classes": dict(enumerate(LABELS)),
+        "palette": base64.b64encode(_palette().tobytes()).decode(),
+    }
+
+
+def _palette() -> np.ndarray:
+    """Colors of a heat map for values 0 to 255: (256, 4) red, green, blue, opacity."""
+    colors = HEAT(np.arange(256), bytes=True)
+    colors[:, 3] = OPACITY * np.arange(256)
+    return colors
+
+
+def answering(scans: pd.DataFrame, size: int, looks: dict[str, Look] | None = None):
+    """What a viewer gets for a case, by its place in `scans`; the reason if it cannot be read."""
+
+    def answer(place: int) -> tuple[dict[str, Any], Arrays]:
+        scan = scans.iloc[place]
+        try:
+            return case_data(open_case(scan, size), (looks or {}).get(scan["case_id"]))
+        except ScanError as error:
+            return {"wrong": str(error)}, {}
+
+    return answer
+
+
+def on_page(scan: pd.Series, size: int, look: Look | None = None) -> dict[str, Any]:
+    """The data of a case for a page, or the reason if it cannot be read."""
+    try:
+        about, arrays = case_data(open_case(scan, size), look, VOXELS)
+    except ScanError as error:
+        return {"wrong": str(error)}
+    return about | {"arrays": packed(arrays)}
+
+
+def case_data(case: Case, look: Look | None = None, most: int | None = None) -> tuple[dict[str, Any], Arrays]:
+    """A case for the viewer; lists have one entry per axis: to the patient's right, front, head (RAS+).
+
+    The image as stored or, with `most`, as bytes between its percentiles 1 and 99.5; one of more voxels is
+    then cut to the pancreas and MARGIN mm around it and averaged in blocks until it fits. `inside` has a bit
+    per voxel.
+    """
+    spacing, shape = np.array(case.image.header.get_zooms()[:3], float), case.image.shape
+    box = tuple(slice(start, start + n) for start, n in zip(case.first, case.roi.shape, strict=True))
+    cut, step = framing(shape, spacing, box, most or np.inf)
+    (low, high), voxels, scale = window_of(case), np.asanyarray(case.image.dataobj), [0.0, 1.0]
+    if most:
+        voxels, scale = averaged(windowed(voxels, low, high)[cut], step), [low, (high - low) / 255]
+    elif voxels.dtype.name not in STORED:
+        voxels = voxels.astype(np.float32)
+    inside = None if case.mask is None else averaged(case.mask[cut], step).astype(bool)
+    arrays = {"voxels": voxels, "cube": windowed(case.cube.astype(np.float32), 0, 1)}
+    if inside is not None:
+        arrays["inside"] = np.packbits(inside.ravel("F"), bitorder="little")
+    if look is not None:
+        _, heat, lesion, _ = gradcam.canonical(look)
+        arrays |= {"heat": windowed(heat, 0, 1)} | (
+            {} if lesion is None else {"lesion": windowed(lesion, 0, 1)}
+        )
+    about = {
+        "facts": list((header_facts(case) | _more_facts(case, cut, step) | _told(look)).items()),
+        "whole": list(shape),
+        "spacing": spacing.tolist(),
+        "start": [side.start for side in cut],
+        "step": list(step),
+        "shape": list(voxels.shape),
+        "box": [[side.start, side.stop - side.start] for side in box],
+        "at": _first_look(voxels if inside is None else inside),
+        "window": [low, high],
+        "scale": scale,  # stored value of a voxel: scale[0] + scale[1] * voxel
+    }
+    return about, arrays
+
+
+def _told(look: Look | None) -> dict[str, str]:
+    """What a network says of a case, and where it looks."""
+    if look is None:
+        return {}
+    lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
+    return {"Grad-CAM of": f"{look.asked_name}, probability {look.prob:.2f}", "on the lesion": lesion}
+
+
+def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
+    """Of a header's text fields, which may name a patient, none: units are one of NIfTI's own words."""
+    try:
+        units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
+    except KeyError:  # a code that is none of NIfTI's
+        units = "unknown"
+    doubt = headers.spacing_doubt(case.scan["image"])
+    whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
+    part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
+    means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
+    mask = "beside the image" if case.scan["mask"] else "none: a clean ROI"
+    facts = {"units": units, "mask": mask, "shown": part + means}
+    return facts | ({"in doubt": doubt} if doubt else {})
+
+
+def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The volume as bytes (uint8): 0 at `low` and below, 255 at `high` and above, rounded in between."""
+    span = max(high - low, np.finfo(np.float32).tiny)  # an ROI may be nearly all background
+    return np.uint8(np.rint(np.clip((volume - low) / span, 0, 1) * 255))
+
+
+def framing(shape, spacing, box, most: float) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+    """The part of a volume to show (one slice per axis) and how many voxels of each axis to average into one.
+
+    All of it, if it has at most `most` voxels; else `box` and MARGIN mm around it, in blocks as cubic as they
+    can be (spacing in mm) and just large enough.
+    """
+    if np.prod(shape) <= most:
+        return tuple(slice(0, n) for n in shape), (1, 1, 1)
+    more = np.ceil(MARGIN / np.asarray(spacing)).astype(int)
+    cut = tuple(
+        slice(max(side.start - int(m), 0), min(side.stop + int(m), n))
+        for side, m, n in zip(box, more, shape, strict=True)
+    )
+    length, mm = np.array([side.stop - side.start for side in cut]), min(spacing)
+    while True:
+        step = np.clip(np.floor(mm / np.asarray(spacing)).astype(int), 1, length)
+        if np.prod(length // step) <= most:
+            return cut, tuple(map(int, step))
+        mm *= 1.05
+
+
+def averaged(volume: np.ndarray, step: tuple[int, ...]) -> np.ndarray:
+    """Means of blocks of `step` voxels, rounded (a half to even), uint8; an incomplete block is left out."""
+    if max(step) == 1:
+        return volume
+    length = [n // s for n, s in zip(volume.shape, step, strict=True)]
+    whole = volume[tuple(slice(0, n * s) for n, s in zip(length, step, strict=True))]
+    blocks = whole.reshape([n for pair in zip(length, step, strict=True) for n in pair])
+    return np.uint8(np.rint(blocks.mean(axis=(1, 3, 5))))
+
+
+def _first_look(inside: np.ndarray) -> list[int]:
+    """A voxel of the widest axial slice: of those inside the one nearest to their middle."""
+    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
+    k = widest_slice(inside)
+    plane = np.argwhere(inside[:, :, k])
+    i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
+    return [int(i), int(j), k]
