@@ -56,14 +56,14 @@ function section({ shape }, plane, at, frame) {
   const stride = [1, shape[0], shape[0] * shape[1]];
   const [right, below] = [stride[plane.across], stride[plane.down]];
   const first = at[plane.normal] * stride[plane.normal] + (across + columns - 1) * right + (down + rows - 1) * below;
-  return { columns, rows, index: (column, row) => first - column * right - row * below };
+  return { columns, rows, first, right, below };
 }
 
-function color(context, { columns, rows, index }, values, pixel) { // pixel: value -> 0xAABBGGRR
+function color(context, { columns, rows, first, right, below }, values, pixel) { // pixel: value -> 0xAABBGGRR
   const picture = new ImageData(columns, rows);
   const pixels = new Uint32Array(picture.data.buffer);
   for (let row = 0, i = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++, i++) pixels[i] = pixel(values[index(column, row)]);
+    for (let at = first - row * below, end = i + columns; i < end; i++, at -= right) pixels[i] = pixel(values[at]);
   }
   Object.assign(scratch, { width: columns, height: rows });
   scratch.getContext("2d").putImageData(picture, 0, 0);
@@ -73,22 +73,27 @@ function color(context, { columns, rows, index }, values, pixel) { // pixel: val
 
 function grey(black, white) {
   const gain = 255 / Math.max(white - black, 1e-9);
-  return (value) => 0xff000000 | (clamp(Math.round((value - black) * gain), 0, 255) * 0x010101);
+  return (value) => {
+    const tone = (value - black) * gain + 0.5;
+    return 0xff000000 | ((tone < 0 ? 0 : tone > 255 ? 255 : tone | 0) * 0x010101);
+  };
 }
 
-function outline(context, { columns, rows, index }, inside, stroke) { // the borders between voxels in and out
+function outline(context, { columns, rows, first, right, below }, inside, stroke) { // the borders between voxels in and out
   const [wide, high] = [context.canvas.width / columns, context.canvas.height / rows];
-  const holds = (column, row) =>
-    column >= 0 && row >= 0 && column < columns && row < rows && Boolean(inside(index(column, row)));
-  Object.assign(context, { strokeStyle: stroke, lineWidth: 3, lineJoin: "round" });
+  const holds = (column, row) => column >= 0 && row >= 0 && column < columns && row < rows
+    && Boolean(inside(first - column * right - row * below));
+  Object.assign(context, { strokeStyle: stroke, lineWidth: 3, lineCap: "round" });
   context.beginPath();
+  const border = (x1, y1, x2, y2) => {
+    context.moveTo(x1 * wide, y1 * high);
+    context.lineTo(x2 * wide, y2 * high);
+  };
   for (let row = 0; row <= rows; row++) {
     for (let column = 0; column <= columns; column++) {
       const here = holds(column, row);
-      context.moveTo(column * wide, (row + 1) * high);
-      if (here !== holds(column - 1, row)) context.lineTo(column * wide, row * high);
-      else context.moveTo(column * wide, row * high);
-      if (here !== holds(column, row - 1)) context.lineTo((column + 1) * wide, row * high);
+      if (here !== holds(column - 1, row)) border(column, row, column, row + 1);
+      if (here !== holds(column, row - 1)) border(column, row, column + 1, row);
     }
   }
   context.stroke();
