@@ -7,6 +7,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
   const x = (value) => 40 + ((value - low) / (high - low)) * edge;
   const y = (value) => 10 + edge - ((value - low) / (high - low)) * edge;
   const place = ([a, b]) => [x(a).toFixed(1), y(b).toFixed(1)];
+  const colors = Object.fromEntries(clients.map(({ name, color }) => [name, color]));
   const chosen = { ...start };
   const moves = Object.entries(choices).map(([name, values]) => {
     const one = slider(name, (k) => {
@@ -25,7 +26,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
 
   function star(point, color, name) {
     const [cx, cy] = place(point);
-    return text(cx, Number(cy) + 7, "★", { fill: color, class: "star" }).appendChild(svg("title", {}, name)).parentNode;
+    return text(cx, Number(cy) + 7, "★", { class: "star", fill: color }).appendChild(svg("title", {}, name)).parentNode;
   }
 
   function plane({ walks, server }, { contours, optima }) {
@@ -34,7 +35,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
     const steps = clients.flatMap(({ name, color }) => walks[name].flatMap((walk) =>
       [path(line(walk.map(place)), { class: "step", stroke: color }), ...dots(walk, { r: 1.6, fill: color })]));
     const rounds = [path(line(server.map(place)), { class: "server" }), ...dots(server, { r: 4, class: "round" })];
-    const stars = optima.map(([name, color, point]) => star(point, color, `optimum of ${name}`));
+    const stars = optima.map(([name, point]) => star(point, colors[name] ?? "var(--ink)", `optimum of ${name}`));
     const ticks = [0, 1, 2].flatMap((value) => [text(x(value), edge + 26, value), text(28, y(value) + 4, value)]);
     const name = "the weights of both clients and the server, step by step";
     return svg("svg", { class: "plane", viewBox: `0 0 ${edge + 50} ${edge + 50}`, role: "img", "aria-label": name },
@@ -53,7 +54,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
     const head = ["client", ...found.drift[clients[0].name].map((_, k) => `round ${k + 1}`)];
     const caption = "Drift: the distance of each client's weights from the server's, by round";
     picture.replaceChildren(plane(found, planes[chosen.heterogeneity]), html("div", {},
-      html("p", {}, "Black: the server, by round. Colored: the local steps of each client. ★: optima; black: of all cases."),
+      html("p", {}, "Dots of a color: the local steps of a client. Large dots: the server after each round. ★: optima of each client and, uncolored, of all cases."),
       table(caption, head, rows)));
   }
 

@@ -366,5 +366,5 @@ def _of_plane(centers: Centers) -> dict:
         rise = surface(centers, row.client, GRID, GRID) - row.loss
         segments = ax.contour(GRID, GRID, rise, RISES).allsegs
         contours[row.client] = [line.round(3).tolist() for level in segments for line in level]
-    stars = [[row.client, COLORS[row.client], [row.w_0, row.w_1]] for row in best.itertuples()]
+    stars = [[row.client, [row.w_0, row.w_1]] for row in best.itertuples()]
     return {"contours": contours, "optima": stars}
