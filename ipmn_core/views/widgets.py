@@ -329,14 +329,14 @@ class CenterExplorer(LiveView):
         table = self.summary()
         if len(table):
             table = table[(table["metric"] == self.metric.value) & table["arm"].isin(self.arms.value)]
-        self.forest.value = _png(results.overview(table, self.center.value)) if len(table) else b""
+        self.forest.value = _png(results.overview(table)) if len(table) else b""
 
     def _show_center(self, _=None) -> None:
         if not self.listed:
             return
         rows, center, arm = self.rows(), self.center.value, self.arm.value
-        self.details.value = _png(results.center_in_detail(rows, center, arm)) if len(rows) else b""
         mine = centers.at(rows[rows["arm"] == arm], center)
+        self.details.value = _png(results.confusions(mine, center)) if len(rows) else b""
         worst = centers.most_wrong(mine).itertuples() if len(mine) else ()
         names = class_names(self.task.value)
         self.worst.options = [("choose a case to open it in the viewer", None)] + [
