@@ -6,7 +6,7 @@ from ipmn_core.views.gradcam import by_class
 from ipmn_core.views.live import attention_viewer, roi_viewer
 from ipmn_core.views.results import (
     against_paper,
-    center_in_detail,
+    confusions,
     forests,
     overview,
     roc_by_center,

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from pandas.api.types import is_integer_dtype
 from pandas.io.formats.style import Styler
 
 from ipmn_core.disk import atomic
-from ipmn_core.metrics import GLOBAL
-from ipmn_core.names import ARMS, CENTERS, MODELS, display_name
+from ipmn_core.metrics import GLOBAL, RULES
+from ipmn_core.names import ARMS, CENTERS, MODELS
 
 # Okabe and Ito's palette: told apart with any common color vision
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
 BLACK = "#000000"
 # drawn dashed or square, for they train no network and share colors with arms that do
 REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
-COLORS = {name: PALETTE[k] for names in (ARMS, MODELS, CENTERS) for k, name in enumerate(names)}
+PAIRS = {"pooled": "all pairs (pooled)", "within": "within a center", "between": "between centers"}
+GROUPS = (ARMS, MODELS, CENTERS, tuple(RULES.values()), tuple(PAIRS.values()))
+COLORS = {name: PALETTE[k] for names in GROUPS for k, name in enumerate(names)}
 COLORS |= dict(zip(REFERENCES, (*PALETTE[5:], PALETTE[2], BLACK, PALETTE[3]), strict=True))
 COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn beside each other in an arm
 _others: dict[str, str] = {}  # colors of names that COLORS lacks, in order of first appearance
@@ -100,21 +101,3 @@ def show(table: pd.DataFrame, precision: int = 3, **kwargs) -> Styler:
     styler = table.style.format(**{"precision": precision, "na_rep": "n/a", "escape": "html", **kwargs})
     counts = table.index.name is None and is_integer_dtype(table.index)
     return styler.hide() if counts else styler
-
-
-def legend_beside(ax: Axes, title: str | None = None, **look) -> None:
-    """Add a legend right of the axes, where it covers no data."""
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title, **look)
-
-
-def named_rows(ax: Axes, names: list[str]) -> None:
-    """Write names down the y axis, the first on top, and shade every other row."""
-    ax.set_yticks(range(len(names)), [display_name(name) for name in names])
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    for k in range(0, len(names), 2):
-        ax.axhspan(k - 0.5, k + 0.5, color="0.95", linewidth=0, zorder=-1)
-
-
-def row_height(arms: int) -> float:
-    """Inches that a row needs for so many arms, each with a line of small letters."""
-    return 0.13 * arms + 0.12

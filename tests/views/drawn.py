@@ -22,6 +22,16 @@ def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def line(ax, label):
+    """The one line of a panel with this label."""
+    (found,) = [drawn for drawn in ax.lines if drawn.get_label() == label]
+    return found
+
+
 def is_clean(figure, width=style.WIDTH):
     """At most `width` inches wide, and no drawn text says nan, overlaps another or is below 8 points."""
     drawn, draw = [], Text.draw
