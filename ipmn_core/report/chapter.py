@@ -12,10 +12,7 @@ from nbformat import NotebookNode
 
 from ipmn_core.views import live
 
-SETTINGS = {
-    "parameters",
-    "injected-parameters",
-}  # tags of cells that the page's own table of settings replaces
+SETTINGS = {"parameters", "injected-parameters"}  # tags of cells; the page has a table of settings
 PROGRESS = re.compile(r"^.*\d+%\|.*\n?", re.MULTILINE)  # tqdm's
 
 

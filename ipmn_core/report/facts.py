@@ -59,13 +59,11 @@ def about(p: Params, notebooks: Sequence[NotebookNode], hide: Callable[[str], st
 
 
 def settings(p: Params) -> pd.DataFrame:
-    """Return the settings that differ from the default, with their meaning."""
-    default = Params().model_dump(mode="json")
+    """Return the settings that differ from the default, with their meaning, all as text."""
+    default, fields = Params().model_dump(mode="json"), Params.model_fields
     rows = [
-        (key, *(json.dumps(v, ensure_ascii=False) for v in (value, default[key])), field.description)
-        for (key, value), field in zip(
-            p.model_dump(mode="json").items(), Params.model_fields.values(), strict=True
-        )
+        (key, *("null" if v is None else str(v) for v in (value, default[key])), fields[key].description)
+        for key, value in p.model_dump(mode="json").items()
         if value != default[key]
     ]
     return pd.DataFrame(rows, columns=["Setting", "Here", "Default", "Meaning"])
