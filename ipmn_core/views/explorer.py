@@ -89,7 +89,7 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
 
 
 def _arm(name: str) -> dict:
-    """How an arm is shown: references train no network and are dashed; a personal arm has one model per center."""
+    """How an arm is shown: a reference (trains no network) dashed; a personal arm has a model per center."""
     look = {"name": name, "label": display_name(name), "color": to_hex(color(name))}
     return look | {"reference": name in REFERENCES, "personal": name == LOCAL_ONLY}
 
