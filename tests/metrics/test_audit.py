@@ -1,4 +1,3 @@
-import inspect
 import itertools
 import tomllib
 from pathlib import Path
@@ -14,8 +13,6 @@ from ipmn_core.metrics.inference import hanley_mcneil
 from ipmn_core.names import CENTERS, MODALITIES
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = [f for name, f in inspect.getmembers(audit, inspect.isfunction) if f.__module__ == audit.__name__]
-PUBLIC = [f for f in FUNCTIONS if not f.__name__.startswith("_")]
 HEADING = "### Where text, tables and code of the paper disagree"
 
 
@@ -36,13 +33,6 @@ def majority_by_fold(n, high_risk, first):
     y = np.sort(np.arange(n) < high_risk)[:: -1 if first else 1].astype(int)
     larger = int(2 * high_risk > n)
     return np.array([(y[test] == larger).mean() for _, test in StratifiedKFold(4).split(y, y)])
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
-def test_every_audit_is_a_frame_without_gaps_that_names_its_question_and_source(function):
-    frame = function()
-    assert len(frame) and frame.notna().all(axis=None)
-    assert "Question:" in function.__doc__ and "Source:" in function.__doc__
 
 
 def test_readmes_disagreements_are_the_ledger_row_by_row():
