@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from ipmn_core.metrics.scores import ARM, GLOBAL, RUN, by_fold
+from ipmn_core.metrics.scores import ARM, GLOBAL, by_fold
 
 CHANCE = 0.5
 
@@ -17,10 +17,9 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """
     if truth.empty:
         return selected.iloc[:0]
-    first = selected.drop_duplicates([*[key for key in RUN if key != "arm"], "case_id"])
-    cases = first.drop(columns=first.filter(regex="^prob_").columns).reset_index(drop=True)
-    patients = truth.assign(patient=truth["patient_id"].str.casefold()).drop_duplicates("patient")
-    known = patients.set_index("patient").reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
+    cases = selected.drop_duplicates(["task", "modality", "fold", "case_id"]).reset_index(drop=True)
+    patients = truth.set_index(truth["patient_id"].str.casefold())
+    known = patients.reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
     missing = cases.loc[known["prob_0"].isna(), "case_id"].unique()
     if len(missing):
         raise ValueError(

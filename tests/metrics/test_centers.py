@@ -62,12 +62,6 @@ def test_a_center_is_its_own_pairs_over_folds(n_classes):
         assert row.pairs == sum(n for _, n in counted)
 
 
-def test_a_fold_counts_by_its_pairs():
-    small = rows([1, 0], [0.1, 0.9], fold=0)  # 1 pair, wrong
-    large = rows([1, 1, 0, 0, 0], [0.9, 0.8, 0.1, 0.2, 0.3], fold=1)  # 6 pairs, all right
-    assert centers.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
-
-
 def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
     rng = np.random.default_rng(0)
     center = rng.choice(CENTERS, 300)
