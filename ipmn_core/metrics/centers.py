@@ -56,8 +56,8 @@ def _count(frame: pd.DataFrame, keys: list[str]) -> np.ndarray:
     y, prob = y_and_prob(frame)
     counts = []
     for k in scores.scored_classes(prob):
-        won = [scores.wins(y[i] == k, prob[i, k]) for i in frame.groupby(keys).indices.values()]
-        counts.append([(below.sum(), len(below) * len(above)) for below, above in won])
+        rights = [scores.ordered(y[i] == k, prob[i, k]) for i in frame.groupby(keys).indices.values()]
+        counts.append([(right.sum(), right.size) for right in rights])
     return np.sum(counts, axis=1).T
 
 

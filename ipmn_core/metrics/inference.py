@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from ipmn_core.metrics import scores
-from ipmn_core.metrics.scores import ARM, GLOBAL, wins, y_and_prob
+from ipmn_core.metrics.scores import ARM, GLOBAL, ordered, y_and_prob
 
 STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
 Z = norm.ppf(0.975)  # intervals are of 95 %
@@ -31,16 +31,17 @@ def hanley_mcneil(auc, n_pos, n_neg) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(auc - half, 0, 1), np.clip(auc + half, 0, 1)
 
 
-def delong(below: np.ndarray, above: np.ndarray) -> tuple[float, float]:
-    """AUC of one score and its standard error, from `scores.wins`; of two, if their wins are subtracted.
+def delong(right: np.ndarray) -> tuple[float, float]:
+    """AUC of one score and its standard error from `scores.ordered`; of two, if theirs are subtracted.
 
     DeLong et al. 1988, Biometrics 44:837-845. NaN: both where a class has no case, the error where one case.
     """
-    n_pos, n_neg = len(below), len(above)
-    auc = below.mean() / n_neg if n_pos and n_neg else np.nan
+    n_pos, n_neg = right.shape
+    auc = right.mean() if right.size else np.nan
     if min(n_pos, n_neg) < 2:
         return auc, np.nan
-    return auc, np.sqrt(below.var(ddof=1) / n_neg**2 / n_pos + above.var(ddof=1) / n_pos**2 / n_neg)
+    variances = right.mean(axis=1).var(ddof=1) / n_pos, right.mean(axis=0).var(ddof=1) / n_neg
+    return auc, np.sqrt(sum(variances))
 
 
 def auc_interval(y, score) -> tuple[float, float, float]:
@@ -48,7 +49,7 @@ def auc_interval(y, score) -> tuple[float, float, float]:
 
     A perfect AUC has DeLong variance zero, so [1, 1]: a limit of the method, not certainty.
     """
-    auc, error = delong(*wins(np.asarray(y) == 1, score))
+    auc, error = delong(ordered(np.asarray(y) == 1, score))
     return tuple(np.clip([auc, auc - Z * error, auc + Z * error], 0, 1).tolist())
 
 
@@ -62,8 +63,8 @@ def delong_test(y, a, b) -> tuple[float, float, float, float, float]:
 
     Paired test of DeLong et al. 1988, as pROC's `roc.test`. NaN where a class has fewer than two cases.
     """
-    won = (wins(np.asarray(y) == 1, score) for score in (a, b))
-    difference, error = delong(*(ours - theirs for ours, theirs in zip(*won, strict=True)))
+    positive = np.asarray(y) == 1
+    difference, error = delong(ordered(positive, a) - ordered(positive, b))
     z = _over_error(difference, error)
     low, high = difference - Z * error, difference + Z * error
     return tuple(map(float, (difference, low, high, z, 2 * norm.sf(abs(z)))))
@@ -86,18 +87,12 @@ def corrected_t(differences, test_over_train: float) -> tuple[float, float]:
 
 
 def weighted_auc(y, prob, weights) -> np.ndarray:
-    """AUC (B,) of B resamples given as weights (B, N), how often each case is drawn; else as `metrics.auc`.
-
-    From running sums over the sorted scores, in place of B sorts. NaN where a class is absent.
-    """
+    """`metrics.auc` (B,) of B resamples given as weights (B, N): how often each case is drawn."""
     aucs = []
     for k in scores.scored_classes(prob):
-        values, place = np.unique(prob[:, k], return_inverse=True)
-        order = np.argsort(place, kind="stable")
-        first = np.searchsorted(place[order], np.arange(len(values)))  # of the cases with each score
-        pos, neg = (np.add.reduceat((weights * of)[:, order], first, axis=1) for of in (y == k, y != k))
+        pos, neg = weights[:, y == k], weights[:, y != k]
         n_pairs = pos.sum(axis=1) * neg.sum(axis=1)
-        won = (pos * (neg.cumsum(axis=1) - neg / 2)).sum(axis=1)
+        won = (pos @ ordered(y == k, prob[:, k]) * neg).sum(axis=1)
         aucs.append(won / np.where(n_pairs > 0, n_pairs, np.nan))
     return np.mean(aucs, axis=0)
 
