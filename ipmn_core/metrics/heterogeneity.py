@@ -27,11 +27,10 @@ def cosines(updates: pd.DataFrame) -> pd.DataFrame:
     Columns modality, arm, client, other, cosine, clients in the order of the centers; NaN where a client did
     not move.
     """
-    length = drift(updates)
-    pairs = updates.merge(length, on=[*ROUND, "client"]).merge(
-        length.rename(columns={"client": "other"}), on=[*ROUND, "other"], suffixes=("", "_other")
-    )
-    lengths = pairs["distance"] * pairs["distance_other"]
+    length = drift(updates).set_index([*ROUND, "client"])["distance"]
+    pairs = updates.join(length, on=[*ROUND, "client"])
+    pairs = pairs.join(length.rename("other_distance"), on=[*ROUND, "other"])
+    lengths = pairs["distance"] * pairs["other_distance"]
     pairs["cosine"] = pairs["inner_product"] / lengths.where(lengths > 0)
     keys = ["modality", "arm", "client", "other"]
     mean = pairs.groupby(keys, as_index=False)["cosine"].mean()

@@ -86,17 +86,6 @@ def corrected_t(differences, test_over_train: float) -> tuple[float, float]:
     return float(statistic), float(2 * t.sf(abs(statistic), n - 1))
 
 
-def weighted_auc(y, prob, weights) -> np.ndarray:
-    """`metrics.auc` (B,) of B resamples given as weights (B, N): how often each case is drawn."""
-    aucs = []
-    for k in scores.scored_classes(prob):
-        pos, neg = weights[:, y == k], weights[:, y != k]
-        n_pairs = pos.sum(axis=1) * neg.sum(axis=1)
-        won = (pos @ ordered(y == k, prob[:, k]) * neg).sum(axis=1)
-        aucs.append(won / np.where(n_pairs > 0, n_pairs, np.nan))
-    return np.mean(aucs, axis=0)
-
-
 def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """AUC, mean over folds, of each bootstrap resample (n_resamples,) of one arm's test cases.
 
@@ -110,7 +99,7 @@ def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     for index in rows.groupby(STRATUM).indices.values():
         n = len(index)
         weights[:, index] = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    folds = [weighted_auc(y[i], prob[i], weights[:, i]) for i in rows.groupby("fold").indices.values()]
+    folds = [scores.weighted_auc(y[i], prob[i], weights[:, i]) for i in rows.groupby("fold").indices.values()]
     defined = (~np.isnan(folds)).sum(axis=0)
     return np.nansum(folds, axis=0) / np.where(defined, defined, np.nan)
 

@@ -128,11 +128,20 @@ def auc(y, prob) -> float:
     """Area under the ROC curve for labels (N,) and probabilities (N, K): of class 1 for K = 2, else macro
     one-vs-rest. NaN where a class has no case.
     """
-    y, prob = np.asarray(y), np.asarray(prob)
-    pairs = [ordered(y == k, prob[:, k]) for k in scored_classes(prob)]
-    # halves have exact sums, so equal AUCs compare equal and the earliest epoch wins: scikit-learn's
-    # trapezoids differ in the last bit
-    return float(np.mean([right.sum() / right.size if right.size else np.nan for right in pairs]))
+    return float(weighted_auc(np.asarray(y), np.asarray(prob), np.ones((1, len(y))))[0])
+
+
+def weighted_auc(y, prob, weights) -> np.ndarray:
+    """`auc` (B,) of B resamples given as weights (B, N): how often each case is drawn."""
+    aucs = []
+    for k in scored_classes(prob):
+        pos, neg = weights[:, y == k], weights[:, y != k]
+        n_pairs = pos.sum(axis=1) * neg.sum(axis=1)
+        # halves have exact sums, so equal AUCs compare equal and the earliest epoch wins: scikit-learn's
+        # trapezoids differ in the last bit
+        right = (pos @ ordered(y == k, prob[:, k]) * neg).sum(axis=1)
+        aucs.append(right / np.where(n_pairs > 0, n_pairs, np.nan))
+    return np.mean(aucs, axis=0)
 
 
 def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -158,14 +167,12 @@ def select(
     """
     if rule not in RULES:
         raise ValueError(f"Unknown selection rule {rule!r}: choose one of {', '.join(RULES)}.")
-    if rule == "last":
-        last = predictions.groupby(RUN)["epoch"].transform("max")
-        return predictions[predictions["epoch"] == last].reset_index(drop=True)
     judged = predictions
     if rule == "best_inner":
         judged = predictions.iloc[:0] if validation is None else validation
     scored = per_epoch(judged)
-    scored["auc"] = scored["auc"].fillna(scored["epoch"])  # undefined in every epoch: the last
+    # an AUC that is undefined is so in every epoch
+    scored["auc"] = scored["epoch"] if rule == "last" else scored["auc"].fillna(scored["epoch"])
     chosen = scored.loc[scored.groupby(RUN)["auc"].idxmax(), [*RUN, "epoch"]]
     known = set(chosen[RUN].itertuples(index=False, name=None))
     for run in predictions[RUN].drop_duplicates().itertuples(index=False, name=None):

@@ -117,7 +117,7 @@ def test_the_weighted_auc_is_that_of_cases_drawn_so_often_and_nan_where_a_class_
     drawn = [np.repeat(np.arange(len(y)), w) for w in weights]
     expected = [metrics.auc(y[i], prob[i]) for i in drawn]
     assert np.isnan(expected).tolist() == [False] * 4 + [True] * 2
-    np.testing.assert_array_equal(inference.weighted_auc(y, prob, weights), expected)
+    np.testing.assert_array_equal(scores.weighted_auc(y, prob, weights), expected)
 
 
 def literal_bootstrap(cases, n_resamples):
