@@ -171,7 +171,7 @@ def select(
     if rule == "best_inner":
         judged = predictions.iloc[:0] if validation is None else validation
     scored = per_epoch(judged)
-    # an AUC that is undefined is so in every epoch
+    # an AUC that is undefined is so in every epoch: then the last, too
     scored["auc"] = scored["epoch"] if rule == "last" else scored["auc"].fillna(scored["epoch"])
     chosen = scored.loc[scored.groupby(RUN)["auc"].idxmax(), [*RUN, "epoch"]]
     known = set(chosen[RUN].itertuples(index=False, name=None))
