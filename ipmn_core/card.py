@@ -162,7 +162,7 @@ def _by_fold(selected: pd.DataFrame) -> str:
         y, prob = metrics.y_and_prob(selected[selected["fold"] == fold])
         high = y == prob.shape[1] - 1
         limits.append(_between(*inference.auc_interval(high, prob[:, -1])))
-        reasons.append("; ".join(filter(None, (undefined, inference.no_delong(high, 2, "interval")))))
+        reasons.append("; ".join(filter(None, (undefined, inference.no_delong(high, 2)))))
     epochs = table["fold"].map(selected.groupby("fold")["epoch"].first())
     shown = table[["fold", "n", "positives", "acc", "auc"]]
     shown = _markdown(shown.assign(epoch=epochs, high_risk_auc=limits, undefined=reasons))

@@ -14,7 +14,6 @@ from ipmn_core.metrics.scores import (
     check,
     optimism,
     over_folds,
-    per_epoch,
     select,
     y_and_prob,
 )

@@ -3,8 +3,6 @@
 Every function reads only `paper/*.csv`. Table 2 and the text's AUCs are in percent, all else in fractions.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
@@ -16,25 +14,14 @@ N_FOLDS = 4  # of the binary task, table 3
 HALF_DIGIT = 0.5e-4  # table 3 is printed to 4 decimals
 
 
-def _read(name: str) -> pd.DataFrame:
-    return pd.read_csv(Path(__file__).parents[1] / "paper" / f"{name}.csv")
-
-
 def ledger() -> pd.DataFrame:
-    """Where text, tables and code of the paper disagree: columns where, text, tables_or_code, here.
-
-    Question: what does a reader of the text alone get wrong, and what does this package do instead?
-    Source: the text and tables 1-3 of the paper, its released code.
-    """
-    return _read("ledger")
+    """Where text, tables and code of the paper disagree: columns where, text, tables_or_code, here."""
+    return pd.read_csv(tables.FOLDER / "ledger.csv")
 
 
 def text_against_table() -> pd.DataFrame:
-    """Three-class AUC in percent: columns model, modality, text, table, difference (text less table).
-
-    Question: are the AUCs in the text those of table 2? Source: section on results, table 2.
-    """
-    stated = _read("text").rename(columns={"auc": "text"})
+    """Three-class AUC in percent: columns model, modality, text, table (2), difference (text less table)."""
+    stated = pd.read_csv(tables.FOLDER / "text.csv").rename(columns={"auc": "text"})
     printed = tables.paper(2)[["model", "modality", "auc_mean"]].rename(columns={"auc_mean": "table"})
     both = stated.merge(printed, on=["model", "modality"], validate="one_to_one")
     return both.assign(difference=(both["text"] - both["table"]).round(2))
@@ -46,12 +33,11 @@ def _in_folds(count: int) -> np.ndarray:
 
 
 def global_accuracy() -> pd.DataFrame:
-    """Global ACC of table 3: columns modality, method, printed, from_centers, difference, bound.
+    """Global ACC of table 3 against the mean of the centers', weighted by the scans of table 1.
 
-    Question: is the printed global ACC the mean of the centers', weighted by their scans? Source: table 3,
-    weights from table 1. `difference` is printed less from_centers. It need not be zero, for folds differ by
-    a case at each center and numbers are rounded; `bound` is the most that this explains, given the printed
-    standard deviations (Cauchy-Schwarz inequality over folds).
+    Columns modality, method, printed, from_centers, difference, bound. The difference need not be zero, for
+    folds differ by a case at each center and numbers are rounded; `bound` is the most that this explains,
+    given the printed standard deviations (Cauchy-Schwarz inequality over folds).
     """
     table3, rows = tables.paper(3), []
     printed = table3[table3["center"] == scores.GLOBAL].set_index(["modality", "method"])["acc_mean"]
@@ -76,10 +62,9 @@ def _counts() -> pd.DataFrame:
 def majority_class() -> pd.DataFrame:
     """ACC of always answering the larger class, beside table 3's, at each center and globally.
 
-    Columns center, modality, n, high_risk, majority (mean over the four folds, as table 3 prints means), one
-    per method, beaten_by: how many methods exceed the majority, all to the 4 decimals printed.
-    Question: which ACC needs a network? Source: tables 1 and 3, high risk against the rest. The global row
-    answers "not high risk" everywhere; answering each center's own majority takes knowledge of the center.
+    Columns center, modality, n, high_risk, majority (mean over the four folds), one per method, beaten_by:
+    how many methods exceed the majority, all to the 4 decimals printed. The global row answers "not high
+    risk" everywhere.
     """
     counts, table3 = _counts(), tables.paper(3)
     larger = np.maximum(counts["high_risk"], counts["n"] - counts["high_risk"])
@@ -92,11 +77,9 @@ def majority_class() -> pd.DataFrame:
 
 
 def prevalence_auc() -> pd.DataFrame:
-    """Pooled AUC of scoring each scan by its center's share of high risk: columns modality, auc.
+    """AUC of scoring each scan by its center's share of high risk in table 1: columns modality, auc.
 
-    Question: what does the global AUC of table 3 reward in a network that knows the hospital and nothing of
-    the disease? Source: table 1. Caveat: pooled over all scans and with each prevalence known exactly, while
-    the paper pools within a fold.
+    Pooled over all scans and with each prevalence known exactly, while the paper pools within a fold.
     """
     rows = []
     for modality, counts in tables.paper(1).groupby("modality"):
@@ -109,9 +92,8 @@ def prevalence_auc() -> pd.DataFrame:
 def intervals() -> pd.DataFrame:
     """95 % intervals of AUC: columns center, method, modality, auc, positives, negatives, low, high.
 
-    Question: how far could each AUC be from the truth because there are few cases? Source: table 3 with
-    table 1's counts, Hanley and McNeil 1982. Caveat: a printed AUC is a mean over folds while the counts are
-    of all folds together, and no interval covers the choice of the epoch on the test fold.
+    Table 3 with table 1's counts, `hanley_mcneil`. A printed AUC is a mean over folds while the counts are of
+    all folds together, and no interval covers the choice of the epoch on the test fold.
     """
     table = tables.paper(3)[["center", "method", "modality", "auc_mean"]].rename(columns={"auc_mean": "auc"})
     table = table.merge(_counts(), on=CELL, how="left", validate="many_to_one")

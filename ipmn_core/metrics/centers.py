@@ -1,125 +1,88 @@
 """The AUC within and between centers, and the tables of the per-center explorer.
 
 An AUC is the share of (positive, negative) pairs in the right order, ties one half. Knowing the centers'
-prevalences alone orders pairs of two centers, but no pair of one center. Pairs are counted inside a fold,
-because models of two folds share no scale, and summed over folds. Within- and between-cluster concordance:
-van Klaveren et al., BMC Medical Research Methodology 14:5 (2014).
+prevalences alone orders pairs of two centers, but no pair of one. Pairs are counted inside a fold, because
+models of two folds share no scale (van Klaveren et al., BMC Medical Research Methodology 14:5, 2014).
 """
-
-from itertools import product
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from ipmn_core.metrics import calibration, inference, scores
-from ipmn_core.metrics.scores import ARM, GLOBAL, PLACES, RULES, y_and_prob
-
-SUMS = ["wins", "pairs", "positives", "cases"]
+from ipmn_core.metrics.scores import ARM, GLOBAL, RULES, y_and_prob
 
 
 def decompose(selected: pd.DataFrame) -> pd.DataFrame:
     """AUC of every arm over all pairs, over those of one center and over those of two; one epoch per run.
 
     Columns task, modality, arm, pooled, within, between, share_within, pairs, undefined. `share_within` is
-    the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between.
-    A fold counts by its pairs, so `pooled` differs slightly from the mean of the folds' AUCs. Binary: high
-    risk against the rest. Three classes: the mean over classes of each class's value against the rest
-    (`pairs`: their sum); the identity then holds for each class, not for the means. `local_only` has one
-    model per center, whose scores share no scale: only its `within` has a meaning. A value that has no pairs
-    is NaN and `undefined` says why. Raises ValueError if a run has several epochs.
+    the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between. Three
+    classes: the mean over classes of each class's value against the rest (`pairs`: their sum); the identity
+    then holds for each class. `local_only` has one model per center: only its `within` has a meaning. A value
+    that has no pairs is NaN and `undefined` says so. Raises ValueError if a run has several epochs.
     """
-    counts, keys = _counts(selected), [*ARM, "risk"]
-    together = counts["center"] == GLOBAL
-    every = counts[together].groupby(keys, sort=False)[SUMS].sum()
-    inside = counts[~together].groupby(keys, sort=False)[SUMS].sum()
-    across = every - inside
-    columns = {
-        "pooled": every["wins"] / every["pairs"],
-        "within": inside["wins"] / inside["pairs"],
-        "between": across["wins"] / across["pairs"],
-        "share_within": inside["pairs"] / every["pairs"],
-        "pairs": every["pairs"],
-        "undefined": _reasons(every, inside, across),
-    }
-    return _over_risks(pd.DataFrame(columns), ARM)
+    rows = []
+    for arm, frame in scores.arms(selected):
+        won, pairs = _count(frame, ["fold"])
+        won_here, pairs_here = _count(frame, ["fold", "center"])
+        shares = {
+            "pairs": _mean(won, pairs),
+            "pairs within a center": _mean(won_here, pairs_here),
+            "pairs between centers": _mean(won - won_here, pairs - pairs_here),
+        }
+        undefined = _absent(frame) or "; ".join(f"no {kind}" for kind in shares if np.isnan(shares[kind]))
+        rows.append((*arm, *shares.values(), _mean(pairs_here, pairs), int(pairs.sum()), undefined))
+    numbers = ["pooled", "within", "between", "share_within", "pairs", "undefined"]
+    return pd.DataFrame(rows, columns=[*ARM, *numbers])
 
 
 def within_by_center(selected: pd.DataFrame) -> pd.DataFrame:
     """AUC of every arm over the pairs of each center, one epoch per run; centers in the order of `CENTERS`.
 
-    Columns task, modality, arm, center, within, pairs, positives, undefined: pairs of one fold, summed over
-    folds; `positives` are the high-risk cases. Three classes and undefined values as in `decompose`.
-    Raises ValueError if a run has several epochs.
-    """
-    counts, keys = _counts(selected), [*ARM, "center"]
-    sums = counts[counts["center"] != GLOBAL].groupby([*keys, "risk"], sort=False)[SUMS].sum()
-    table = sums[["pairs", "positives"]].assign(undefined=_reasons(sums, sums, sums))
-    table.insert(0, "within", sums["wins"] / sums["pairs"])
-    return _over_risks(table, keys)
-
-
-def _counts(selected: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of each arm, center (and all together), fold and class, and how many are in the right order.
-
-    Columns task, modality, arm, center, fold, risk, wins, pairs, positives, cases.
+    Columns task, modality, arm, center, within, pairs, undefined, as in `decompose`.
     """
     rows = []
-    for arm, frame in scores.one_epoch(selected).groupby(ARM, sort=False):
-        y, prob = y_and_prob(frame)
-        center, fold = frame["center"].to_numpy(), frame["fold"].to_numpy()
-        centers = sorted({*center, GLOBAL}, key=PLACES.index)
-        for c, f, k in product(centers, np.unique(fold), scores.scored_classes(prob)):
-            mine = (fold == f) & ((center == c) | (c == GLOBAL))
-            below, above = scores.wins(y[mine] == k, prob[mine, k])
-            sums = below.sum(), len(below) * len(above), len(below), len(below) + len(above)
-            rows.append((*arm, c, f, scores.kinds(prob.shape[1])[k], *sums))
-    return pd.DataFrame(rows, columns=[*ARM, "center", "fold", "risk", *SUMS])
+    for arm, frame in scores.arms(selected):
+        for center, part in scores.places(frame)[:-1]:
+            won, pairs = _count(part, ["fold"])
+            undefined = "" if pairs.all() else _absent(part) or "no pairs"
+            rows.append((*arm, center, _mean(won, pairs), int(pairs.sum()), undefined))
+    return pd.DataFrame(rows, columns=[*ARM, "center", "within", "pairs", "undefined"])
 
 
-def _reasons(every: pd.DataFrame, inside: pd.DataFrame, across: pd.DataFrame) -> np.ndarray:
-    """Why a value of each row is undefined, "" where none is; the last reason that holds is the plainest."""
-    reasons = np.full(len(every), "")
-    for holds, reason in [
-        (inside["pairs"] == 0, "no center has both {} and other cases in one fold"),
-        (across["pairs"] == 0, "all pairs of {} and other cases are of one center"),
-        (every["pairs"] == 0, "no fold has both {} and other cases"),
-        (every["positives"] == 0, "no {} case"),
-        (every["positives"] == every["cases"], "only {} cases"),
-    ]:
-        named = [reason.format(risk) for risk in every.index.get_level_values("risk")]
-        reasons = np.where(holds, named, reasons)
-    return reasons
+def _count(frame: pd.DataFrame, keys: list[str]) -> np.ndarray:
+    """(2, K): pairs in the right order, and all pairs, of each class against the rest in groups by `keys`."""
+    y, prob = y_and_prob(frame)
+    counts = []
+    for k in scores.scored_classes(prob):
+        rights = [scores.ordered(y[i] == k, prob[i, k]) for i in frame.groupby(keys).indices.values()]
+        counts.append([(right.sum(), right.size) for right in rights])
+    return np.sum(counts, axis=1).T
 
 
-def _over_risks(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Rows of one class -> one row for all: means, NaN if one is NaN; pairs summed; reasons listed."""
-    how = dict.fromkeys(table, lambda values: values.mean(skipna=False))
-    how |= {
-        "pairs": "sum",
-        "positives": "last",
-        "undefined": lambda reasons: "; ".join(filter(None, reasons)),
-    }
-    return table.groupby(keys, sort=False).agg({name: how[name] for name in table}).reset_index()
+def _mean(part: np.ndarray, whole: np.ndarray) -> float:
+    """Mean over classes of part / whole; NaN if a whole is 0."""
+    return float(np.mean(part / np.where(whole > 0, whole, np.nan)))
+
+
+def _absent(frame: pd.DataFrame) -> str:
+    y, prob = y_and_prob(frame)
+    return scores.absent_classes(y, prob.shape[1])
 
 
 def by_rules(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`metrics.select` by every rule, one below the other, with a column `rule`.
-
-    Without `validation` (no inner split) there is no "best_inner".
-    """
+    """`metrics.select` by every rule, with a column `rule`; no "best_inner" without `validation`."""
     inner = validation is not None and not validation.empty
     rules = [rule for rule in RULES if rule != "best_inner" or inner]
-    return pd.concat(
-        [scores.select(predictions, rule, validation).assign(rule=rule) for rule in rules], ignore_index=True
-    )
+    chosen = [scores.select(predictions, rule, validation).assign(rule=rule) for rule in rules]
+    return pd.concat(chosen, ignore_index=True)
 
 
 def summary(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Accuracy and AUC of every arm at each center and globally, with 95 % intervals: `inference.intervals`.
+    """`inference.intervals` of each rule of `by_rules`, accuracy and AUC one below the other.
 
-    `selected` is that of `by_rules`. Columns task, modality, arm, rule, center, metric ("acc", "auc"), mean,
-    low, high, undefined.
+    Columns task, modality, arm, rule, center, metric ("acc", "auc"), mean, low, high, undefined.
     """
     tables = []
     for (rule, _), rows in selected.groupby(["rule", "task"], sort=False):

@@ -6,17 +6,16 @@ import numpy as np
 import pandas as pd
 
 from ipmn_core.metrics import inference, scores
-from ipmn_core.metrics.scores import GLOBAL, PLACES
+from ipmn_core.names import CENTERS
 
 ROUND = ["modality", "arm", "fold", "round"]
+OTHERS = ("centralized", "local_only")  # ways to train that are not federated
 
 
 def drift(updates: pd.DataFrame) -> pd.DataFrame:
-    """Client drift ||w_k - w_t||: the distance of each client's weights from the global model's, per round.
+    """Client drift ||w_k - w_t||: columns modality, arm, fold, round, client, distance.
 
-    `updates` holds inner products of the clients' updates (`runs.updates`), over all parameters without
-    BatchNorm's buffers. Columns modality, arm, fold, round, client, distance. FedProx penalizes just
-    this distance, Eq. (3); a center of few cases makes fewer steps, so compare a client across arms first.
+    From `runs.updates`, inner products of the clients' updates. FedProx penalizes this distance, Eq. (3).
     """
     own = updates[updates["client"] == updates["other"]]
     return own[[*ROUND, "client"]].assign(distance=np.sqrt(own["inner_product"])).reset_index(drop=True)
@@ -25,53 +24,41 @@ def drift(updates: pd.DataFrame) -> pd.DataFrame:
 def cosines(updates: pd.DataFrame) -> pd.DataFrame:
     """Cosine between the updates of two clients, mean over rounds and folds: do they pull the same way?
 
-    Columns modality, arm, client, other, cosine, clients in the order of the centers. 1: the same direction,
-    0: nothing in common, below 0: what helps one undoes the other. NaN where a client did not move.
+    Columns modality, arm, client, other, cosine, clients in the order of the centers; NaN where a client did
+    not move.
     """
-    length = drift(updates)
-    pairs = updates.merge(length, on=[*ROUND, "client"]).merge(
-        length.rename(columns={"client": "other"}), on=[*ROUND, "other"], suffixes=("", "_other")
-    )
-    lengths = pairs["distance"] * pairs["distance_other"]
+    length = drift(updates).set_index([*ROUND, "client"])["distance"]
+    pairs = updates.join(length, on=[*ROUND, "client"])
+    pairs = pairs.join(length.rename("other_distance"), on=[*ROUND, "other"])
+    lengths = pairs["distance"] * pairs["other_distance"]
     pairs["cosine"] = pairs["inner_product"] / lengths.where(lengths > 0)
     keys = ["modality", "arm", "client", "other"]
-    mean = pairs.groupby(keys, sort=False, as_index=False)["cosine"].mean()
-    clients = pd.CategoricalDtype(PLACES)
-    ordered = mean.astype({"client": clients, "other": clients}).sort_values(keys).index
-    return mean.loc[ordered].reset_index(drop=True)
+    mean = pairs.groupby(keys, as_index=False)["cosine"].mean()
+    clients = pd.CategoricalDtype(CENTERS)
+    order = mean.astype({"client": clients, "other": clients}).sort_values(keys).index
+    return mean.loc[order].reset_index(drop=True)
 
 
-def gain(selected: pd.DataFrame, over=("centralized", "local_only")) -> pd.DataFrame:
-    """What each center gains by each federated arm over other ways to train: differences of its AUC.
+def gain(selected: pd.DataFrame) -> pd.DataFrame:
+    """What each center gains by each federated arm over `OTHERS`, if trained: differences of its AUC.
 
     Columns modality, arm, over, center, n, positives, difference, low, high, undefined: AUC of the arm less
-    that of `over`, scores of the center's test cases pooled over folds, with DeLong's paired 95 % interval.
-    `selected` holds one epoch per run; its binary rows count. An `over` that was not trained is left out;
-    where a number is NaN `undefined` says why. Raises ValueError if a run has several epochs or two arms were
-    not tested on the same cases.
+    that of `over`, binary task, scores pooled over folds, with DeLong's paired 95 % interval. Raises
+    ValueError if a run has several epochs or two arms were not tested on the same cases.
     """
-    binary = scores.one_epoch(selected[selected["task"] == "binary"])
     rows = []
-    for modality, frame in binary.groupby("modality"):
-        arms = dict(list(frame.groupby("arm", sort=False)))
-        federated = [arm for arm in arms if arm not in ("centralized", "local_only")]
-        for reference, arm in product((arm for arm in over if arm in arms), federated):
-            pairs = inference.paired(arms[arm], arms[reference])
-            parts = dict(list(pairs.groupby("center"))) | {GLOBAL: pairs}
-            for center in sorted(parts, key=PLACES.index):
-                numbers = _difference(parts[center])
-                if reference == "local_only" and center == GLOBAL:
-                    numbers |= dict.fromkeys(("difference", "low", "high"), np.nan)
-                    numbers["undefined"] = "no common scale: local_only has one model per center"
-                rows.append({"modality": modality, "arm": arm, "over": reference, "center": center} | numbers)
-    columns = ["n", "positives", "difference", "low", "high", "undefined"]
-    return pd.DataFrame(rows, columns=["modality", "arm", "over", "center", *columns])
-
-
-def _difference(pairs: pd.DataFrame) -> dict:
-    """n, positives, difference of AUC, its interval and why one is NaN, of the cases of two arms."""
-    y = pairs["y_true"].to_numpy()
-    tested = inference.delong_test(y, pairs["prob_1"], pairs["prob_1_reference"])
-    undefined = scores.absent_classes(y, 2) or inference.no_delong(y, 2, "interval")
-    numbers = dict(zip(("difference", "low", "high"), tested, strict=False))
-    return {"n": len(y), "positives": int(y.sum()), **numbers, "undefined": undefined}
+    for modality, frame in selected[selected["task"] == "binary"].groupby("modality"):
+        trained = {arm: rows for (_, _, arm), rows in scores.arms(frame)}
+        federated = [arm for arm in trained if arm not in OTHERS]
+        for reference, arm in product((arm for arm in OTHERS if arm in trained), federated):
+            pairs = inference.paired(trained[arm], trained[reference])
+            for center, part in scores.places(pairs):
+                y = part["y_true"].to_numpy()
+                tested = inference.delong_test(y, part["prob_1"], part["prob_1_reference"])[:3]
+                undefined = scores.absent_classes(y, 2) or inference.no_delong(y, 2)
+                if reference == "local_only" and center == scores.GLOBAL:
+                    tested = (np.nan,) * 3
+                    undefined = "no common scale: local_only has one model per center"
+                rows.append((modality, arm, reference, center, len(y), y.sum(), *tested, undefined))
+    columns = ["modality", "arm", "over", "center", "n", "positives", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "undefined"])

@@ -1,7 +1,7 @@
 """Tables 1-3 of the paper as CSV, Markdown and LaTeX, each also beside the paper's numbers."""
 
-import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -11,32 +11,26 @@ from ipmn_core.names import display_name
 
 KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
 NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
+COMPLEXITY = {"macs_g": "MACs (G)", "params_m": "Params (M)"}
 COUNTS = ["no_risk", "low_risk", "high_risk", "total"]
 UNDEFINED = "n/a"
+FOLDER = Path(__file__).parents[1] / "paper"
 PAPER = "_paper"  # suffix of the paper's columns
 
 
 def paper(n: int) -> pd.DataFrame:
-    """The paper's table `n` (1, 2 or 3): counts, percent, fractions, in the columns of `table1` to `table3`.
-
-    Raises ValueError for another number.
-    """
-    if n not in KEYS:
-        raise ValueError(f"The paper has no table {n!r}: choose 1, 2 or 3.")
-    return pd.read_csv(Path(__file__).parents[1] / "paper" / f"table{n}.csv")
+    """The paper's table `n` (1, 2 or 3): counts, percent, fractions, columns as `table1` to `table3` have."""
+    return pd.read_csv(FOLDER / f"table{n}.csv")
 
 
-def table1(scans: pd.DataFrame) -> pd.DataFrame:
-    """Scans by center, modality and class: columns center, modality, no_risk, low_risk, high_risk, total."""
-    return data.table1(scans)
+table1 = data.table1
 
 
 def complexity(counted: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
     """MACs (10^9) and parameters (10^6) of each model as printed, ours and the paper's."""
     theirs = paper(2).groupby("model").first()
-    columns = {"MACs (G)": (0, "macs_g"), "Params (M)": (1, "params_m")}
     printed = pd.DataFrame({"Model": [display_name(name) for name in counted]})
-    for heading, (i, column) in columns.items():
+    for i, (column, heading) in enumerate(COMPLEXITY.items()):
         printed[heading] = [f"{numbers[i]:.2f}" for numbers in counted.values()]
         printed[f"{heading} (paper)"] = _fixed(theirs[column].reindex(list(counted)), 2).to_numpy()
     return printed
@@ -47,12 +41,9 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
 
     Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
     `metrics.over_folds` (its global three_class rows count); `complexity` gives each model's MACs (10^9) and
-    parameters (10^6). Raises KeyError for a model without them.
+    parameters (10^6). Raises KeyError naming a model without them.
     """
     rows = summary[(summary["task"] == "three_class") & (summary["center"] == "global")]
-    unknown = sorted(set(rows["arm"]) - set(complexity))
-    if unknown:
-        raise KeyError(f"No MACs and parameters of {', '.join(unknown)}: add them to `complexity`.")
     table = rows.rename(columns={"arm": "model"}).assign(
         macs_g=[round(complexity[model][0], 2) for model in rows["arm"]],
         params_m=[round(complexity[model][1], 2) for model in rows["arm"]],
@@ -100,33 +91,24 @@ def as_printed(table: pd.DataFrame) -> pd.DataFrame:
     With the paper's columns (see `beside_paper`) each cell is followed by the paper's.
     """
     keys = [key for key in ("center", "model", "method") if key in table]
-    sides = [side for side in ("", PAPER) if f"total{side}" in table or f"acc_mean{side}" in table]
+    sides = ["", PAPER] if any(name.endswith(PAPER) for name in table) else [""]
+    headings = {"": "", PAPER: " (paper)"}
     printed = table[keys].drop_duplicates().set_index(keys)
     if "model" in table:
         per_model = table.groupby("model").first()  # MACs and parameters are the same for both modalities
-        for column, heading in (("macs_g", "MACs (G)"), ("params_m", "Params (M)")):
-            for side in sides:
-                printed[_heading(heading, side)] = _fixed(per_model[column + side], 2)
+        for (column, heading), side in product(COMPLEXITY.items(), sides):
+            printed[heading + headings[side]] = _fixed(per_model[column + side], 2)
     for modality in sorted(table["modality"].unique()):
         rows = table[table["modality"] == modality].set_index(keys)
-        for heading, side, text in _cells(rows, sides):
-            printed[_heading(f"{display_name(modality)} {heading}", side)] = text
+        for name, side in product(COUNTS if "total" in table else ("acc", "auc"), sides):
+            if name in COUNTS:
+                heading, text = name.replace("_", " "), _fixed(rows[name + side], 0)
+            else:  # table 2 is in percent, table 3 in fractions
+                heading, text = name.upper(), _mean_std(rows, name, side, 2 if "model" in table else 4)
+            printed[f"{display_name(modality)} {heading}{headings[side]}"] = text
     printed = printed.fillna(UNDEFINED).reset_index()
     names = {key: printed[key].map(display_name) for key in keys}
     return printed.assign(**names).rename(columns={key: key.capitalize() for key in keys})
-
-
-def _cells(rows: pd.DataFrame, sides: list[str]):
-    """Heading, side (ours or the paper's) and texts of each printed column of one modality's rows."""
-    if "total" in rows:
-        return [(n.replace("_", " "), side, _fixed(rows[n + side], 0)) for n in COUNTS for side in sides]
-    digits = 2 if "macs_g" in rows else 4  # table 2 is in percent, table 3 in fractions
-    pairs = [(metric, side) for metric in ("acc", "auc") for side in sides]
-    return [(metric.upper(), side, _mean_std(rows, metric, side, digits)) for metric, side in pairs]
-
-
-def _heading(text: str, side: str) -> str:
-    return f"{text} (paper)" if side == PAPER else text
 
 
 def _fixed(numbers: pd.Series, digits: int) -> pd.Series:
@@ -143,12 +125,12 @@ def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Ser
 def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
     """Write `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed); return their paths.
 
-    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Text
-    that a spreadsheet would run as a formula is escaped in the CSV. Each file is replaced atomically.
+    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Each
+    file is replaced atomically.
     """
     printed = as_printed(table)
     texts = {
-        "csv": _without_formulas(table).to_csv(index=False, na_rep=UNDEFINED),
+        "csv": table.to_csv(index=False, na_rep=UNDEFINED),
         # numbers are strings already: without disable_numparse 1.30 becomes 1.3
         "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": _latex(printed),
@@ -159,19 +141,6 @@ def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
         with disk.atomic(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
     return paths
-
-
-def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with an apostrophe before each text, header or cell, that a spreadsheet would run.
-
-    Such text starts with = + - @, a tab or a line's end, apostrophes before it ignored (OWASP, "CSV
-    injection").
-    """
-
-    def escape(cell):
-        return re.sub(r"^(?='*[=+\-@\t\r\n])", "'", cell) if isinstance(cell, str) else cell
-
-    return table.map(escape).set_axis(table.columns.map(escape), axis=1)
 
 
 def _latex(printed: pd.DataFrame) -> str:

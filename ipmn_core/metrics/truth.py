@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from ipmn_core.metrics.scores import ARM, GLOBAL, RUN, by_fold
+from ipmn_core.metrics.scores import ARM, GLOBAL, by_fold
 
 CHANCE = 0.5
 
@@ -11,45 +11,32 @@ CHANCE = 0.5
 def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """The arms `oracle` and `guideline`, predictions of the same test cases in the same folds.
 
-    The oracle answers with each patient's true class probabilities given the findings: no image can tell
-    more. The guideline answers for high risk (binary task) with its class 0, 1, 2, as 0, 1/2, 1. `selected`
-    holds one epoch per run; `truth` has one row per patient (`cohort.truth`): patient_id, prob_0, prob_1,
-    prob_2, guideline. Empty if `truth` is, as for real data. Raises ValueError naming cases that it lacks.
+    The oracle answers with each patient's true class probabilities, the guideline for high risk (binary task)
+    with its class 0, 1, 2, as 0, 1/2, 1. `truth` has one row per patient (`data.read_truth`). Empty if
+    `truth` is, as for real data. Raises ValueError naming cases that it lacks.
     """
     if truth.empty:
         return selected.iloc[:0]
-    first = selected.drop_duplicates([*[key for key in RUN if key != "arm"], "case_id"])
-    cases = first.drop(columns=first.filter(regex="^prob_").columns).reset_index(drop=True)
-    patients = truth.assign(patient=truth["patient_id"].str.casefold()).drop_duplicates("patient")
-    known = patients.set_index("patient").reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
+    cases = selected.drop_duplicates(["task", "modality", "fold", "case_id"]).reset_index(drop=True)
+    patients = truth.set_index(truth["patient_id"].str.casefold())
+    known = patients.reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
     missing = cases.loc[known["prob_0"].isna(), "case_id"].unique()
     if len(missing):
         raise ValueError(
             f"{len(missing)} cases have no patient in the phantom's truth, such as {', '.join(missing[:5])}: "
             "pass the truth.csv that was written with this cohort."
         )
-    binary = (cases["task"] == "binary").to_numpy()
-    prob = known[["prob_0", "prob_1", "prob_2"]].to_numpy()
-    high, guideline = prob[binary, 2], known["guideline"].to_numpy()[binary] / 2
-    answers = [
-        ("oracle", cases[~binary], prob[~binary].T),
-        ("oracle", cases[binary], (1 - high, high)),
-        ("guideline", cases[binary], (1 - guideline, guideline)),
+    binary = cases["task"] == "binary"
+    three = cases.assign(arm="oracle", **known[["prob_0", "prob_1", "prob_2"]])[~binary]
+    two = [
+        cases.assign(arm=arm, prob_0=1 - high, prob_1=high)[binary]
+        for arm, high in (("oracle", known["prob_2"]), ("guideline", known["guideline"] / 2))
     ]
-    return pd.concat(
-        [
-            rows.assign(arm=arm, epoch=1, **{f"prob_{k}": p for k, p in enumerate(probs)})
-            for arm, rows, probs in answers
-        ],
-        ignore_index=True,
-    )
+    return pd.concat([three, *two], ignore_index=True).assign(epoch=1)
 
 
 def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """AUC of the oracle and the guideline over all `scans`, pooled: columns task, modality, arm, auc.
-
-    What can be known at all, before any training. Empty for real data, where `truth` is.
-    """
+    """AUC of the oracle and the guideline over all `scans`: columns task, modality, arm, auc."""
     cases = scans.assign(arm="", fold=0, seed=0, epoch=1)
     tasks = {"binary": (scans["label"] == 2).astype(int), "three_class": scans["label"]}
     both = pd.concat([cases.assign(task=task, y_true=y) for task, y in tasks.items()])
@@ -61,8 +48,7 @@ def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
 
     `decomposed` is `centers.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
-    pooled, within, pooled_closed, within_closed; below chance is negative, `undefined` says why a number is
-    NaN: as in `decompose`, or "no oracle".
+    pooled, within, pooled_closed, within_closed.
     """
     keys = ["task", "modality"]
     table = decomposed[[*ARM, "undefined", "pooled", "within"]]

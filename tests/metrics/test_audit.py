@@ -1,4 +1,3 @@
-import inspect
 import itertools
 import tomllib
 from pathlib import Path
@@ -14,8 +13,6 @@ from ipmn_core.metrics.inference import hanley_mcneil
 from ipmn_core.names import CENTERS, MODALITIES
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = [f for name, f in inspect.getmembers(audit, inspect.isfunction) if f.__module__ == audit.__name__]
-PUBLIC = [f for f in FUNCTIONS if not f.__name__.startswith("_")]
 HEADING = "### Where text, tables and code of the paper disagree"
 
 
@@ -29,20 +26,6 @@ def counts():
 def printed():
     """Rows of table 3 by (center, modality, method)."""
     return {(c.center, c.modality, c.method): c for c in tables.paper(3).itertuples()}
-
-
-def majority_by_fold(n, high_risk, first):
-    """ACC of the larger class in each of scikit-learn's folds; a case of class `first` comes first."""
-    y = np.sort(np.arange(n) < high_risk)[:: -1 if first else 1].astype(int)
-    larger = int(2 * high_risk > n)
-    return np.array([(y[test] == larger).mean() for _, test in StratifiedKFold(4).split(y, y)])
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
-def test_every_audit_is_a_frame_without_gaps_that_names_its_question_and_source(function):
-    frame = function()
-    assert len(frame) and frame.notna().all(axis=None)
-    assert "Question:" in function.__doc__ and "Source:" in function.__doc__
 
 
 def test_readmes_disagreements_are_the_ledger_row_by_row():
@@ -78,16 +61,6 @@ def test_the_texts_aucs_are_those_that_the_ledger_quotes():
         ("shufflenetv2", "t1"): 3.66,
         ("shufflenetv2", "t2"): 4.67,
     }
-
-
-def test_the_ledgers_other_figures_are_those_of_table_2():
-    table2, ledger = tables.paper(2), audit.ledger()
-    assert table2["model"].nunique() == 5 and ledger["here"][1] == "five"
-    models = table2.set_index(["model", "modality"])
-    for modality in MODALITIES:
-        mobile, shuffle = models.loc[("mobilenetv2", modality)], models.loc[("shufflenetv2", modality)]
-        assert mobile["params_m"] > shuffle["params_m"] and mobile["auc_mean"] < shuffle["auc_mean"]
-    assert (mobile["params_m"], shuffle["params_m"]) == (2.36, 1.30)
 
 
 def test_only_ddof_0_fits_the_printed_deviations_of_the_centers(counts, printed):
@@ -150,23 +123,16 @@ def test_the_majoritys_accuracy_is_its_mean_over_scikit_learns_folds_beside_the_
     majority = audit.majority_class().set_index(["center", "modality"])
     methods = ["centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"]
     assert list(majority.columns) == ["n", "high_risk", "majority", *methods, "beaten_by"]
-    own = []  # printed accuracies that are the majority's own, in mean and deviation
     for (center, modality), row in majority.iterrows():
         accuracies = [printed[center, modality, method].acc_mean for method in methods]
         assert row[methods].tolist() == accuracies
         assert row["beaten_by"] == sum(acc > row["majority"] for acc in accuracies)
         if center != "global":
             assert (row["n"], row["high_risk"]) == counts[center, modality]
-            by_fold = [majority_by_fold(*counts[center, modality], first) for first in (0, 1)]
-            for acc in by_fold:  # the order of a center's labels is unknown and makes no difference
-                assert row["majority"] == round(acc.mean(), 4)
-            for method in methods:
-                cell = printed[center, modality, method]
-                if (cell.acc_mean, cell.acc_std) == (row["majority"], round(by_fold[0].std(), 4)):
-                    own.append((center, modality, method))
-    assert own == [("IU", "t2", "fedprox_0.3"), ("EMC", "t1", "fedavg")]
-    unbeaten = majority.index[majority["beaten_by"] == 0].tolist()
-    assert unbeaten == [("NU", "t1"), ("NU", "t2"), ("MCA", "t2"), ("IU", "t1"), ("EMC", "t2")]
+            y = np.arange(row["n"]) < row["high_risk"]
+            larger = 2 * row["high_risk"] > row["n"]
+            by_fold = [(y[test] == larger).mean() for _, test in StratifiedKFold(4).split(y, y)]
+            assert row["majority"] == round(np.mean(by_fold), 4)
     for modality, one_answer in (("t1", 0.7715), ("t2", 0.7679)):
         total, high = np.sum([counts[center, modality] for center in CENTERS], axis=0)
         row = majority.loc[("global", modality)]

@@ -60,13 +60,6 @@ def test_a_center_is_its_own_pairs_over_folds(n_classes):
         counted = [count_pairs(here, k, KINDS["pooled"]) for k in ([1] if n_classes == 2 else range(3))]
         assert row.within == pytest.approx(np.mean([share for share, _ in counted]), abs=1e-12)  # of a mean
         assert row.pairs == sum(n for _, n in counted)
-        assert row.positives == (here["y_true"] == n_classes - 1).sum()
-
-
-def test_a_fold_counts_by_its_pairs():
-    small = rows([1, 0], [0.1, 0.9], fold=0)  # 1 pair, wrong
-    large = rows([1, 1, 0, 0, 0], [0.9, 0.8, 0.1, 0.2, 0.3], fold=1)  # 6 pairs, all right
-    assert centers.decompose(pd.concat([small, large])).loc[0, "pooled"] == 6 / 7  # the mean of folds is 1/2
 
 
 def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
@@ -85,15 +78,21 @@ def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
     ("y", "center", "fold", "defined", "reason"),
     [
         ([0, 0, 0, 0], "NYU", 0, [], "no high-risk case"),
-        ([1, 1, 1, 1], "NYU", 0, [], "only high-risk cases"),
-        ([1, 1, 0, 0], "NYU", [0, 0, 1, 1], [], "no fold has both high-risk and other cases"),
-        ([1, 1, 0, 0], ["NYU", "NYU", "IU", "IU"], 0, ["between"], "no center has both high-risk and other"),
-        ([1, 1, 0, 0], "NYU", 0, ["within"], "all pairs of high-risk and other cases are of one center"),
+        ([1, 1, 1, 1], "NYU", 0, [], "no other case"),
+        (
+            [1, 1, 0, 0],
+            "NYU",
+            [0, 0, 1, 1],
+            [],
+            "no pairs; no pairs within a center; no pairs between centers",
+        ),
+        ([1, 1, 0, 0], ["NYU", "NYU", "IU", "IU"], 0, ["between"], "no pairs within a center"),
+        ([1, 1, 0, 0], "NYU", 0, ["within"], "no pairs between centers"),
     ],
 )
 def test_a_value_without_pairs_is_nan_with_the_reason(y, center, fold, defined, reason):
     row = centers.decompose(rows(y, [0.9, 0.8, 0.7, 0.1], center, fold=fold)).iloc[0]
-    assert row["undefined"].startswith(reason)
+    assert row["undefined"] == reason
     assert np.isnan(row["pooled"]) != bool(defined)
     assert [kind for kind in ("within", "between") if not np.isnan(row[kind])] == defined
 
@@ -102,12 +101,12 @@ def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
     frame = rows([0, 1, 0, 2], np.full((4, 3), 1 / 3), ["NYU", "NYU", "IU", "EMC"], task="three_class")
     row = centers.decompose(frame).iloc[0]
     assert row["pooled"] == pytest.approx(0.5, abs=1e-15) and np.isnan(row["within"])
-    assert row["undefined"] == "no center has both high-risk and other cases in one fold"
+    assert row["undefined"] == "no pairs within a center"
     table = centers.within_by_center(frame).set_index("center")
     assert table["within"].isna().all()
     assert table.loc["NYU", "undefined"] == "no high-risk case"
-    assert table.loc["IU", "undefined"] == "only no-risk cases; no low-risk case; no high-risk case"
-    assert table["pairs"].tolist() == [2, 0, 0] and table["positives"].tolist() == [0, 0, 1]
+    assert table.loc["IU", "undefined"] == "no low-risk and no high-risk case"
+    assert table["pairs"].tolist() == [2, 0, 0]
 
 
 def test_tasks_modalities_and_arms_in_one_frame_are_each_measured_alone():

@@ -67,15 +67,12 @@ def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers
     table = heterogeneity.gain(three_arms).set_index(["over", "center"])
     row = table.loc[("centralized", "AHN")]
     assert row["positives"] == 1 and np.isfinite(row["difference"]) and np.isnan(row["low"])
-    assert row["undefined"] == "one high-risk case: too few for a DeLong interval"
+    assert row["undefined"] == "DeLong needs two cases of each class"
     assert np.isfinite(table.loc[("centralized", "global"), "difference"])
     row = table.loc[("local_only", "global")]
     assert np.isnan(row["difference"]) and "no common scale" in row["undefined"]
 
 
-def test_gain_refuses_arms_tested_on_other_cases_and_leaves_out_what_was_not_trained(three_arms):
-    lost = (three_arms["arm"] == "fedavg") & (three_arms["case_id"] == "case_7")
-    with pytest.raises(ValueError, match=r"Case case_7 .*tested by centralized, not by fedavg"):
-        heterogeneity.gain(three_arms[~lost])
+def test_gain_leaves_out_what_was_not_trained(three_arms):
     assert set(heterogeneity.gain(three_arms.query("arm != 'local_only'"))["over"]) == {"centralized"}
     assert heterogeneity.gain(three_arms.query("arm == 'centralized'")).empty

@@ -7,8 +7,7 @@ from frames import global_auc, random_run, rows
 from sklearn.metrics import roc_auc_score
 
 from ipmn_core import metrics
-from ipmn_core.metrics import calibration, centers, heterogeneity, inference
-from ipmn_core.metrics.scores import absent_classes
+from ipmn_core.metrics import calibration, inference, scores
 
 
 def global_accuracy(fold_frame):
@@ -49,7 +48,7 @@ def test_a_diverged_run_is_refused_by_name():
     frame = random_run(2)
     frame.loc[100, ["prob_0", "prob_1"]] = np.nan
     with pytest.raises(ValueError, match=r"case_40 of binary/t2/fedavg/fold0, epoch 2.*diverged"):
-        metrics.per_epoch(frame)
+        metrics.select(frame)
     with pytest.raises(ValueError, match="not finite"):
         metrics.y_and_prob(frame.assign(prob_0=np.nan, prob_1=np.nan))
 
@@ -70,16 +69,13 @@ def test_global_auc_pools_centers_instead_of_averaging_them():
     assert global_auc(fold) == auc["global"] == 0.75
 
 
-def test_per_epoch_equals_the_metrics_of_each_epoch_taken_alone():
+def test_per_epoch_equals_the_auc_of_each_epoch_taken_alone():
     frame = pd.concat([random_run(2), random_run(3, seed=1), random_run(2, seed=2, fold=1)])
-    table = metrics.per_epoch(frame.sample(frac=1, random_state=0))  # row order must not matter
-    assert list(table.columns) == [*metrics.RUN, "epoch", "acc", "auc", "n"]
-    assert len(table) == 9
+    table = scores.per_epoch(frame.sample(frac=1, random_state=0))  # row order must not matter
+    assert list(table.columns) == [*metrics.RUN, "epoch", "auc"] and len(table) == 9
     for row in table.itertuples():
         alone = frame[(frame.task == row.task) & (frame.fold == row.fold) & (frame.epoch == row.epoch)]
-        assert row.n == 60
-        assert row.auc == pytest.approx(global_auc(alone), abs=1e-12)  # order of summation
-        assert row.acc == pytest.approx(global_accuracy(alone), abs=1e-12)
+        assert row.auc == global_auc(alone)
 
 
 def test_the_earliest_epoch_of_highest_auc_is_selected_by_each_run_on_its_own():
@@ -112,26 +108,15 @@ def test_best_inner_selects_by_the_held_out_cases_and_reports_the_test_cases():
 def test_optimism_is_what_choosing_on_the_test_fold_adds():
     test, inner = random_run(2), random_run(2, seed=1)
     row = metrics.optimism(test, inner).iloc[0]
-    auc, inner_auc = metrics.per_epoch(test)["auc"], metrics.per_epoch(inner)["auc"]  # one fold
+    auc, inner_auc = scores.per_epoch(test)["auc"], scores.per_epoch(inner)["auc"]  # one fold
     chosen = [auc.max(), auc[inner_auc.idxmax()], auc.iloc[-1]]
-    assert row[["best_test", "best_inner", "last"]].tolist() == pytest.approx(chosen)
+    assert row[["best_test", "best_inner", "last"]].tolist() == chosen
     differences = row[["peak_minus_inner", "peak_minus_last"]].tolist()
-    assert differences == pytest.approx([chosen[0] - chosen[1], chosen[0] - chosen[2]])
+    assert differences == [chosen[0] - chosen[1], chosen[0] - chosen[2]]
     assert (row["epochs"], row["undefined"]) == (3, "")
     without = metrics.optimism(test)
     assert without[["best_inner", "peak_minus_inner"]].isna().all(axis=None)
     assert without["undefined"].tolist() == ["no inner validation split"]
-
-
-def test_selection_among_epochs_of_pure_noise_is_optimistic_and_the_inner_one_is_not():
-    # 40 folds of noise: the best of 10 epochs is well above chance, the inner choice's mean error is 0.01
-    test, inner = (
-        pd.concat([random_run(2, epochs=10, seed=first + k, fold=k) for k in range(40)])
-        for first in (0, 1000)
-    )
-    row = metrics.optimism(test, inner).iloc[0]
-    assert row["best_test"] > 0.58
-    assert abs(row["best_inner"] - 0.5) < 0.04 and abs(row["last"] - 0.5) < 0.04
 
 
 def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
@@ -141,15 +126,6 @@ def test_by_fold_lists_every_center_and_global_with_undefined_auc_as_nan():
     assert table[["n", "positives", "acc"]].to_numpy().tolist() == [[2, 1, 1], [2, 0, 0.5], [4, 1, 0.75]]
     assert table["auc"].isna().tolist() == [False, True, False]
     assert table["undefined"].tolist() == ["", "no high-risk case", ""]
-
-
-def test_both_tasks_in_one_frame_are_measured_each_with_its_own_classes():
-    both = pd.concat([random_run(2), random_run(3)])
-    apart = [metrics.by_fold(metrics.select(part)) for _, part in both.groupby("task")]
-    together = metrics.by_fold(metrics.select(both)).sort_values("task", kind="stable", ignore_index=True)
-    pd.testing.assert_frame_equal(together, pd.concat(apart, ignore_index=True))
-    high = both[both["epoch"] == 1].groupby("task")["y_true"].agg(lambda y: (y == y.max()).sum())
-    assert (together.query("center == 'global'").set_index("task")["positives"] == high).all()
 
 
 def folds_of(acc, auc):
@@ -173,9 +149,9 @@ def test_undefined_folds_are_left_out_of_the_auc_and_counted():
 
 
 def test_every_absent_class_is_named():
-    assert absent_classes([1, 1], 2) == "no other case"
-    assert absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
-    assert absent_classes([2, 1, 0], 3) == ""
+    assert scores.absent_classes([1, 1], 2) == "no other case"
+    assert scores.absent_classes([1, 1], 3) == "no no-risk and no high-risk case"
+    assert scores.absent_classes([2, 1, 0], 3) == ""
 
 
 @pytest.mark.parametrize(
@@ -211,22 +187,7 @@ def test_valid_predictions_of_both_tasks_come_back_and_a_case_that_was_trained_o
         metrics.check(both, ["case_3", "other"], "file x")
 
 
-EPOCH_READERS = [
-    metrics.by_fold,
-    inference.intervals,
-    inference.compare_arms,
-    centers.decompose,
-    centers.within_by_center,
-    heterogeneity.gain,
-    calibration.reliability,
-    calibration.table,
-    calibration.decision_curve,
-]
-
-
-@pytest.mark.parametrize("function", EPOCH_READERS, ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize("function", [metrics.by_fold, inference.compare_arms, calibration.table])
 def test_a_run_of_several_epochs_is_refused_by_name(function):
-    with pytest.raises(
-        ValueError, match=r"binary/t2/fedavg/fold0 has several epochs: apply `metrics.select`"
-    ):
+    with pytest.raises(ValueError, match=r"t2/fedavg/fold0 has several epochs: apply `metrics.select`"):
         function(random_run(2))

@@ -47,8 +47,6 @@ def test_table_2_has_the_papers_rows_and_order_in_percent(summary):
     source = summary.set_index(keys).loc[("three_class", "densenet121", "t1", "global")]
     assert [row[c] for c in tables.NUMBERS] == [round(100 * source[c], 2) for c in tables.NUMBERS]
     assert (row["macs_g"], row["params_m"]) == (round(COMPLEXITY["densenet121"][0], 2), 1.3)
-    with pytest.raises(KeyError, match="resnet34"):
-        tables.table2(summary, {model: (1, 1) for model in MODELS if model != "resnet34"})
 
 
 def test_table_3_has_the_papers_rows_and_order_in_fractions(summary):
@@ -68,11 +66,6 @@ def test_the_papers_own_table_beside_the_paper_differs_nowhere(n):
     assert beside[tables.KEYS[n]].equals(paper[tables.KEYS[n]])
     ours, theirs = beside[numbers], beside[[f"{c}_paper" for c in numbers]]
     assert (ours.to_numpy(dtype=float) == theirs.to_numpy(dtype=float)).all()
-
-
-def test_the_paper_has_no_fourth_table():
-    with pytest.raises(ValueError, match="no table 4"):
-        tables.paper(4)
 
 
 def test_rows_that_one_side_lacks_stay_beside_the_paper_and_print_as_undefined():
@@ -116,13 +109,9 @@ def test_an_undefined_auc_is_na_in_every_format_and_never_nan(summary, tmp_path)
             assert "nan" not in text.lower()
 
 
-def test_the_csv_reads_back_as_the_table_and_no_cell_of_it_is_a_formula(summary, tmp_path):
+def test_the_csv_reads_back_as_the_table(summary, tmp_path):
     table = tables.table3(summary)
     pd.testing.assert_frame_equal(pd.read_csv(tables.write(table, "table3", tmp_path)[0]), table)
-    table = table.replace({"method": {"fedavg": "=cmd|' /C calc'!A0"}, "center": {"IU": "@IU", "NU": "'-NU"}})
-    cells = pd.read_csv(tables.write(table, "table3", tmp_path)[0], header=None, dtype=str).stack()
-    assert {"'=cmd|' /C calc'!A0", "'@IU", "''-NU"} < set(cells)
-    assert not cells.str.match(r"[=+\-@\t\r\n]").any()
 
 
 def test_markdown_keeps_the_printed_digits(tmp_path):
