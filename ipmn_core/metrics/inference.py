@@ -4,6 +4,8 @@ All of it takes the trained models and the selected epoch as given: it says how 
 move a number. What choosing the epoch on the test fold adds is `metrics.optimism`.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
@@ -93,15 +95,23 @@ def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     fold without every class is left out of the mean, as in `metrics.over_folds`; NaN if no fold has every
     class. Arms with the same cases and seed get the same resamples.
     """
-    rows, rng = rows.sort_values("case_id", kind="stable"), np.random.default_rng(seed)
+    rows = rows.sort_values("case_id", kind="stable")
     y, prob = y_and_prob(rows)
-    weights = np.empty((n_resamples, len(rows)))
-    for index in rows.groupby(STRATUM).indices.values():
-        n = len(index)
-        weights[:, index] = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    weights = _drawn(tuple(rows.groupby(STRATUM).ngroup()), n_resamples, seed)
     folds = [scores.weighted_auc(y[i], prob[i], weights[:, i]) for i in rows.groupby("fold").indices.values()]
     defined = (~np.isnan(folds)).sum(axis=0)
     return np.nansum(folds, axis=0) / np.where(defined, defined, np.nan)
+
+
+@lru_cache(maxsize=64)  # arms and rules at one center share their draws
+def _drawn(strata: tuple[int, ...], n_resamples: int, seed: int) -> np.ndarray:
+    """How often each case is drawn in each resample, within its stratum: (n_resamples, N)."""
+    rng, weights = np.random.default_rng(seed), np.empty((n_resamples, len(strata)), np.float32)
+    for stratum in sorted(set(strata)):
+        index = np.flatnonzero(np.equal(strata, stratum))
+        n = len(index)
+        weights[:, index] = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    return weights
 
 
 def bootstrap_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

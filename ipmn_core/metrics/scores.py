@@ -136,10 +136,10 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
     aucs = []
     for k in scored_classes(prob):
         pos, neg = weights[:, y == k], weights[:, y != k]
-        n_pairs = pos.sum(axis=1) * neg.sum(axis=1)
+        n_pairs = pos.sum(axis=1, dtype=float) * neg.sum(axis=1, dtype=float)
         # halves have exact sums, so equal AUCs compare equal and the earliest epoch wins: scikit-learn's
         # trapezoids differ in the last bit
-        right = (pos @ ordered(y == k, prob[:, k]) * neg).sum(axis=1)
+        right = (pos @ ordered(y == k, prob[:, k]).astype(pos.dtype) * neg).sum(axis=1, dtype=float)
         aucs.append(right / np.where(n_pairs > 0, n_pairs, np.nan))
     return np.mean(aucs, axis=0)
 
