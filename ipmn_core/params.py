@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ipmn_core.names import ARMS, MODELS
 
 PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
-List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
-Names = Annotated[tuple[str, ...], List, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class ParamsError(ValueError):
     """A setting is unknown, missing or of the wrong kind."""
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value is listed twice")
+    return values
+
+
+# not strict, because YAML has lists and no tuples
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]
+Modalities = Annotated[
+    tuple[Literal["t1", "t2"], ...], Field(strict=False, min_length=1), AfterValidator(_distinct)
+]
+Count = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class Params(BaseModel):
@@ -31,8 +42,8 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = Field(
-        "paper", description="name; results go to outputs/<profile>/"
+    profile: str = Field(
+        "paper", pattern=r"^[A-Za-z0-9_-]{1,100}$", description="name; results go to outputs/<profile>/"
     )
     outputs: Folder = Field("outputs", description="folder for everything that is written")
     data: Folder = Field("phantom", description="phantom, or the folder of the real data set")
@@ -48,9 +59,7 @@ class Params(BaseModel):
     )
     phantom_seed: int = Field(0, ge=0, lt=2**32, description="phantom only: draws patients and images")
     max_per_cell: Count | None = Field(None, description="cases used per center and class; null for all")
-    modalities: Annotated[tuple[Literal["t1", "t2"], ...], List] = Field(
-        ("t1", "t2"), min_length=1, description="modalities, each with networks of its own"
-    )
+    modalities: Modalities = Field(("t1", "t2"), description="modalities, each with networks of its own")
     size: int = Field(96, ge=32, description="edge of the ROI cube, voxels")
     fold_rule: Literal["center", "patient"] = Field(
         "center", description="center as in the paper; patient keeps T1 and T2 of a patient in one fold"
@@ -82,13 +91,12 @@ class Params(BaseModel):
         0.1, ge=0, le=1, description="probability of a random flip, and of a random 90-degree rotation"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="draws weights, batches, augmentation and inner splits")
-    keep_models: Annotated[tuple[str, ...], List] = Field(
+    keep_models: tuple[str, ...] = Field(
         ("*",),
+        strict=False,
         description="runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        "auto", description="auto, cpu, cuda or cuda:1"
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32", description="float32, bfloat16 (autocast), or auto to ask the hardware"
     )
@@ -97,16 +105,6 @@ class Params(BaseModel):
     checkpoint_seconds: float = Field(
         60.0, ge=0, description="least time between two checkpoints of an unfinished run; 0: every epoch"
     )
-
-    @model_validator(mode="after")
-    def _names(self) -> Params:
-        if self.profile.lower() in ("phantom", "cache", "reference"):  # some disks ignore case
-            raise ValueError(f"profile: {self.profile} is a folder of its own in outputs, take another name")
-        for key in ("modalities", "three_class_models", "arms"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key} lists a value twice: {list(values)}")
-        return self
 
     @property
     def folder(self) -> Path:
@@ -134,10 +132,8 @@ class Params(BaseModel):
 def project_root() -> Path:
     """The nearest folder at or above the working directory that holds `params/` and `notebooks/`."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
-            return folder
-    return here
+    above = (f for f in (here, *here.parents) if (f / "params").is_dir() and (f / "notebooks").is_dir())
+    return next(above, here)
 
 
 def load(path: str | Path) -> Params:
@@ -155,10 +151,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ParamsError(f"{path}: not valid YAML: {error}; fix it, or start from a copy") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
-    keys = [key.value for key, _ in lines.value]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:  # YAML would take the last one silently
-        raise ParamsError(f"{path}: {', '.join(twice)} is given twice; keep one line per setting")
+    if len(values) < len(lines.value):  # YAML would take the last one silently
+        raise ParamsError(f"{path}: a setting is given twice; keep one line per setting")
     return values
 
 
@@ -169,6 +163,14 @@ def validate(values: Mapping[str, Any], source: str) -> Params:
     except ValidationError as error:
         faults = "\n".join(f"  {_in_words(fault)}" for fault in error.errors())
         raise ParamsError(f"{source}: {error.error_count()} invalid setting(s)\n{faults}") from error
+
+
+def _in_words(fault: dict[str, Any]) -> str:
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key}: unknown setting; `ipmn params` lists all"
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if fault["type"] == "float_type" else ""
+    return f"{key}: {fault['msg']}, not {fault['input']!r:.100}{hint}"
 
 
 def from_notebook(variables: Mapping[str, Any]) -> Params:
@@ -186,22 +188,3 @@ def from_notebook(variables: Mapping[str, Any]) -> Params:
     path = Path(profile) if profile.endswith(".yaml") else project_root() / "params" / f"{profile}.yaml"
     values = _read(path) if path.is_file() or profile.endswith(".yaml") else {"profile": profile}
     return validate({**values, **given}, "the notebook's parameters")
-
-
-def table() -> list[dict[str, str]]:
-    """All settings, one row each: setting, default (the paper's protocol), description."""
-    fields = Params.model_fields.items()
-    return [{"setting": k, "default": str(f.default), "description": f.description} for k, f in fields]
-
-
-def _in_words(fault: dict[str, Any]) -> str:
-    key, value = ".".join(map(str, fault["loc"])), fault.get("input")
-    if fault["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key}: unknown setting; known are {', '.join(Params.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    hint = ""
-    if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
-        hint = " (YAML reads 1e-3 as text: write 1.0e-3, without quotes)"
-    return f"{key}: {message}, not {value!r:.100}{hint}"
