@@ -60,9 +60,8 @@ def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import data, runs
     from ipmn_core.runs import probes
 
-    grids = {task: runs.grid(p, task) for task in TASKS}
-    for run in (grid[0] for grid in grids.values()):
-        runs.on_this_machine(p, runs.run_settings(p, run))
+    for task in TASKS:
+        runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
     scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
         data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
@@ -158,11 +157,7 @@ def check_executed(path: Path) -> None:
 
 
 def write_report(p: Params) -> Path:
-    """`<outputs>/<profile>/report.html`, written from the executed notebooks and what is beside them.
-
-    Raises NotebookError for a notebook that is missing or did not run to its end, and what `report.write`
-    raises.
-    """
+    """`<outputs>/<profile>/report.html`, written from the executed notebooks and what is beside them."""
     from ipmn_core import report
 
     paths = [p.folder / "notebooks" / f"{stem}.ipynb" for stem in NOTEBOOKS]

@@ -1,11 +1,10 @@
-"""A new case and trained models -> probabilities, JSON. For research, not for clinical use."""
+"""A new case and trained models -> probabilities. For research, not for clinical use."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,10 @@ LONGEST_MM = 250  # a longer ROI is probably a whole image: a pancreas is 120 to
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
-
-    `center` is the center whose networks were used (arm `local_only`), else None; `warnings` are sentences.
-    """
+    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes."""
 
     case: str
     task: str
-    modality: str | None
-    size: int
-    center: str | None
-    device: str
     folds: pd.DataFrame
     warnings: tuple[str, ...]
 
@@ -66,15 +58,13 @@ def predict(
     if longest > LONGEST_MM:
         warnings = [f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"]
     warnings += _case_warnings(case, trained, center)
-    return Prediction(case, of.task, of.modality, of.size, center, str(where), folds, tuple(warnings))
+    return Prediction(case, of.task, folds, tuple(warnings))
 
 
 def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
     kinds = {f"{one.task} {one.modality} {one.size}^3" for one in trained}
     if len(kinds) > 1:
-        raise PredictError(
-            f"models of several kinds: {', '.join(sorted(kinds))}; predict with each by itself"
-        )
+        raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
     shared = [one for one in trained if one.arm != LOCAL_ONLY]
     if center and shared:
         raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
@@ -121,10 +111,3 @@ def table(result: Prediction) -> pd.DataFrame:
     folds = result.folds.drop(columns="weights").set_index("model")
     over = pd.DataFrame({"mean": folds.mean(), "std": folds.std(ddof=0)}).T
     return pd.concat([folds, over]).rename_axis("model").reset_index()
-
-
-def to_json(result: Prediction) -> str:
-    """The prediction in plain values: `notice`, its fields, and `mean` and `std` over the models."""
-    over = table(result).set_index("model").loc[["mean", "std"]].to_dict("index")
-    content = {"notice": NOTICE, **asdict(result), "folds": result.folds.to_dict("records"), **over}
-    return json.dumps(content, indent=2)

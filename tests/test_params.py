@@ -44,7 +44,7 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("three_class_models", ["densenet121", "densenet121"]),
         ("profile", "../demo"),
         ("profile", "demo\n"),
-        ("outputs", "out\0puts"),
+        ("data", ""),
         ("device", "gpu"),
         ("augment_prob", float("nan")),
         ("epochs_by_model", {1: 2}),
