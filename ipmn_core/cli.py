@@ -20,13 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return 130
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-        ArithmeticError,
-        EOFError,
-    ) as error:  # this package's own messages
+    except (ValueError, OSError, RuntimeError, ArithmeticError, EOFError) as error:
         if os.environ.get("IPMN_DEBUG"):
             raise
         print(f"ipmn: {error}", file=sys.stderr)
@@ -63,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     argument("--layout", choices=("second", "first"), default="second", help="release whose layout to use")
     argument("--seed", type=int, default=0)
     argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
-    help = "tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)"
-    argument("--shortcut", type=float, default=0.0, metavar="Q", help=help)
+    text = "tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)"
+    argument("--shortcut", type=float, default=0.0, metavar="Q", help=text)
     argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
 
     argument = add(fetch)
@@ -74,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     argument = add(predict)
     argument("image", type=Path, help="a scan with --mask, or a clean ROI")
     argument("--mask", type=Path, help="the pancreas, on the image's grid")
-    help = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
-    argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=help)
+    text = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
+    argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
     argument("--center", help="which center's model to use; for the arm local_only")
     argument("--size", type=int, default=96, help="edge of the cube, for bare weights (default: 96)")
     argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")

@@ -23,7 +23,6 @@ from ipmn_core.params import Params, ParamsError, project_root
 from ipmn_core.process import end_with
 
 NOTEBOOKS = ("01_data_exploration", "02_three_class_benchmark", "03_federated_binary", "04_analysis")
-REPORT = "report.html"
 START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
@@ -81,7 +80,7 @@ def run(p: Params) -> Iterator[Path]:
     Removes report, tables, figures and notebooks of an earlier run first, so that nothing old can pass for
     new. Raises NotebookError for the first notebook that fails.
     """
-    (p.folder / REPORT).unlink(missing_ok=True)
+    (p.folder / "report.html").unlink(missing_ok=True)
     for name in ("notebooks", "tables", "figures"):
         shutil.rmtree(p.folder / name, ignore_errors=True)
     p.folder.mkdir(parents=True, exist_ok=True)
@@ -148,10 +147,12 @@ def check_executed(path: Path) -> None:
 
     papermill's own status is not believed: after the death of a kernel it says "completed" of every cell.
     """
+    if not path.is_file():
+        raise NotebookError(f"{path}: no such notebook; `ipmn run` executes it")
     try:
         cells = nbformat.read(path, 4).cells
-    except (OSError, ValueError) as error:
-        raise NotebookError(f"{path}: {error}; `ipmn run` executes it") from error
+    except ValueError as error:
+        raise NotebookError(f"{path}: not a whole notebook; `ipmn run` executes it again") from error
     if any(c.cell_type == "code" and c.source.strip() and not c.execution_count for c in cells):
         raise NotebookError(f"{path}: did not run to its end; `ipmn run` executes it again")
 
@@ -163,4 +164,4 @@ def write_report(p: Params) -> Path:
     paths = [p.folder / "notebooks" / f"{stem}.ipynb" for stem in NOTEBOOKS]
     for path in paths:
         check_executed(path)
-    return report.write(p, paths, p.folder / REPORT)
+    return report.write(p, paths, p.folder / "report.html")

@@ -1,4 +1,3 @@
-import gzip
 import os
 import re
 import shutil
@@ -6,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel
 import openpyxl
 import pytest
 import yaml
@@ -37,21 +35,18 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture
 def broken(phantom_root, tmp_path):
-    """A cohort with a label out of range, a label without a file, half a volume, and text in a header."""
+    """A cohort with a label out of range, a label without a file, and half a volume."""
     root = tmp_path / "broken"
     shutil.copytree(phantom_root, root, copy_function=os.link)
     sheet, images = root / "IPMN_labels_total.xlsx", root / "IPMN_images_masks" / "t1" / "images"
     book = openpyxl.load_workbook(sheet)
     rows = book.active
     rows.cell(3, [cell.value for cell in rows[1]].index("Risk assessment") + 1).value = 7
-    half, header = (images / "IU_3.nii.gz").read_bytes()[:20000], next(images.glob("EMC*.nii.gz"))
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(header.read_bytes()))
-    image.header["descrip"] = b"DOE^JANE"
-    for path in (sheet, images / "AHN01.nii.gz", images / "IU_3.nii.gz", header):
+    half = (images / "IU_3.nii.gz").read_bytes()[:20000]
+    for path in (sheet, images / "AHN01.nii.gz", images / "IU_3.nii.gz"):
         path.unlink()  # before writing, because it is a link into the cohort of all tests
     book.save(sheet)
     (images / "IU_3.nii.gz").write_bytes(half)
-    nibabel.save(image, header)
     (images / "nyu_\x1b[2J|\n9.nii.gz").write_bytes(b"")
     return root
 
@@ -95,7 +90,7 @@ def test_check_of_a_good_cohort_prints_table_1_and_exits_with_0(phantom_root, ph
     assert f"{phantom_root}: {len(phantom_scans)} labelled scans, 0 error(s)" in said.splitlines()[-1]
 
 
-def test_check_of_a_broken_cohort_names_file_row_and_remedy_and_repeats_no_text_of_a_header(broken, capsys):
+def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):
     assert cli.main(["check", str(broken)]) == 1
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -106,8 +101,7 @@ def test_check_of_a_broken_cohort_names_file_row_and_remedy_and_repeats_no_text_
     ):
         assert any(where in line and problem in line and remedy in line for line in lines), (where, problem)
     assert f"{len(lines)} error(s)" in said.splitlines()[-1]
-    assert "nyu_?[2J|?9.nii.gz" in said and "\x1b" not in said and "DOE" not in said
-    assert re.search(r"note: .*t1/images: 1 of \d+ files have text in their header \(descrip\)", said)
+    assert "nyu_?[2J|?9.nii.gz" in said and "\x1b" not in said
 
 
 def test_check_of_no_cohort_exits_with_1_and_says_what_is_missing(tmp_path, capsys):
@@ -146,9 +140,7 @@ def test_run_of_a_missing_profile_and_report_of_one_that_never_ran_are_one_sente
     assert cli.main(["run", "params/absent.yaml"]) == 1
     assert "params/absent.yaml: no such file" in sentence(capsys)
     assert cli.main(["report", profile(project)]) == 1
-    assert re.search(
-        r"01_data_exploration\.ipynb: .*No such file.*; `ipmn run` executes it", sentence(capsys)
-    )
+    assert "01_data_exploration.ipynb: no such notebook; `ipmn run` executes it" in sentence(capsys)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import latex2mathml.converter
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
@@ -96,6 +97,15 @@ def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
     for other in (number - 1, number + 1):
         assert f"](0{other}_" in first or other not in (1, 2, 3, 4), f"no link to chapter {other}"
     assert "**What to take home.**" in last
+
+
+@every_notebook
+def test_equations_can_be_shown_without_javascript(path):
+    text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", text, re.DOTALL)
+    assert formulas, "a chapter without an equation"
+    for formula in formulas:
+        assert "merror" not in latex2mathml.converter.convert(formula.strip("$"))
 
 
 def test_a_run_executes_all_notebooks_and_says_where_its_results_are(smoke):
