@@ -76,7 +76,7 @@ def test_the_command_is_installed():
     assert told.returncode == 0 and told.stdout.startswith("usage: ipmn")
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run"], ["check", "a", "b"], ["run", "x", "--quick"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "x", "--quick"]])
 def test_wrong_usage_exits_with_2_and_says_how_to(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -104,11 +104,6 @@ def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):
     assert "nyu_?[2J|?9.nii.gz" in said and "\x1b" not in said
 
 
-def test_check_of_no_cohort_exits_with_1_and_says_what_is_missing(tmp_path, capsys):
-    assert cli.main(["check", str(tmp_path / "absent")]) == 1
-    assert "IPMN_labels_total.xlsx" in capsys.readouterr().out
-
-
 def test_phantom_passes_its_settings_on_and_refuses_a_folder_that_exists(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.txt").write_text("keep")
     assert cli.main(["phantom", str(tmp_path)]) == 1
@@ -122,23 +117,11 @@ def test_phantom_passes_its_settings_on_and_refuses_a_folder_that_exists(tmp_pat
     assert str(tmp_path / "cohort" / "truth.csv") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": "1e-3"}, "lr: .*'1e-3'.*write 1.0e-3"),
-        ({"learning_rate": 0.1}, "learning_rate: unknown setting; `ipmn params` lists all"),
-        ({"data": "data/ipmn"}, "data/ipmn: no such folder.*osf.io"),
-    ],
-)
-def test_run_of_a_wrong_profile_names_the_setting(project, capsys, settings, message):
-    assert cli.main(["run", profile(project, **settings)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("ipmn: ") and re.search(message, said) and "Traceback" not in said
-
-
-def test_run_of_a_missing_profile_and_report_of_one_that_never_ran_are_one_sentence(project, capsys):
+def test_a_missing_or_wrong_profile_and_one_that_never_ran_are_explained(project, capsys):
     assert cli.main(["run", "params/absent.yaml"]) == 1
     assert "params/absent.yaml: no such file" in sentence(capsys)
+    assert cli.main(["run", profile(project, learning_rate=0.1)]) == 1
+    assert re.search(r"^ipmn: .*mine\.yaml: 1 .*\n  learning_rate: unknown setting", capsys.readouterr().err)
     assert cli.main(["report", profile(project)]) == 1
     assert "01_data_exploration.ipynb: no such notebook; `ipmn run` executes it" in sentence(capsys)
 

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -133,13 +134,6 @@ def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damag
         predict.predict(*scan, fold)
 
 
-@pytest.mark.parametrize("kept", [0, 1000])
-def test_a_truncated_file_of_weights_is_refused(fold, scan, kept):
-    (fold / "model.pt").write_bytes((fold / "model.pt").read_bytes()[:kept])
-    with pytest.raises(PredictError, match=r"model\.pt (cannot be read as weights|is refused)"):
-        predict.predict(*scan, fold)
-
-
 def test_bare_weights_predict_as_the_network_they_are_of(tmp_path, scan, monkeypatch):
     monkeypatch.setitem(models.MODELS, "densenet121", quick)  # so that it takes no time
     network = quick(3).eval()
@@ -177,9 +171,9 @@ def test_a_whole_image_taken_for_an_roi_is_pointed_out_and_an_empty_mask_refused
     [
         (lambda f: (f / "run.json").unlink(), "fold0 holds no finished run"),
         (lambda f: (f / "run.json").write_text("{"), r"run.json is damaged or of no network"),
-        (lambda f: change_settings(f, model="vgg"), "damaged or of no network.*vgg"),
         (lambda f: change_settings(f, task="four"), "damaged or of no network.*four"),
         (lambda f: (f / "model.pt").unlink(), r"model\.pt: no such file"),
+        (lambda f: os.truncate(f / "model.pt", 1000), r"model\.pt cannot be read as weights"),
         (shutil.rmtree, "no such folder or file"),
     ],
 )
