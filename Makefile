@@ -12,7 +12,7 @@ demo: .venv/installed          ## tables 1-3, figures and report.html on the emb
 test: .venv/tests              ## what every change must pass, in minutes
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/all            ## every test: also kills at more moments, JupyterLab, the demo beside its reference
+test-all: .venv/tests          ## every test: also kills at more moments, JupyterLab, the demo beside its reference
 	$(PYTEST)
 
 lint: .venv/installed          ## style, imports between rooms, notebooks without outputs
@@ -40,8 +40,4 @@ clean:                         ## remove the environment and all outputs except 
 
 .venv/tests: .venv/installed
 	$(INSTALL) ".[dev,flower]"
-	touch $@
-
-.venv/all: .venv/tests
-	$(INSTALL) ".[dev,flower,viewer]"
 	touch $@

@@ -69,9 +69,8 @@ def train_epoch(
     model.train()
     for x, y in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(
-            model(x.as_tensor()), y
-        )  # without MONAI's metadata, which slow every operation
+        # as a plain tensor, without MONAI's metadata, which slow every operation
+        loss = F.cross_entropy(model(x.as_tensor()), y)
         if mu > 0:
             pairs = zip(model.parameters(), w_global.parameters(), strict=True)
             loss = loss + mu / 2 * sum(((w - w_t.detach()) ** 2).sum() for w, w_t in pairs)

@@ -5,22 +5,34 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ipmn_core.names import ARMS, MODELS
 
 PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
-List = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
-Names = Annotated[tuple[str, ...], List, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Folder = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class ParamsError(ValueError):
     """A setting is unknown, missing or of the wrong kind."""
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value is listed twice")
+    return values
+
+
+T = TypeVar("T")
+Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
+Count = Annotated[int, Field(ge=1)]
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """A field of the schema."""
+    return Field(default, description=description, **limits)
 
 
 class Params(BaseModel):
@@ -31,82 +43,55 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    profile: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = Field(
-        "paper", description="name; results go to outputs/<profile>/"
+    profile: str = setting(
+        "paper", "name; results go to outputs/<profile>/", pattern=r"^[A-Za-z0-9_-]{1,100}$"
     )
-    outputs: Folder = Field("outputs", description="folder for everything that is written")
-    data: Folder = Field("phantom", description="phantom, or the folder of the real data set")
+    outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
+    data: str = setting("phantom", "phantom, or the folder of the real data set", min_length=1)
     columns: Literal["header", "position"] = Field(
         "header",
         description="how to find columns in the label sheets: by header, or at the released position",
     )
-    phantom_max_per_cell: Count | None = Field(
-        None, description="phantom only: cases written per center and class; null for those of table 1"
+    phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
+    phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
+    phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
+    max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
+    modalities: Distinct[Literal["t1", "t2"]] = setting(
+        ("t1", "t2"), "modalities, each with networks of its own"
     )
-    phantom_shortcut: float = Field(
-        0.0, ge=0, le=1, description="phantom only: tie of the scanning protocol to the label, 0 (none) to 1"
+    size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
+    fold_rule: Literal["center", "patient"] = setting(
+        "center", "center as in the paper; patient keeps T1 and T2 of a patient in one fold"
     )
-    phantom_seed: int = Field(0, ge=0, lt=2**32, description="phantom only: draws patients and images")
-    max_per_cell: Count | None = Field(None, description="cases used per center and class; null for all")
-    modalities: Annotated[tuple[Literal["t1", "t2"], ...], List] = Field(
-        ("t1", "t2"), min_length=1, description="modalities, each with networks of its own"
-    )
-    size: int = Field(96, ge=32, description="edge of the ROI cube, voxels")
-    fold_rule: Literal["center", "patient"] = Field(
-        "center", description="center as in the paper; patient keeps T1 and T2 of a patient in one fold"
-    )
-    three_class_folds: int = Field(5, ge=2, description="folds of the three-class task")
-    binary_folds: int = Field(4, ge=2, description="folds of the binary task")
-    inner_validation: float = Field(
-        0.0, ge=0, le=0.5, description="share of each training fold held out to choose an epoch on"
-    )
-    three_class_models: Names = Field(MODELS, description="networks of the three-class task")
-    binary_model: str = Field("densenet121", description="network of the binary task")
-    arms: Names = Field(ARMS, description="arms of the binary task; local_only is not in the paper")
-    epochs: Count = Field(100, description="centralized epochs")
-    epochs_by_model: dict[str, Count] = Field(
-        {}, description="networks of the three-class task that train for another number of epochs"
-    )
-    rounds: Count = Field(100, description="federated rounds")
-    local_epochs: Count = Field(1, description="local epochs of a client in a round")
-    clients_per_round: Count | None = Field(None, description="clients drawn for a round; null for all")
-    batch_size: int = Field(16, ge=2, description="cases per batch")
-    batches_per_epoch: Count | None = Field(
-        None, description="batches after which an epoch ends; null for all"
-    )
-    lr: float = Field(1e-3, gt=0, description="learning rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
-    lr_step: Count = Field(30, description="epochs after which the learning rate is multiplied by lr_gamma")
-    lr_gamma: float = Field(0.1, gt=0, le=1, description="factor of the learning rate after lr_step epochs")
-    augment_prob: float = Field(
-        0.1, ge=0, le=1, description="probability of a random flip, and of a random 90-degree rotation"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="draws weights, batches, augmentation and inner splits")
-    keep_models: Annotated[tuple[str, ...], List] = Field(
+    three_class_folds: int = setting(5, "folds of the three-class task", ge=2)
+    binary_folds: int = setting(4, "folds of the binary task", ge=2)
+    inner_validation: float = setting(0.0, "share of training cases to choose an epoch on", ge=0, le=0.5)
+    three_class_models: Distinct[str] = setting(MODELS, "networks of the three-class task")
+    binary_model: str = setting("densenet121", "network of the binary task")
+    arms: Distinct[str] = setting(ARMS, "arms of the binary task; local_only is not in the paper")
+    epochs: Count = setting(100, "centralized epochs")
+    epochs_by_model: dict[str, Count] = setting({}, "three-class networks with another number of epochs")
+    rounds: Count = setting(100, "federated rounds")
+    local_epochs: Count = setting(1, "local epochs of a client in a round")
+    clients_per_round: Count | None = setting(None, "clients drawn for a round; null for all")
+    batch_size: int = setting(16, "cases per batch", ge=2)
+    batches_per_epoch: Count | None = setting(None, "batches after which an epoch ends; null for all")
+    lr: float = setting(1e-3, "learning rate of AdamW", gt=0)
+    weight_decay: float = setting(0.01, "weight decay of AdamW", ge=0)
+    lr_step: Count = setting(30, "epochs after which the learning rate is multiplied by lr_gamma")
+    lr_gamma: float = setting(0.1, "factor of the learning rate after lr_step epochs", gt=0, le=1)
+    augment_prob: float = setting(0.1, "probability of a random flip, and of a quarter turn", ge=0, le=1)
+    seed: int = setting(0, "draws weights, batches, augmentation and inner splits", ge=0, lt=2**32)
+    keep_models: tuple[str, ...] = setting(
         ("*",),
-        description="runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
+        "runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
+        strict=False,
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        "auto", description="auto, cpu, cuda or cuda:1"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="float32, bfloat16 (autocast), or auto to ask the hardware"
-    )
-    threads: int = Field(0, ge=0, description="torch threads per run; 0 for all cores")
-    jobs: Count = Field(1, description="runs at a time")
-    checkpoint_seconds: float = Field(
-        60.0, ge=0, description="least time between two checkpoints of an unfinished run; 0: every epoch"
-    )
-
-    @model_validator(mode="after")
-    def _names(self) -> Params:
-        if self.profile.lower() in ("phantom", "cache", "reference"):  # some disks ignore case
-            raise ValueError(f"profile: {self.profile} is a folder of its own in outputs, take another name")
-        for key in ("modalities", "three_class_models", "arms"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key} lists a value twice: {list(values)}")
-        return self
+    device: str = setting("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    precision: Literal["auto", "float32", "bfloat16"] = setting("float32", "float32, bfloat16 or auto")
+    threads: int = setting(0, "torch threads per run; 0 for all cores", ge=0)
+    jobs: Count = setting(1, "runs at a time")
+    checkpoint_seconds: float = setting(60.0, "least time between two checkpoints; 0: every epoch", ge=0)
 
     @property
     def folder(self) -> Path:
@@ -134,10 +119,8 @@ class Params(BaseModel):
 def project_root() -> Path:
     """The nearest folder at or above the working directory that holds `params/` and `notebooks/`."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
-            return folder
-    return here
+    above = (f for f in (here, *here.parents) if (f / "params").is_dir() and (f / "notebooks").is_dir())
+    return next(above, here)
 
 
 def load(path: str | Path) -> Params:
@@ -155,10 +138,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ParamsError(f"{path}: not valid YAML: {error}; fix it, or start from a copy") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
-    keys = [key.value for key, _ in lines.value]
-    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-    if twice:  # YAML would take the last one silently
-        raise ParamsError(f"{path}: {', '.join(twice)} is given twice; keep one line per setting")
+    if len(values) < len(lines.value):  # YAML would take the last one silently
+        raise ParamsError(f"{path}: a setting is given twice; keep one line per setting")
     return values
 
 
@@ -169,6 +150,14 @@ def validate(values: Mapping[str, Any], source: str) -> Params:
     except ValidationError as error:
         faults = "\n".join(f"  {_in_words(fault)}" for fault in error.errors())
         raise ParamsError(f"{source}: {error.error_count()} invalid setting(s)\n{faults}") from error
+
+
+def _in_words(fault: dict[str, Any]) -> str:
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key}: unknown setting; `ipmn params` lists all"
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if fault["type"] == "float_type" else ""
+    return f"{key}: {fault['msg']}, not {fault['input']!r:.100}{hint}"
 
 
 def from_notebook(variables: Mapping[str, Any]) -> Params:
@@ -186,22 +175,3 @@ def from_notebook(variables: Mapping[str, Any]) -> Params:
     path = Path(profile) if profile.endswith(".yaml") else project_root() / "params" / f"{profile}.yaml"
     values = _read(path) if path.is_file() or profile.endswith(".yaml") else {"profile": profile}
     return validate({**values, **given}, "the notebook's parameters")
-
-
-def table() -> list[dict[str, str]]:
-    """All settings, one row each: setting, default (the paper's protocol), description."""
-    fields = Params.model_fields.items()
-    return [{"setting": k, "default": str(f.default), "description": f.description} for k, f in fields]
-
-
-def _in_words(fault: dict[str, Any]) -> str:
-    key, value = ".".join(map(str, fault["loc"])), fault.get("input")
-    if fault["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key}: unknown setting; known are {', '.join(Params.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    hint = ""
-    if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
-        hint = " (YAML reads 1e-3 as text: write 1.0e-3, without quotes)"
-    return f"{key}: {message}, not {value!r:.100}{hint}"

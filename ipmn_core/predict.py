@@ -1,14 +1,12 @@
-"""A new case and trained models -> probabilities, JSON. For research, not for clinical use."""
+"""A new case and trained models -> probabilities. For research, not for clinical use."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -21,27 +19,14 @@ from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 NOTICE = "Not for clinical use: a research model without external validation."
 LONGEST_MM = 250  # a longer ROI is probably a whole image: a pancreas is 120 to 150 mm long
-ROLES = {  # warnings by what a run used a case for
-    "train": "{case} was trained on by {names}: this is no test",
-    "validation": "{case} was held out of the training of {names} for validation: this is no test either",
-    "test": "{case} was a test case of {names}, whose epoch was chosen on the test cases: this is optimistic",
-    "unknown": "the training cases of {names} are unknown; if {case} was one, this is no test",
-}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
-
-    `center` is the center whose networks were used (arm `local_only`), else None; `warnings` are sentences.
-    """
+    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes."""
 
     case: str
     task: str
-    modality: str | None
-    size: int
-    center: str | None
-    device: str
     folds: pd.DataFrame
     warnings: tuple[str, ...]
 
@@ -53,37 +38,33 @@ def predict(
     center: str | None = None,
     size: int = 96,
     device: str = "cpu",
-    case: str | None = None,
 ) -> Prediction:
     """Predict a scan with the trained networks in `folders` (see `trained.find`), in float32.
 
     `image` with its pancreas `mask`, or a clean ROI without. `center`: whose networks to use, for the arm
-    `local_only`. `size`: edge of the cubes, for bare weights. `case`: its name in the cohort, by default the
-    file's; from it the warnings say whether the case was trained on. Raises PredictError or ScanError.
+    `local_only`. `size`: edge of the cubes, for bare weights. Raises PredictError or ScanError.
     """
     where = federated.device_of(params.validate({"device": device, "size": size}, "predict"))
     trained = find(folders, size)
     _refuse_mixed(trained, center)
-    case = case or data.case_name(Path(image).name)
+    case, of = data.case_name(Path(image).name), trained[0]
     roi = data.load_roi(image, mask, case)
-    of = trained[0]
     cube = data.to_cube(np.asanyarray(roi.dataobj), of.size)
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
     folds = names.join(pd.DataFrame(prob, columns=list(class_names(of.task))))
-    warnings = (*_roi_warnings(roi), *_case_warnings(case, trained, center))
-    return Prediction(case, of.task, of.modality, of.size, center, str(where), folds, warnings)
+    longest, warnings = float(np.max(np.multiply(roi.shape, roi.header.get_zooms()))), []
+    if longest > LONGEST_MM:
+        warnings = [f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"]
+    warnings += _case_warnings(case, trained, center)
+    return Prediction(case, of.task, folds, tuple(warnings))
 
 
 def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
-    first = trained[0]
-    for key in ("task", "modality", "size"):
-        for one in trained:
-            a, b = getattr(first, key), getattr(one, key)
-            if a != b:
-                known = f"{first.weights} has {a or 'none'}, {one.weights} {b or 'none'}"
-                raise PredictError(f"models of more than one {key}: {known}; predict with each by itself")
+    kinds = {f"{one.task} {one.modality} {one.size}^3" for one in trained}
+    if len(kinds) > 1:
+        raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
     shared = [one for one in trained if one.arm != LOCAL_ONLY]
     if center and shared:
         raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
@@ -99,31 +80,25 @@ def _probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndar
     return prob
 
 
-def _roi_warnings(roi: nib.Nifti1Image) -> list[str]:
-    longest = float(np.max(np.multiply(roi.shape, roi.header.get_zooms())))
-    text = f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"
-    return [text] if longest > LONGEST_MM else []
-
-
 def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:
-    """Warnings about networks that have seen the case, by its name."""
-    names = {}
-    for one in trained:
-        names.setdefault(_role(case, one.weights.with_name("splits.csv"), center), []).append(one.name)
-    return [text.format(case=case, names=", ".join(names[r])) for r, text in ROLES.items() if r in names]
+    """A warning if the case, by its name, was one of the models' own, or may have been."""
+    roles = {one.name: _role(case, one.weights.with_name("splits.csv"), center) for one in trained}
+    known = ", ".join(f"{name}: {role}" for name, role in roles.items() if role)
+    return (
+        [f"no independent test, {case} was a case of these models or may have been ({known})"]
+        if known
+        else []
+    )
 
 
 def _role(case: str, path: Path, center: str | None) -> str:
     """What a run (its `center`) used a case for, by `splits.csv`: train, validation, test, "" or unknown."""
     if not path.exists():
         return "unknown"
-    try:
-        splits = pd.read_csv(path, dtype=str, keep_default_na=False)
-        ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
-        mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
-        return next(iter(splits.loc[mine, "role"]), "")
-    except (ValueError, KeyError) as error:
-        raise PredictError(f"{path} is damaged ({error}); restore it, or delete it to do without") from error
+    splits = pd.read_csv(path, dtype=str, keep_default_na=False)
+    ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
+    mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
+    return next(iter(splits.loc[mine, "role"]), "")
 
 
 def hashed(case_id: str) -> str:
@@ -133,25 +108,6 @@ def hashed(case_id: str) -> str:
 
 def table(result: Prediction) -> pd.DataFrame:
     """One row per model, then `mean` and `std` over them (ddof = 0): columns model and classes."""
-    over = pd.DataFrame(over_models(result)).T.rename_axis("model").reset_index()
-    return pd.concat([result.folds.drop(columns="weights"), over], ignore_index=True)
-
-
-def over_models(result: Prediction) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (ddof = 0) of each class over the models."""
-    prob = result.folds[list(class_names(result.task))]
-    return {"mean": prob.mean().to_dict(), "std": prob.std(ddof=0).to_dict()}
-
-
-def to_json(result: Prediction) -> str:
-    """The prediction in plain values: case, settings, each model, mean and std over them, warnings."""
-    settings = {key: getattr(result, key) for key in ("task", "modality", "size", "center", "device")}
-    content = {
-        "notice": NOTICE,
-        "case": result.case,
-        "settings": {**settings, "precision": "float32"},
-        "folds": result.folds.to_dict("records"),
-        **over_models(result),
-        "warnings": list(result.warnings),
-    }
-    return json.dumps(content, indent=2)
+    folds = result.folds.drop(columns="weights").set_index("model")
+    over = pd.DataFrame({"mean": folds.mean(), "std": folds.std(ddof=0)}).T
+    return pd.concat([folds, over]).rename_axis("model").reset_index()

@@ -1,4 +1,3 @@
-import gzip
 import os
 import re
 import shutil
@@ -6,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel
 import openpyxl
 import pytest
 import yaml
@@ -15,18 +13,14 @@ from ipmn_core import cli, data, phantom, pipeline
 from ipmn_core.params import Params
 
 HELP = """
-import time
+import sys
 from ipmn_core import cli
 try:
     cli.main(["--help"])
-except SystemExit as end:
-    import sys
-    heavy = {"torch", "monai", "pandas"} & set(sys.modules)
-    print(end.code, time.process_time(), *heavy)
-import pandas
-start = time.process_time()  # pandas takes its time, and more on a busy machine
-import ipmn_core.data
-print(time.process_time() - start, "torch" in sys.modules)
+finally:
+    print({"torch", "monai", "pandas"} & set(sys.modules))
+    import ipmn_core.data
+    print("torch" in sys.modules)
 """
 
 
@@ -41,21 +35,18 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture
 def broken(phantom_root, tmp_path):
-    """A cohort with a label out of range, a label without a file, half a volume, and text in a header."""
+    """A cohort with a label out of range, a label without a file, and half a volume."""
     root = tmp_path / "broken"
     shutil.copytree(phantom_root, root, copy_function=os.link)
     sheet, images = root / "IPMN_labels_total.xlsx", root / "IPMN_images_masks" / "t1" / "images"
     book = openpyxl.load_workbook(sheet)
     rows = book.active
     rows.cell(3, [cell.value for cell in rows[1]].index("Risk assessment") + 1).value = 7
-    half, header = (images / "IU_3.nii.gz").read_bytes()[:20000], next(images.glob("EMC*.nii.gz"))
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(header.read_bytes()))
-    image.header["descrip"] = b"DOE^JANE"
-    for path in (sheet, images / "AHN01.nii.gz", images / "IU_3.nii.gz", header):
+    half = (images / "IU_3.nii.gz").read_bytes()[:20000]
+    for path in (sheet, images / "AHN01.nii.gz", images / "IU_3.nii.gz"):
         path.unlink()  # before writing, because it is a link into the cohort of all tests
     book.save(sheet)
     (images / "IU_3.nii.gz").write_bytes(half)
-    nibabel.save(image, header)
     (images / "nyu_\x1b[2J|\n9.nii.gz").write_bytes(b"")
     return root
 
@@ -77,11 +68,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy_and_the_data_room_no_to
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
     for command in ("run", "report", "fetch", "check", "predict", "export", "phantom", "params"):
         assert f"\n    {command} " in told
-        assert f"ipmn {command} " in told.split("examples:")[1]
-    status, seconds, *heavy = told.splitlines()[-2].split()
-    assert status == "0" and float(seconds) < 1 and not heavy
-    seconds, torch_too = told.splitlines()[-1].split()
-    assert float(seconds) < 0.5 and torch_too == "False"
+    assert told.splitlines()[-2:] == ["set()", "False"]
 
 
 def test_the_command_is_installed():
@@ -89,7 +76,7 @@ def test_the_command_is_installed():
     assert told.returncode == 0 and told.stdout.startswith("usage: ipmn")
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run"], ["check", "a", "b"], ["run", "x", "--quick"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "x", "--quick"]])
 def test_wrong_usage_exits_with_2_and_says_how_to(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -103,10 +90,10 @@ def test_check_of_a_good_cohort_prints_table_1_and_exits_with_0(phantom_root, ph
     assert f"{phantom_root}: {len(phantom_scans)} labelled scans, 0 error(s)" in said.splitlines()[-1]
 
 
-def test_check_of_a_broken_cohort_names_file_row_and_remedy_and_repeats_no_text_of_a_header(broken, capsys):
+def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):
     assert cli.main(["check", str(broken)]) == 1
     said = capsys.readouterr().out
-    lines = [line for line in said.splitlines() if line.startswith("| error")]
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
     for where, problem, remedy in (
         ("IPMN_labels_total.xlsx row 3", "the label 7", "correct it"),
         ("IPMN_labels_total.xlsx row", "no image of AHN01", "add the file"),
@@ -114,13 +101,7 @@ def test_check_of_a_broken_cohort_names_file_row_and_remedy_and_repeats_no_text_
     ):
         assert any(where in line and problem in line and remedy in line for line in lines), (where, problem)
     assert f"{len(lines)} error(s)" in said.splitlines()[-1]
-    assert r"nyu_\x1b[2J\|\n9.nii.gz" in said and "\x1b" not in said and "DOE" not in said
-    assert re.search(r"\| note .*t1/images .*1 of \d+ files have text in their header \(descrip\)", said)
-
-
-def test_check_of_no_cohort_exits_with_1_and_says_what_is_missing(tmp_path, capsys):
-    assert cli.main(["check", str(tmp_path / "absent")]) == 1
-    assert "IPMN_labels_total.xlsx" in capsys.readouterr().out
+    assert "nyu_?[2J|?9.nii.gz" in said and "\x1b" not in said
 
 
 def test_phantom_passes_its_settings_on_and_refuses_a_folder_that_exists(tmp_path, capsys, monkeypatch):
@@ -136,36 +117,13 @@ def test_phantom_passes_its_settings_on_and_refuses_a_folder_that_exists(tmp_pat
     assert str(tmp_path / "cohort" / "truth.csv") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": "1e-3"}, "lr: .*'1e-3'.*write 1.0e-3"),
-        ({"learning_rate": 0.1}, "learning_rate: unknown setting; known are profile"),
-        ({"data": "data/ipmn"}, "data/ipmn: no such folder.*osf.io"),
-    ],
-)
-def test_run_of_a_wrong_profile_names_the_setting(project, capsys, settings, message):
-    assert cli.main(["run", profile(project, **settings)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("ipmn: ") and re.search(message, said) and "Traceback" not in said
-
-
-def test_run_of_a_missing_profile_and_report_of_one_that_never_ran_are_one_sentence(project, capsys):
+def test_a_missing_or_wrong_profile_and_one_that_never_ran_are_explained(project, capsys):
     assert cli.main(["run", "params/absent.yaml"]) == 1
     assert "params/absent.yaml: no such file" in sentence(capsys)
+    assert cli.main(["run", profile(project, learning_rate=0.1)]) == 1
+    assert re.search(r"^ipmn: .*mine\.yaml: 1 .*\n  learning_rate: unknown setting", capsys.readouterr().err)
     assert cli.main(["report", profile(project)]) == 1
     assert "01_data_exploration.ipynb: no such notebook; `ipmn run` executes it" in sentence(capsys)
-
-
-def test_run_with_too_few_cases_for_the_folds_names_the_center_before_any_notebook(
-    project, phantom_root, capsys, monkeypatch
-):
-    monkeypatch.setattr(pipeline, "execute", lambda *_: pytest.fail("a notebook was run"))
-    small = {"data": str(phantom_root), "modalities": ["t1"], "size": 32, "device": "cpu"}
-    assert cli.main(["run", profile(project, **small)]) == 1
-    said = sentence(capsys)
-    assert "NYU t1: cannot be split into 5 folds (1 no risk, 1 low risk, 1 high risk)" in said
-    assert "fewer folds" in said
 
 
 @pytest.fixture
@@ -191,8 +149,7 @@ def test_run_and_report_print_where_everything_is(pretended, capsys):
     assert cli.main(["run", profile(pretended), "--fresh"]) == 0
     said = capsys.readouterr().out
     assert all(f"{stem} done" in said for stem in pipeline.NOTEBOOKS) and "| Center | Method |" in said
-    assert all(f"{folder / name}/" in said for name in ("tables", "figures", "notebooks"))
-    assert said.endswith(f"report  {folder / 'report.html'}\n")
+    assert f"are in {folder}/" in said and said.endswith(f"the report is {folder / 'report.html'}\n")
     assert (folder / "fresh=True").exists()  # training is repeated on request only
 
 
@@ -208,17 +165,9 @@ def test_an_interruption_exits_with_130_and_a_debugger_gets_the_whole_error(pret
         cli.main(["run", "absent.yaml"])
 
 
-def test_a_problem_is_one_cell_and_moves_no_cursor():
-    assert cli._in_one_cell("a|b\x1b[2J\nü\udcff") == r"a\|b\x1b[2J\nü\udcff"
-
-
-def test_params_prints_every_setting_with_its_default_and_meaning(capsys):
+def test_params_prints_every_setting_as_a_line_of_a_profile_with_its_meaning(capsys):
     assert cli.main(["params"]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == len(Params.model_fields) + 2
-    assert any(row.split("|")[1:4] == ["batch_size", "16", "cases per batch"] for row in map(spaceless, rows))
-
-
-def spaceless(row):
-    """A row of a Markdown table, without the spaces around its cells."""
-    return "|".join(cell.strip() for cell in row.split("|"))
+    printed = capsys.readouterr().out
+    assert Params(**yaml.safe_load(printed)) == Params()
+    assert len(printed.splitlines()) == len(Params.model_fields)
+    assert "batch_size: 16  # cases per batch\n" in printed

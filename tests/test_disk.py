@@ -38,9 +38,3 @@ def test_any_other_error_is_raised_unchanged(tmp_path):
         tmp.write_text("half")
         raise TypeError("no tensor")
     assert os.listdir(tmp_path) == []
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    missing = r"missing/a\.txt cannot be written \(No such file or directory\)"
-    with pytest.raises(OSError, match=missing), atomic(tmp_path / "missing" / "a.txt") as tmp:
-        tmp.write_text("new")

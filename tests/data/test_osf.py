@@ -435,7 +435,7 @@ def test_the_command_downloads_nothing_without_a_yes(server, command, tmp_path, 
     server.put("/a.txt", b"1")
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert command(tmp_path / "data") == 1
-    assert "ipmn: no terminal to ask at" in capsys.readouterr().err
-    monkeypatch.setattr("builtins.input", lambda question: "")
+    assert "ipmn: EOF" in capsys.readouterr().err
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
     assert command(tmp_path / "data") == 1
     assert "ipmn: download cancelled" in capsys.readouterr().err
