@@ -23,6 +23,7 @@ from ipmn_core.params import Params, ParamsError, project_root
 from ipmn_core.process import end_with
 
 NOTEBOOKS = ("01_data_exploration", "02_three_class_benchmark", "03_federated_binary", "04_analysis")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
@@ -132,6 +133,7 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
                 config=Config(KernelManager=sockets),
             )
         check_executed(running)
+        _keep_stills(running)
     except (PapermillExecutionError, DeadKernelError, NotebookError) as error:
         os.replace(running, failed)
         reason = "the kernel died (out of memory?)"
@@ -140,6 +142,16 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
         raise NotebookError(f"{source.name}, {reason}\n(as far as it came: {failed})") from error
     os.replace(running, target)
     return target
+
+
+def _keep_stills(path: Path) -> None:
+    """Remove the widgets of an executed notebook, which only a kernel can show; live views leave stills."""
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.pop("widgets", None)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        live = [output for output in cell.outputs if output.get("data", {}).pop(WIDGET, None)]
+        cell.outputs = [output for output in cell.outputs if output not in live or "image/png" in output.data]
+    nbformat.write(notebook, path)
 
 
 def check_executed(path: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from ipmn_core import params, pipeline
 from ipmn_core.metrics import tables
+from ipmn_core.views import live
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -116,14 +117,14 @@ def test_a_run_executes_all_notebooks_and_says_where_its_results_are(smoke):
         pipeline.check_executed(path)
 
 
-def test_no_live_view_waits_for_an_answer_of_the_client(smoke):
-    """A headless client answers an Output widget, and may then miss the kernel's reply: it would hang."""
-    models = []
+def test_an_executed_notebook_holds_stills_and_states_of_live_views_and_no_widget(smoke):
+    shown = []
     for path in (smoke.folder / "notebooks").iterdir():
-        widgets = json.loads(path.read_text())["metadata"].get("widgets", {})
-        for state in widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {}).values():
-            models.append(state["model_name"])
-    assert "ImageModel" in models and "OutputModel" not in models
+        text = path.read_text()
+        assert "widget-view+json" not in text and "widget-state+json" not in text
+        outputs = [out.get("data", {}) for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
+        shown += [data[live.MIME]["view"] for data in outputs if live.MIME in data and "image/png" in data]
+    assert sorted(shown) == ["by_hand", "explorer", "viewer", "viewer"]
 
 
 def test_the_tables_hold_a_row_for_each_model_and_arm_that_ran(smoke):
