@@ -135,11 +135,9 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path, 
         ),
         (lambda s: {**s, "head.bias": torch.zeros(2)}, 'Unexpected.*"head.bias"'),
         (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "size mismatch for 0.weight"),
-        (lambda s: {**s, "0.weight": s["0.weight"].int()}, "0.weight is torch.int32, expected torch.float32"),
         (lambda s: {**s, "0.weight": s["0.weight"] * np.nan}, "0.weight holds NaN or infinity"),
-        (lambda s: {**s, "0.weight": s["0.weight"].to_sparse()}, "0.weight is no dense tensor"),
-        (lambda s: {"state_dict": s}, "state_dict is no dense tensor; ask for a plain state dict"),
-        (lambda s: list(s.values()), "it is no dense tensor"),
+        (lambda s: {"state_dict": s}, "more than tensors by name; ask for a plain state dict"),
+        (lambda s: list(s.values()), "more than tensors by name"),
         (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "not numbers"),
     ],
 )
@@ -153,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damag
 def test_a_truncated_file_of_weights_is_refused(fold, scan, kept):
     content = (fold / "model.pt").read_bytes()
     (fold / "model.pt").write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(PredictError, match=r"model\.pt (cannot be read as weights|is refused)"):
+    with pytest.raises(PredictError, match=r"model\.pt is refused"):
         predict.predict(*scan, fold)
 
 
