@@ -37,11 +37,9 @@ from ipmn_core.runs.store import Progress
 def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     """Train a run, test it after each epoch and write it; resume it if it was interrupted.
 
-    Returns its folder, with `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case: train,
-    validation, test) and, last, `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch
-    with the highest global AUC on the test fold, the paper's rule. With an inner validation split also
-    `validation.parquet`, for a federated arm `updates.csv`, the inner products of the clients' updates, and
-    `left_out.csv` if a client was left out of a round.
+    Returns its folder: `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case) and, last,
+    `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch with the highest global AUC on
+    the test fold, the paper's rule; where it applies `validation.parquet`, `updates.csv` and `left_out.csv`.
     """
     federated.prepare(p.threads)
     settings = on_this_machine(p, run_settings(p, run))

@@ -232,31 +232,25 @@ def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def histories(p: Params, task: str) -> pd.DataFrame:
-    """Training loss, test accuracy and test AUC of every epoch of all runs of a task.
-
-    Raises FileNotFoundError naming the first run that is not finished.
-    """
+    """Training loss, test accuracy and test AUC of every epoch of all runs of a task, which are finished."""
     return _of_runs(p, task, "history")
 
 
 def updates(p: Params) -> pd.DataFrame:
-    """Inner products of the clients' updates in every round of all federated runs.
-
-    Columns modality, arm, fold, round, client, other, inner_product. Raises as `histories`.
-    """
+    """Inner products of the clients' updates in every round: modality, arm, fold and those in `COLUMNS`."""
     return _of_runs(p, "binary", "updates")
 
 
 def left_out(p: Params) -> pd.DataFrame:
-    """Clients that were left out of a round: columns modality, arm, fold, round, client, reason.
-
-    Raises as `histories`.
-    """
+    """Clients that were left out of a round: columns modality, arm, fold, round, client, reason."""
     return _of_runs(p, "binary", "left_out")
 
 
 def _of_runs(p: Params, task: str, name: str) -> pd.DataFrame:
-    """A CSV file of all runs of a task that have it, with each run's modality, arm and fold."""
+    """A CSV file of all runs of a task that have it, with each run's modality, arm and fold.
+
+    Raises FileNotFoundError naming the first run that is not finished.
+    """
     columns = ["modality", "arm", "fold", *COLUMNS[name]]
     frames = []
     for run, protocol in protocols(p, task).items():

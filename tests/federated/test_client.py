@@ -105,7 +105,7 @@ def test_training_lowers_the_loss_of_a_task_that_can_be_learned():
     assert (epochs[-1].prob.argmax(1) == data.y[24:].numpy()).all()
 
 
-def test_bfloat16_stays_close_to_float32():
+def test_the_setting_bfloat16_reaches_the_forward_pass():
     exact, rough = trained(epochs=1)[1][-1].prob, trained(epochs=1, bfloat16=True)[1][-1].prob
     assert 0 < np.abs(exact - rough).max() < 0.05  # 8 bits of mantissa: a few per cent
 
