@@ -22,10 +22,7 @@ class DivergedError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What reaches a training step. `epochs` counts rounds, too; `seed` is that of the run, whole numbers.
-
-    `bfloat16` and `channels_last` are decided by the machine (`device`): recorded, not compared.
-    """
+    """What reaches a training step; `epochs` counts rounds, too. What the machine decides is not compared."""
 
     epochs: int
     local_epochs: int
@@ -52,15 +49,13 @@ class Cases:
 class Learner:
     """The training state of one client: case indices, AdamW moments, learning-rate schedule.
 
-    Raises ValueError naming the client if it has fewer than two cases: BatchNorm needs two to normalize over.
+    Raises ValueError naming the client if it has fewer than two cases.
     """
 
     def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: Settings):
         if len(indices) < 2:
-            raise ValueError(
-                f"{name}: {len(indices)} training case(s), at least 2 are needed (BatchNorm fails on one); "
-                "take fewer folds, or leave the center out"
-            )
+            remedy = "BatchNorm needs at least 2: take fewer folds, or leave the center out"
+            raise ValueError(f"{name}: {len(indices)} training case(s); {remedy}")
         self.indices = indices
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -98,7 +93,6 @@ def local_update(
     """One client's round: start at `w_global`, minimize Eq. (1), or Eq. (3) if `mu` > 0, for `local_epochs`.
 
     Leaves the client's weights in `model` and returns its mean training loss without the proximal term.
-    The client keeps its own AdamW moments and learning-rate schedule across rounds.
     """
     model.load_state_dict(w_global)
     add_gradient = None
@@ -123,9 +117,8 @@ def train_epoch(
 ) -> float:
     """Train one pass over the learner's cases, in an order drawn from `seed`; return the mean training loss.
 
-    Cross-entropy, one AdamW step per batch, one schedule step per epoch. Departs from the paper: with
-    `batches_per_epoch` a pass ends after so many batches. `add_gradient` may add to the gradients before
-    each step (FedProx). Raises DivergedError if the loss is not finite.
+    `add_gradient` may add to the gradients before each step (FedProx). Departs from the paper: with
+    `batches_per_epoch` a pass ends after so many batches. Raises DivergedError if the loss is not finite.
     """
     model.train()
     rng = seeded(seed)
@@ -176,7 +169,7 @@ def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tens
 
 
 def seeded(seed: Sequence[int]) -> torch.Generator:
-    """A CPU generator for `seed`, a few whole numbers; dropout's global one is seeded alike.
+    """A CPU generator for `seed`; dropout's global one is seeded alike.
 
     Every epoch of every client has its own seed, so nothing of a generator need be saved to resume.
     """

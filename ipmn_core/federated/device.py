@@ -19,14 +19,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def device_of(p: Params) -> torch.device:
     """The device of a profile; `auto` is the first GPU, if any. Raises ValueError for an absent GPU."""
+    n = torch.cuda.device_count()
     if p.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if n else "cpu")
     device = torch.device(p.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
-        raise ValueError(
-            f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
-        )
+    if device.type == "cuda" and (device.index or 0) >= n:
+        text = f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
+        raise ValueError(text)
     return device
 
 
@@ -34,7 +33,7 @@ def prepare(threads: int) -> None:
     """Set up this process for training: `threads` of torch (0: all cores), and memory that it keeps.
 
     glibc gives large blocks back to the system as they are freed, and every tensor that follows pays for its
-    pages again: up to a third of a step. Kept pages serve the next tensor; `release_memory` returns them.
+    pages again: up to a third of a step. `release_memory` returns what is kept.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -47,10 +46,7 @@ def prepare(threads: int) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block, or a function, on one thread of torch; on small tensors, threads wait for each other.
-
-    The bits then do not depend on the number of cores.
-    """
+    """Run a block or a function on one thread of torch: the bits then do not depend on the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -77,8 +73,8 @@ def has_bfloat16(device: torch.device) -> bool:
 def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
     """Whether to train `model` under bfloat16 autocast: as set, or for `auto` where it pays.
 
-    It pays on a device that has it; on a CPU only for networks without depthwise convolutions, which
-    oneDNN computes more slowly in bfloat16. Raises ValueError if it is set for a device without it.
+    On a CPU it does not for depthwise convolutions, which oneDNN computes more slowly in bfloat16. Raises
+    ValueError if it is set for a device without it.
     """
     able = has_bfloat16(device)
     if p.precision == "bfloat16" and not able:

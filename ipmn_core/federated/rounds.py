@@ -24,11 +24,10 @@ from ipmn_core.federated.strategies import Strategy, drawn
 class Epoch:
     """The result of an epoch (a round): number from 1, training loss, test probabilities (n_test, K).
 
-    `learners` holds the training state of each client, which the next epoch changes (see `checkpoint`). A
-    federated round also has the inner products (clients, clients) of the updates w_k - w_t over all
-    parameters, NaN for clients `left_out`, and the reason for each of these. `prob` is None for a round that
-    could not be tested: a hospital was away, or shares no more than its own `centers`, tuples of center,
-    cases, accuracy and AUC.
+    `learners` holds the training state of each client, which the next epoch changes. A federated round also
+    has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, and the
+    reason for each of these. `prob` is None if a hospital was away or shares only its own `centers`: tuples
+    of center, cases, accuracy and AUC.
     """
 
     number: int
@@ -42,9 +41,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Update:
-    """The answer of a client in a round: its weights `state` (w_k), its number of training cases (N_k) and
-    its mean training loss; or else `fault`, the error it raised.
-    """
+    """The answer of a client in a round: weights w_k, training cases N_k and mean loss; or its `fault`."""
 
     client: str
     n_k: int = 0
@@ -81,10 +78,9 @@ def fit_federated(
 ) -> Iterator[Epoch]:
     """Rounds of local updates and aggregation, each followed by a test of the global model at each center.
 
-    In every round each client trains from the same global weights, and Eq. (2) averages the results. Clients
-    are visited in the order given. A client that fails, or whose update cannot be right (`fault_of`), is left
-    out of its round, the others' shares grow, and the Epoch says so in `left_out`; a round without any client
-    keeps the weights. Raises DivergedError at the end if that was so in every round.
+    Each client trains from the same global weights, and Eq. (2) averages the results. A client that fails, or
+    whose update cannot be right (`fault_of`), is `left_out` of its round and the others' shares grow; a round
+    without any client keeps the weights. Raises DivergedError if that was so in every round.
     """
     learners = {name: Learner(name, model, indices, settings) for name, indices in train.items()}
     first = restore(model, learners, checkpoint)
@@ -93,7 +89,11 @@ def fit_federated(
         seed = [*settings.seed, round_]
         taking_part = drawn(list(learners), strategy, seed)
         w_global = client.snapshot(model)
-        updates = _local_updates(model, w_global, learners, taking_part, cases, settings, strategy, seed)
+        updates = (  # each is in `model` until the next one is computed
+            _update(name, model, w_global, learner, cases, settings, strategy, [*seed, k])
+            for k, (name, learner) in enumerate(learners.items())
+            if name in taking_part
+        )
         loss, products, left_out = aggregate(model, w_global, updates, list(learners))
         for name in left_out:
             learners[name] = client.afresh(name, model, learners[name], settings)
@@ -104,25 +104,12 @@ def fit_federated(
         raise DivergedError(without_any_client(left_out))
 
 
-def _local_updates(
-    model: nn.Module,
-    w_global: State,
-    learners: dict[str, Learner],
-    taking_part: Sequence[str],
-    cases: Cases,
-    settings: Settings,
-    strategy: Strategy,
-    seed: Sequence[int],
-) -> Iterator[Update]:
-    """One client's update after another; each is in `model` until the next one is computed."""
-    for k, (name, learner) in enumerate(learners.items()):
-        if name not in taking_part:
-            continue
-        try:
-            loss = client.local_update(model, w_global, learner, cases, settings, strategy, [*seed, k])
-            yield Update(name, len(learner.indices), loss, model.state_dict())
-        except Exception as error:  # one client's failure must not end the others' round
-            yield Update(name, fault=f"{type(error).__name__}: {error}")
+def _update(name: str, model: nn.Module, w_global: State, learner: Learner, *how: Any) -> Update:
+    try:
+        loss = client.local_update(model, w_global, learner, *how)
+    except Exception as error:  # one client's failure must not end the others' round
+        return Update(name, fault=f"{type(error).__name__}: {error}")
+    return Update(name, len(learner.indices), loss, model.state_dict())
 
 
 def fit_local_only(
@@ -135,10 +122,9 @@ def fit_local_only(
 ) -> Iterator[Epoch]:
     """Epochs without a federation: every client trains its own model and is tested on its own cases.
 
-    This is what a center reaches alone, the yardstick of a federation's gain. The probabilities follow
-    `test`, one center after another, and come from as many models: they share no scale, so compare them
-    within a center only. Seeds are those of the federated clients, so the first epoch is the local update of
-    FedAvg's first round.
+    The yardstick of a federation's gain. The probabilities follow `test`, one center after another, and come
+    from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
+    first round.
     """
     learners = {name: Learner(name, models[name], indices, settings) for name, indices in train.items()}
     n_k = [len(indices) for indices in train.values()]
@@ -173,14 +159,11 @@ def aggregate(
     """Load the average of the updates, Eq. (2), into `model`.
 
     Returns the training loss, the inner products (K, K) of the updates and the reason for each client that
-    was left out. `updates` are consumed one at a time, in the order of `clients`. Those that cannot be right
-    (`fault_of`) are left out and the others' shares grow; without any, `model` holds `w_global`.
+    was left out. `updates` are consumed one at a time, in the order of `clients`. Without any that can be
+    right (`fault_of`), `model` holds `w_global`.
     """
     parameters = [name for name, _ in model.named_parameters()]
-    n_k: list[int] = []
-    losses: list[float] = []
-    drifts: dict[str, torch.Tensor] = {}
-    left_out: dict[str, str] = {}
+    n_k, losses, drifts, left_out = [], [], {}, {}
 
     def states() -> Iterator[State]:
         for update in updates:
@@ -209,10 +192,8 @@ def fault_of(state: State, w_global: State) -> str:
     for key, value in w_global.items():
         if key not in state:
             return f"its update lacks {key}"
-        if state[key].shape != value.shape:
-            return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        if state[key].dtype != value.dtype:
-            return f"{key} has type {state[key].dtype}, not {value.dtype}"
+        if (state[key].shape, state[key].dtype) != (value.shape, value.dtype):
+            return f"{key} has another shape or type than the global weights"
         if not state[key].isfinite().all():
             return f"{key} holds values that are NaN or infinite"
     unknown = state.keys() - w_global.keys()
@@ -228,17 +209,13 @@ def without_any_client(left_out: dict[str, str]) -> str:
 def update_of(state: State, w_global: State, parameters: Sequence[str]) -> torch.Tensor:
     """A client's update w_k - w_t (P,), over the named parameters without the buffers, as in Eq. (3).
 
-    In half precision, since the updates of all clients are kept until the round ends: of a drift or cosine,
-    3 decimals remain.
+    In half precision, since all are kept until the round ends: of a drift or cosine, 3 decimals remain.
     """
     return torch.cat([(state[name].detach() - w_global[name]).half().flatten() for name in parameters])
 
 
 def inner_products(updates: Sequence[torch.Tensor | None]) -> np.ndarray:
-    """Inner products (K, K), float64, of K updates: squared drift on the diagonal, cosines off it.
-
-    NaN with an update that is None.
-    """
+    """Inner products (K, K), float64, of K updates, whose diagonal is the squared drift; NaN for None."""
     products = np.full((len(updates), len(updates)), np.nan)
     there = [k for k, update in enumerate(updates) if update is not None]
     pieces = zip(*(updates[k].split(2**16) for k in there), strict=True)  # these stay in the cache

@@ -12,11 +12,9 @@ from ipmn_core.runs.grid import (
     on_this_machine,
     run_settings,
 )
-from ipmn_core.runs.results import finished_predictions, histories, left_out, predictions, updates, validation
 from ipmn_core.runs.run import (
     build,
     execute,
-    held_out,
     indices,
     learn,
     predictions_of,
@@ -24,5 +22,13 @@ from ipmn_core.runs.run import (
     targets,
     with_roles,
 )
-from ipmn_core.runs.store import StaleRunError
-from ipmn_core.runs.workers import RunsFailedError, run_grid, train, unfinished
+from ipmn_core.runs.store import (
+    StaleRunError,
+    finished_predictions,
+    histories,
+    left_out,
+    predictions,
+    updates,
+    validation,
+)
+from ipmn_core.runs.workers import RunsFailedError, run_grid, train

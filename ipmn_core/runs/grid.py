@@ -10,7 +10,7 @@ from typing import Any
 
 from ipmn_core import federated, models
 from ipmn_core.federated import Settings, Strategy
-from ipmn_core.names import TASKS, class_names
+from ipmn_core.names import TASKS
 from ipmn_core.params import Params
 
 CENTRALIZED, LOCAL_ONLY = "centralized", "local_only"  # one model for all images; one model per center
@@ -45,11 +45,6 @@ class RunSettings(Settings):
     strategy: Strategy | None
     device: str = field(default="cpu", compare=False)
 
-    @property
-    def n_classes(self) -> int:
-        """The number of classes of the task."""
-        return len(class_names(self.task))
-
     def record(self) -> dict[str, Any]:
         """All settings as plain values, for `run.json`."""
         return json.loads(json.dumps(asdict(self)))
@@ -66,8 +61,8 @@ def grid(p: Params, task: str) -> list[Run]:
     """
     if task not in TASKS:
         raise ValueError(f"{task}: unknown task; known are {', '.join(TASKS)}")
-    for name in {*p.three_class_models, *p.epochs_by_model, p.binary_model} - set(models.MODELS):
-        raise ValueError(f"{name}: unknown model; known are {', '.join(models.MODELS)}")
+    for name in (*p.three_class_models, *p.epochs_by_model, p.binary_model):
+        models.factory(name)
     for arm in set(p.arms) - {CENTRALIZED, LOCAL_ONLY}:
         federated.strategy(arm)
     arms = p.three_class_models if task == "three_class" else p.arms
@@ -87,42 +82,37 @@ def folder_of(p: Params, run: Run) -> Path:
 
 def keeps_model(p: Params, run: Run) -> bool:
     """Whether the weights of a run are kept: a pattern of `keep_models` matches it, or chapter 3 shows it."""
-    if run in (Run("binary", p.modalities[-1], arm, 0) for arm in (p.arms[0], p.arms[-1])):
-        return True
+    shown = [Run("binary", p.modalities[-1], arm, 0) for arm in (p.arms[0], p.arms[-1])]
     path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
-    return any(fnmatch(path, pattern) for pattern in p.keep_models)
+    return run in shown or any(fnmatch(path, pattern) for pattern in p.keep_models)
 
 
 def run_settings(p: Params, run: Run) -> RunSettings:
     """The settings of a run of a profile, whatever machine trains it (see `on_this_machine`)."""
-    model = run.arm if run.task == "three_class" else p.binary_model
-    is_federated = run.task == "binary" and run.arm not in (CENTRALIZED, LOCAL_ONLY)
-    epochs = p.rounds if is_federated else p.epochs
-    if run.arm == LOCAL_ONLY:
+    model, epochs, strategy = p.binary_model, p.epochs, None
+    if run.task == "three_class":
+        model, epochs = run.arm, p.epochs_by_model.get(run.arm, p.epochs)
+    elif run.arm == LOCAL_ONLY:
         epochs = p.rounds * p.local_epochs
-    elif run.task == "three_class":
-        epochs = p.epochs_by_model.get(model, p.epochs)
+    elif run.arm != CENTRALIZED:
+        epochs, strategy = p.rounds, federated.strategy(run.arm, p.clients_per_round)
+    same = ("fold_rule", "inner_validation", "max_per_cell", "size", "threads", "batch_size")
+    same += ("batches_per_epoch", "lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob")
     return RunSettings(
         **asdict(run),
+        **{key: getattr(p, key) for key in same},
         model=model,
         folds=p.folds(run.task),
-        fold_rule=p.fold_rule,
-        inner_validation=p.inner_validation,
-        max_per_cell=p.max_per_cell,
-        size=p.size,
-        threads=p.threads,
-        strategy=federated.strategy(run.arm, p.clients_per_round) if is_federated else None,
+        strategy=strategy,
         epochs=epochs,
-        local_epochs=p.local_epochs if is_federated else 1,
-        batch_size=p.batch_size,
-        batches_per_epoch=p.batches_per_epoch,
-        lr=p.lr,
-        weight_decay=p.weight_decay,
-        lr_step=p.lr_step,
-        lr_gamma=p.lr_gamma,
-        augment_prob=p.augment_prob,
+        local_epochs=p.local_epochs if strategy else 1,
         seed=(p.seed, run.fold),
     )
+
+
+def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
+    """All runs of a task with what two runs must share to be the same run."""
+    return {run: run_settings(p, run).protocol() for run in grid(p, task)}
 
 
 def on_this_machine(p: Params, settings: RunSettings) -> RunSettings:

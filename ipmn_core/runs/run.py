@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,10 @@ from tqdm import tqdm
 from ipmn_core import data, federated, metrics, models
 from ipmn_core.data import Cohort
 from ipmn_core.federated import Cases, Epoch
-from ipmn_core.names import CENTERS
+from ipmn_core.names import CENTERS, class_names
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import (
-    CENTRALIZED,
     LOCAL_ONLY,
     Run,
     RunSettings,
@@ -32,17 +33,13 @@ from ipmn_core.runs.grid import (
 )
 from ipmn_core.runs.store import Progress
 
-CHECKPOINT_SHARE = 0.05  # of a run's time, at most, goes into checkpoints
-
 
 def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     """Train a run, test it after each epoch and write it; resume it if it was interrupted.
 
-    Returns its folder, with `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case: train,
-    validation, test) and, last, `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch
-    with the highest global AUC on the test fold, the paper's rule. With an inner validation split also
-    `validation.parquet`, for a federated arm `updates.csv`, the inner products of the clients' updates, and
-    `left_out.csv` if a client was left out of a round.
+    Returns its folder: `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case) and, last,
+    `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch with the highest global AUC on
+    the test fold, the paper's rule; where it applies `validation.parquet`, `updates.csv` and `left_out.csv`.
     """
     federated.prepare(p.threads)
     settings = on_this_machine(p, run_settings(p, run))
@@ -63,16 +60,15 @@ def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
     fold = data.assign_folds(cohort.scans, settings.folds, settings.fold_rule, settings.task == "binary")
     tested = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
     cohort = replace(cohort, scans=tested).of(settings.modality)
-    scans = cohort.scans
-    trained = scans[scans["role"] == "train"]
+    trained = cohort.scans[cohort.scans["role"] == "train"]
     held_out = data.inner_validation(trained, settings.inner_validation, settings.seed)
-    scans.loc[held_out, "role"] = "validation"
-    return replace(cohort, scans=scans)
+    cohort.scans.loc[held_out, "role"] = "validation"
+    return cohort
 
 
 def build(settings: RunSettings, device: torch.device, centers: list[str]) -> torch.nn.Module:
     """The untrained network of a run on its device; of the arm `local_only` one per center, all alike."""
-    make = lambda: models.build(settings.model, settings.n_classes, settings.seed[0])  # noqa: E731
+    make = partial(models.build, settings.model, len(class_names(settings.task)), settings.seed[0])
     local = settings.arm == LOCAL_ONLY
     model = torch.nn.ModuleDict({center: make() for center in centers}) if local else make()
     model = model.to(device)
@@ -87,13 +83,11 @@ def learn(
     y = targets(cases.scans["label"].to_numpy(), settings.task)
     tensors = Cases(torch.tensor(cases.cubes).unsqueeze(1).to(device), torch.tensor(y, device=device))
     train, held_out = indices(cases.scans, "train"), indices(cases.scans, "test", "validation")
-    if settings.arm == LOCAL_ONLY:
-        return federated.fit_local_only(model, train, held_out, tensors, settings, progress.learning)
-    if settings.arm == CENTRALIZED or settings.task == "three_class":
-        return federated.fit_centralized(model, train, held_out, tensors, settings, progress.learning)
-    return federated.fit_federated(
-        model, train, held_out, tensors, settings, settings.strategy, progress.learning
-    )
+    if settings.strategy:
+        fit = partial(federated.fit_federated, strategy=settings.strategy)
+    else:
+        fit = federated.fit_local_only if settings.arm == LOCAL_ONLY else federated.fit_centralized
+    return fit(model, train, held_out, tensors, settings, checkpoint=progress.learning)
 
 
 def record(
@@ -109,39 +103,32 @@ def record(
     """Note each epoch, keep the best weights, save checkpoints, write the run; return its folder.
 
     `scans` are the cases with their `role`, `key` is the fingerprint of the data; probabilities of an Epoch
-    follow `held_out(scans)`.
+    follow the cases not trained on, center by center.
     """
-    folder, tested = folder_of(p, run), held_out(scans)
+    folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"settings": settings.record(), "data": key, "cohort": Path(p.data).name}
-    started = saved = time.perf_counter()
-    cost = 0.0  # seconds that the last checkpoint took
+    tested = scans[scans["role"] != "train"]
+    tested = tested.sort_values("center", key=lambda c: c.map(CENTERS.index), kind="stable")
+    saved = time.perf_counter()
+    started = saved - progress.seconds
     for epoch in epochs:
         auc = note(progress, epoch, settings, tested)
         for client, reason in epoch.left_out.items():
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         store.note_share(folder, epoch.number / settings.epochs)
-        untested = epoch.prob is None and not epoch.centers
-        if not untested and not auc <= progress.best_auc:  # undefined: the last, as `metrics.select` takes
+        was_tested = epoch.prob is not None or epoch.centers
+        if was_tested and not auc <= progress.best_auc:  # undefined: the last, as `metrics.select` takes
             progress.best_auc = auc
             if keeps_model(p, run):
                 store.save_model(folder, model)
         now = time.perf_counter()
-        pause = max(p.checkpoint_seconds, cost / CHECKPOINT_SHARE) if p.checkpoint_seconds else 0.0
-        if now - saved >= pause and epoch.number < settings.epochs:
-            progress.seconds += now - started
+        progress.seconds = now - started
+        if now - saved >= p.checkpoint_seconds and epoch.number < settings.epochs:
             store.save_checkpoint(folder, about, progress, federated.checkpoint_of(model, epoch))
-            started = saved = time.perf_counter()
-            cost = saved - now
-    progress.seconds += time.perf_counter() - started
+            saved = time.perf_counter()
     store.write(folder, about, progress, scans, federated.device_of(p))
     return folder
-
-
-def held_out(scans: pd.DataFrame) -> pd.DataFrame:
-    """The cases not trained on, center by center: the order in which every arm predicts them."""
-    rows = scans[scans["role"] != "train"]
-    return rows.sort_values("center", key=lambda c: c.map(CENTERS.index), kind="stable")
 
 
 def indices(scans: pd.DataFrame, *roles: str) -> dict[str, torch.Tensor]:
@@ -157,21 +144,23 @@ def targets(labels: np.ndarray, task: str) -> np.ndarray:
 
 def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> float:
     """Add an epoch to `progress`; return its global AUC on the test fold."""
-    acc = auc = float("nan")
+    number, acc, auc = epoch.number, float("nan"), float("nan")
     if epoch.prob is not None:
-        frame = predictions_of(epoch.number, epoch.prob, settings, tested)
+        frame = predictions_of(number, epoch.prob, settings, tested)
         progress.frames.append(frame)
         test = (tested["role"] == "test").to_numpy()
-        y = frame["y_true"].to_numpy()
-        acc, auc = metrics.accuracy(y[test], epoch.prob[test]), metrics.auc(y[test], epoch.prob[test])
+        y, prob = frame.loc[test, "y_true"].to_numpy(), epoch.prob[test]
+        acc, auc = metrics.accuracy(y, prob), metrics.auc(y, prob)
     elif epoch.centers:
         _, n, accs, _ = zip(*epoch.centers, strict=True)
         acc = float(np.average(accs, weights=n))
-    progress.centers += [(epoch.number, *center) for center in epoch.centers]
-    progress.history.append((epoch.number, epoch.loss, acc, auc))
+    progress.history.append((number, epoch.loss, acc, auc))
+    progress.centers += [(number, *center) for center in epoch.centers]
+    progress.left_out += [(number, *fault) for fault in epoch.left_out.items()]
     if epoch.inner_products is not None:
-        progress.inner_products.append(epoch.inner_products.tolist())
-    progress.left_out += [(epoch.number, *fault) for fault in epoch.left_out.items()]
+        pairs = itertools.product(epoch.learners, repeat=2)
+        values = epoch.inner_products.ravel().tolist()
+        progress.updates += [(number, *pair, value) for pair, value in zip(pairs, values, strict=True)]
     return auc
 
 

@@ -1,27 +1,28 @@
-"""Run folders on disk: written whole or not at all, checked when they are read.
+"""Run folders on disk: written whole or not at all, checked when they are read, read together.
 
 No `run.json`, no run: it is written last. An unfinished run has a `checkpoint.pt` from which it resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from ipmn_core import metrics
 from ipmn_core.disk import atomic
-from ipmn_core.names import CENTERS
-from ipmn_core.runs.grid import MACHINE
+from ipmn_core.names import TASKS
+from ipmn_core.params import Params
+from ipmn_core.runs.grid import MACHINE, Run, folder_of, protocols
 
 
 class StaleRunError(RuntimeError):
@@ -34,7 +35,7 @@ class Progress:
 
     frames: list[pd.DataFrame] = field(default_factory=list)
     history: list[tuple] = field(default_factory=list)
-    inner_products: list[list] = field(default_factory=list)
+    updates: list[tuple] = field(default_factory=list)
     left_out: list[tuple] = field(default_factory=list)
     centers: list[tuple] = field(default_factory=list)
     best_auc: float = -1.0
@@ -42,41 +43,48 @@ class Progress:
     learning: dict[str, Any] | None = None
 
 
-def finished(folder: Path, protocol: dict[str, Any], key: str) -> bool:
-    """Whether `folder` holds a finished run. Raises StaleRunError, with the difference, if a run there,
-    finished or not, was made with other settings or data.
+COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows is not written
+    "history": ["epoch", "loss", "test_acc", "test_auc"],
+    "updates": ["round", "client", "other", "inner_product"],
+    "left_out": ["round", "client", "reason"],
+    "centers": ["round", "center", "n", "acc", "auc"],
+}
+
+
+def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> bool:
+    """Whether `folder` holds a finished run of these settings and of the data `key` (None: of any data).
+
+    Raises StaleRunError, with the difference, if a run there, finished or not, was made with others.
     """
-    if (folder / "run.json").exists():
-        _refuse_other(json.loads((folder / "run.json").read_text()), {**protocol, "data": key}, folder)
-        return True
-    if (folder / "checkpoint.pt").exists():
-        _refuse_other(_read_checkpoint(folder), {**protocol, "data": key}, folder)
-    return False
+    done = (folder / "run.json").exists()
+    if not done and not (folder / "checkpoint.pt").exists():
+        return False
+    record = json.loads((folder / "run.json").read_text()) if done else _read_checkpoint(folder)
+    found = {name: value for name, value in record["settings"].items() if name not in MACHINE}
+    found["data"] = record["data"]
+    wanted = {**protocol, "data": key or record["data"]}
+    differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if differ:
+        changes = [f"{name}: {found.get(name)!r} on disk, {wanted.get(name)!r} now" for name in differ]
+        raise StaleRunError(
+            f"{folder} was made with other settings or data ({'; '.join(changes)}). Give this profile "
+            "another name, delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
+        )
+    return done
 
 
 def whole(folder: Path, protocol: dict[str, Any]) -> Path:
-    """`folder` itself, if it holds a finished run of these settings, of whatever data.
-
-    Raises FileNotFoundError or StaleRunError.
-    """
-    if not (folder / "run.json").exists():
-        chapter = "02" if protocol["task"] == "three_class" else "03"
-        raise FileNotFoundError(f"{folder} holds no finished run; run notebook {chapter} or `ipmn run` first")
-    record = json.loads((folder / "run.json").read_text())
-    _refuse_other(record, {**protocol, "data": record["data"]}, folder)
+    """`folder` itself; raises FileNotFoundError or StaleRunError if no run of these settings is finished."""
+    if not finished(folder, protocol):
+        raise FileNotFoundError(
+            f"{folder} holds no finished run; `ipmn run`, or run notebook 02 or 03, first"
+        )
     return folder
 
 
-def _refuse_other(record: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    found = {key: value for key, value in record["settings"].items() if key not in MACHINE}
-    found["data"] = record["data"]
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if keys:
-        changes = "; ".join(f"{key}: {found.get(key)!r} on disk, {wanted.get(key)!r} now" for key in keys)
-        raise StaleRunError(
-            f"{folder} was made with other settings or data ({changes}). Give this profile another name, "
-            "delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
-        )
+def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[Run]:
+    """The runs in `wanted`, given with their protocols, that are not on disk yet. Raises StaleRunError."""
+    return [run for run, protocol in wanted.items() if not finished(folder_of(p, run), protocol, key)]
 
 
 def note_share(folder: Path, share: float) -> None:
@@ -133,33 +141,20 @@ def write(
         for name, role in (("predictions", "test"), ("validation", "validation")):
             rows = noted[noted["role"] == role].drop(columns="role")
             if role == "test" or about["settings"]["inner_validation"]:
-                write_parquet(folder / f"{name}.parquet", rows)
-    _csv(folder / "history.csv", progress.history, ["epoch", "loss", "test_acc", "test_auc"])
-    if progress.centers:
-        _csv(folder / "centers.csv", progress.centers, ["round", "center", "n", "acc", "auc"])
-    if progress.left_out:
-        _csv(folder / "left_out.csv", progress.left_out, ["round", "client", "reason"])
-    if progress.inner_products:
-        trained = set(scans.loc[scans["role"] == "train", "center"])
-        clients = [center for center in CENTERS if center in trained]
-        index = pd.MultiIndex.from_product([range(1, len(progress.inner_products) + 1), clients, clients])
-        rows = [(*key, value) for key, value in zip(index, np.ravel(progress.inner_products), strict=True)]
-        _csv(folder / "updates.csv", rows, ["round", "client", "other", "inner_product"])
+                write_table(folder / f"{name}.parquet", rows)
+    for name, columns in COLUMNS.items():
+        if rows := getattr(progress, name):
+            write_table(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     seal(folder, about, scans, progress.seconds, name)
     for name in ("checkpoint.pt", "share_done"):
         (folder / name).unlink(missing_ok=True)
 
 
-def write_parquet(path: Path, rows: pd.DataFrame) -> None:
-    """Write a table whole or not at all."""
+def write_table(path: Path, rows: pd.DataFrame) -> None:
+    """Write a table as CSV or Parquet, whole or not at all."""
     with atomic(path) as tmp:
-        rows.to_parquet(tmp, index=False)
-
-
-def _csv(path: Path, rows: list[tuple] | pd.DataFrame, columns: list[str] | None = None) -> None:
-    with atomic(path) as tmp:
-        pd.DataFrame(rows, columns=columns).to_csv(tmp, index=False)
+        (rows.to_csv if path.suffix == ".csv" else rows.to_parquet)(tmp, index=False)
 
 
 def seal(
@@ -167,19 +162,18 @@ def seal(
 ) -> None:
     """Make a run whole: write `splits.csv`, the `role` of every case of `scans`, and, last, `run.json`."""
     settings = json.dumps(about["settings"], sort_keys=True)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "monai": version("monai"),
-    }
     record = {
         **about,
         "settings_hash": hashlib.sha256(settings.encode()).hexdigest(),
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "monai": version("monai"),
+        },
         "device": device,
         "seconds": round(seconds, 2),
     }
-    _csv(folder / "splits.csv", scans[["case_id", "center", "role"]])
+    write_table(folder / "splits.csv", scans[["case_id", "center", "role"]])
     with atomic(folder / "run.json") as tmp:
         tmp.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -196,14 +190,71 @@ def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test")
             f"{folder}: a hospital shared no scores, so predictions and a pooled AUC are not available; "
             "`ipmn federation run` with `--share scores` at every site, or read centers.csv"
         )
-    frame = pd.read_parquet(path)
     splits = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
-    frame = metrics.check(frame, splits.loc[splits["role"] != role, "case_id"], str(path))
-    wanted = set(splits.loc[splits["role"] == role, "case_id"])
-    for epoch, rows in frame.groupby("epoch"):
-        lost = sorted(wanted - set(rows["case_id"]))
-        if lost:
-            raise metrics.PredictionsError(
-                f"{path}, epoch {epoch}: no row of case {lost[0]}; {metrics.REPEAT}"
-            )
-    return frame
+    return metrics.check(pd.read_parquet(path), splits.loc[splits["role"] != role, "case_id"], str(path))
+
+
+def read_all(p: Params, wanted: dict[Run, dict[str, Any]], role: str = "test") -> pd.DataFrame:
+    """`read_predictions` of all runs in `wanted`, given with their protocols, one under the other."""
+    frames = [read_predictions(folder_of(p, run), protocol, role) for run, protocol in wanted.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def predictions(p: Params, task: str) -> pd.DataFrame:
+    """The test predictions of all runs of a task, one row per case and epoch, checked (`metrics.check`).
+
+    Raises FileNotFoundError naming the first run that is not finished, PredictionsError naming a bad row.
+    """
+    frame = read_all(p, protocols(p, task))
+    return metrics.check(frame, source=f"{p.folder / 'runs' / task}, all runs")
+
+
+def validation(p: Params, task: str) -> pd.DataFrame:
+    """The predictions of the inner validation cases, in the form of `predictions`; empty without a split."""
+    if not p.inner_validation:
+        return pd.DataFrame(columns=metrics.COLUMNS)
+    return read_all(p, protocols(p, task), "validation")
+
+
+def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`predictions` and `validation` of every task whose runs are all finished, one under the other.
+
+    Raises FileNotFoundError if no task is finished.
+    """
+    found = []
+    for task in TASKS:
+        with contextlib.suppress(FileNotFoundError):
+            found.append((predictions(p, task), validation(p, task)))
+    if not found:
+        raise FileNotFoundError(f"{p.folder / 'runs'}: no task is finished; run chapter 2 or 3 first")
+    tested, inner = (pd.concat(frames, ignore_index=True) for frames in zip(*found, strict=True))
+    return tested, inner
+
+
+def histories(p: Params, task: str) -> pd.DataFrame:
+    """Training loss, test accuracy and test AUC of every epoch of all runs of a task, which are finished."""
+    return _of_runs(p, task, "history")
+
+
+def updates(p: Params) -> pd.DataFrame:
+    """Inner products of the clients' updates in every round: modality, arm, fold and those in `COLUMNS`."""
+    return _of_runs(p, "binary", "updates")
+
+
+def left_out(p: Params) -> pd.DataFrame:
+    """Clients that were left out of a round: columns modality, arm, fold, round, client, reason."""
+    return _of_runs(p, "binary", "left_out")
+
+
+def _of_runs(p: Params, task: str, name: str) -> pd.DataFrame:
+    """A CSV file of all runs of a task that have it, with each run's modality, arm and fold.
+
+    Raises FileNotFoundError naming the first run that is not finished.
+    """
+    columns = ["modality", "arm", "fold", *COLUMNS[name]]
+    frames = []
+    for run, protocol in protocols(p, task).items():
+        path = whole(folder_of(p, run), protocol) / f"{name}.csv"
+        if path.exists():
+            frames.append(pd.read_csv(path).assign(**asdict(run)))
+    return pd.concat(frames or [pd.DataFrame(columns=columns)], ignore_index=True)[columns]

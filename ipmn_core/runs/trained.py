@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,19 +44,16 @@ def find(folders: str | Path | Sequence[str | Path], size: int = 96) -> list[Tra
     A file is the state dict of a 3D DenseNet-121 with two or three classes, for cubes of `size`. Raises
     PredictError naming what is absent, unfinished or damaged.
     """
-    found = []
+    found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
-        if path.is_file():
-            of_run = path.name == "model.pt" and (path.parent / "run.json").exists()
-            found.append(_of_run(path.parent) if of_run else _of_file(path, size))
-        elif path.is_dir():
-            numbers = sorted(int(f.name[4:]) for f in path.glob("fold*") if f.name[4:].isdigit())
-            found += [_of_run(path / f"fold{k}") for k in numbers] or [_of_run(path)]
-        else:
+        if path.name == "model.pt" and (path.parent / "run.json").exists():
+            path = path.parent
+        if not path.exists():
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
-    if not found:
-        raise PredictError("no trained model was given; give a run, an arm, an export or weights")
-    return list({one.weights.resolve(): one for one in found}.values())  # once, even if given twice
+        folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
+        of = [_of_file(path, size)] if path.is_file() else [_of_run(fold) for fold in folds]
+        found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
+    return list(found.values())
 
 
 def _of_run(folder: Path) -> Trained:
@@ -69,19 +65,18 @@ def _of_run(folder: Path) -> Trained:
         models.factory(of["model"])
         if of["task"] not in TASKS:
             raise ValueError(f"unknown task {of['task']!r}")
-        known = (of["model"], of["task"], int(of["size"]), of["modality"], of["arm"], of["fold"])
-        return Trained(folder / "model.pt", *known)
+        known = [of[key] for key in ("model", "task", "size", "modality", "arm", "fold")]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
+    return Trained(folder / "model.pt", *known)
 
 
 def _of_file(path: Path, size: int) -> Trained:
     layers = [value for value in weights(path).values() if value.ndim == 2]
     n_classes = len(layers[-1]) if layers else 0
-    for task in TASKS:
-        if len(class_names(task)) == n_classes:
-            return Trained(path, "densenet121", task, size)
-    raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
+    if n_classes not in (2, 3):
+        raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
+    return Trained(path, "densenet121", "binary" if n_classes == 2 else "three_class", size)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -90,17 +85,13 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
         raise PredictError(f"{path}: no such file; fetch the weights, or repeat the run with them kept")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        text = "is refused: it holds more than tensors, and nothing in it was run; ask for a plain state dict"
-        raise PredictError(f"{path} {text}") from error
     except Exception as error:  # torch, zip and pickle each raise their own kinds
         reason = str(error).partition("\n")[0]
-        raise PredictError(f"{path} cannot be read as weights ({reason}); fetch the file again") from error
-    entries = dict(state) if isinstance(state, dict) and state else {"it": state}
-    for key, value in entries.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise PredictError(f"{path}: {key} is no dense tensor; ask for a plain state dict")
-    return entries
+        text = f"is refused: it cannot be read as plain tensors, and nothing in it was run ({reason})"
+        raise PredictError(f"{path} {text}; fetch the file again, or ask for a plain state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise PredictError(f"{path} holds more than tensors by name; ask for a plain state dict")
+    return dict(state)
 
 
 def load(trained: Trained, center: str | None = None) -> nn.Module:
@@ -116,17 +107,15 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         mine, source = f"{center}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
     network = models.build(trained.network, len(class_names(trained.task)))
-    remedy = f"no weights of {trained.network} for {trained.task}: fetch or train others"
     try:
-        for key, value in network.state_dict().items():
-            if key in state and value.is_floating_point() != state[key].is_floating_point():
-                raise ValueError(f"{key} is {state[key].dtype}, expected {value.dtype}")
-            if key in state and not state[key].isfinite().all():
-                raise ValueError(f"{key} holds NaN or infinity")
         network.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:  # torch names what is missing, unexpected, of another shape
-        reason = textwrap.shorten(str(error).partition(":\n")[2] or str(error), 200, placeholder=" ...")
+    except RuntimeError as error:  # torch names what is missing, unexpected, of another shape
+        reason = textwrap.shorten(str(error), 250, placeholder=" ...")
+        remedy = f"no weights of {trained.network} for {trained.task}: fetch or train others"
         raise PredictError(f"{source}: {reason}; {remedy}") from error
+    for key, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
     return network.eval()
 
 

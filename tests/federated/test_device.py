@@ -120,13 +120,11 @@ def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
         assert all(x.is_contiguous(memory_format=layout) for x in seen)
 
 
-@pytest.mark.parametrize(
-    ("amx", "avx512", "able"), [(False, False, False), (False, True, True), (True, False, True)]
-)
-def test_a_cpu_with_amx_or_avx512_has_bfloat16_if_torch_can_say_so(monkeypatch, amx, avx512, able):
-    for name, answer in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):
-        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
-    assert devices.has_bfloat16(CPU) == able
+@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (False, True), (True, False)])
+def test_a_cpu_with_amx_or_avx512_has_bfloat16_if_torch_can_say_so(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert devices.has_bfloat16(CPU) == (amx or avx512)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert devices.has_bfloat16(CPU) == avx512
 
@@ -145,25 +143,12 @@ def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, device, model, pa
         used("bfloat16")
 
 
-def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.device_of(Params(device="auto")) == CPU
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"cuda was asked for, torch sees 0 GPU.*`cpu`"):
-        devices.device_of(Params(device="cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert devices.device_of(Params(device="auto")) == GPU
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.device_of(Params(device="cuda:1")) == torch.device("cuda:1")
-    with pytest.raises(ValueError, match=r"cuda:2 was asked for, torch sees 2 GPU"):
-        devices.device_of(Params(device="cuda:2"))
-
-
-def test_threads_are_those_asked_for_and_0_leaves_them():
-    devices.prepare(2)
-    assert torch.get_num_threads() == 2
-    devices.prepare(0)
-    assert torch.get_num_threads() == 2
+@pytest.mark.parametrize(("n", "auto", "absent"), [(0, CPU, "cuda"), (2, GPU, "cuda:2")])
+def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch, n, auto, absent):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    assert devices.device_of(Params(device="auto")) == auto
+    with pytest.raises(ValueError, match=rf"{absent} was asked for, torch sees {n} GPU.*`cpu`"):
+        devices.device_of(Params(device=absent))
 
 
 def resident():
@@ -188,9 +173,10 @@ def test_freed_memory_is_kept_for_the_next_step_until_it_is_released():
         pool.submit(keep_and_release).result()
 
 
-def test_one_thread_is_for_the_block_alone_even_if_it_fails():
-    before = torch.get_num_threads()
-    with pytest.raises(ValueError), devices.one_thread():
-        assert torch.get_num_threads() == 1
-        raise ValueError
-    assert torch.get_num_threads() == before
+def test_threads_are_those_asked_for_and_one_in_a_block_even_if_it_fails():
+    for asked in (2, 0):  # 0 leaves them
+        devices.prepare(asked)
+        with pytest.raises(ValueError), devices.one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 2

@@ -140,10 +140,6 @@ def crash(k, model):
         raise OSError("the scanner's disk is gone")
 
 
-def crash_all(k, model):
-    crash(1, model)
-
-
 @pytest.mark.parametrize(
     ("fail", "reason"),
     [
@@ -174,7 +170,7 @@ def test_a_client_that_was_left_out_is_back_in_the_next_round_with_new_moments(m
 
 
 def test_a_round_without_any_client_keeps_the_weights_and_says_so(monkeypatch):
-    failing(monkeypatch, crash_all)
+    failing(monkeypatch, lambda k, model: crash(1, model))
     model, clients = small_net(), split(9, 12)
     epochs = fit_federated(model, clients, clients, cases(), settings(), Strategy())
     first = next(epochs)
@@ -185,7 +181,7 @@ def test_a_round_without_any_client_keeps_the_weights_and_says_so(monkeypatch):
 
 
 def test_a_federation_that_never_had_a_client_is_an_error_that_names_one(monkeypatch):
-    failing(monkeypatch, crash_all, at_round=None)
+    failing(monkeypatch, lambda k, model: crash(1, model), at_round=None)
     with pytest.raises(DivergedError, match=r"left out of every round; center 0: OSError: the scan"):
         federation(STRATEGIES["fedavg"], split(9, 12))
 
@@ -194,8 +190,8 @@ def test_a_federation_that_never_had_a_client_is_an_error_that_names_one(monkeyp
     ("change", "fault"),
     [
         ({}, ""),
-        ({"5.bias": torch.zeros(3)}, "5.bias has shape (3,), not (2,)"),
-        ({"5.bias": torch.zeros(2, dtype=torch.float64)}, "5.bias has type torch.float64, not torch.float32"),
+        ({"5.bias": torch.zeros(3)}, "5.bias has another shape or type than the global weights"),
+        ({"5.bias": torch.zeros(2).double()}, "5.bias has another shape or type than the global weights"),
         ({"5.bias": torch.tensor([0.0, torch.inf])}, "5.bias holds values that are NaN or infinite"),
         ({"5.bias": None}, "its update lacks 5.bias"),
         ({"6.bias": torch.zeros(2)}, "its update has an unknown 6.bias"),

@@ -21,9 +21,9 @@ def test_the_papers_grid_is_complete():
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("binary", {"three_class_models": ["vgg"]}, "vgg: unknown model; known are resnet34"),
-        ("binary", {"epochs_by_model": {"vgg": 3}}, "vgg: unknown model"),
-        ("binary", {"binary_model": "vit"}, "vit: unknown model"),
+        ("binary", {"three_class_models": ["vgg"]}, "unknown model 'vgg': choose one of resnet34"),
+        ("binary", {"epochs_by_model": {"vgg": 3}}, "unknown model 'vgg'"),
+        ("binary", {"binary_model": "vit"}, "unknown model 'vit'"),
         ("three_class", {"arms": ["fedsgd"]}, "fedsgd: unknown federated arm"),
         ("four_class", {}, "four_class: unknown task; known are three_class, binary"),
     ],
@@ -65,13 +65,13 @@ def test_settings_arrive_under_their_names(tmp_path):
     del direct["clients_per_round"]
     assert {key: getattr(settings, key) for key in direct} == direct
     assert settings.strategy == Strategy(mu=0.1, clients_per_round=2)
-    assert settings.n_classes == 2 and settings.protocol()["seed"] == [11, 1]
+    assert settings.protocol()["seed"] == [11, 1]
     centralized = runs.run_settings(p, Run("binary", "t1", "centralized", 0))
     assert (centralized.epochs, centralized.local_epochs, centralized.strategy) == (7, 1, None)
     local = runs.run_settings(p, Run("binary", "t1", "local_only", 0))
     assert (local.epochs, local.local_epochs) == (8 * 2, 1)  # as many as the federation's local epochs
     three_class = runs.run_settings(p, Run("three_class", "t1", "tiny", 0))
-    assert (three_class.epochs, three_class.model, three_class.n_classes) == (5, "tiny", 3)
+    assert (three_class.epochs, three_class.model) == (5, "tiny")
 
 
 def test_the_machine_decides_precision_and_layout_which_are_recorded_not_compared(tmp_path, monkeypatch):

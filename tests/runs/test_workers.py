@@ -14,7 +14,7 @@ from filelock import Timeout
 from small_profile import Carried, profile, small_cohort
 
 from ipmn_core import models, runs
-from ipmn_core.runs import RunsFailedError, workers
+from ipmn_core.runs import RunsFailedError, store, workers
 
 TWO = {"modalities": ["t1", "t2"], "epochs": 2}
 
@@ -39,7 +39,7 @@ def test_runs_of_a_killed_worker_are_named_and_a_second_call_ends_as_one_worker(
     )
 
 
-def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, cohort):
+def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, cohort, capsys):
     p, cubes = profile(tmp_path, **TWO), cohort.cubes.copy()
     cubes[cohort.scans["modality"] == "t2"] = np.nan
     with pytest.raises(RunsFailedError, match="2 of 4 runs failed") as error:
@@ -51,7 +51,9 @@ def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, cohort):
     assert sum(path.name == "run.json" for path in before) == 2
     assert set(runs.run_grid(p, "binary", cohort)["modality"]) == {"t1", "t2"}
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert runs.unfinished(p, ["binary"], cohort) == []
+    capsys.readouterr()
+    runs.train(p, ["binary"], cohort)
+    assert capsys.readouterr().err == ""  # without runs no progress is shown
 
 
 def test_each_run_takes_a_gpu_that_is_free_and_shares_one_if_none_is(tmp_path, monkeypatch):
@@ -74,20 +76,15 @@ def test_each_run_takes_a_gpu_that_is_free_and_shares_one_if_none_is(tmp_path, m
 
 
 def test_the_share_of_a_run_that_is_done_is_noted_after_every_epoch(tmp_path, cohort, monkeypatch):
-    store, noted = workers.store, []
-    honest = store.note_share
-    monkeypatch.setattr(
-        store, "note_share", lambda folder, share: noted.append(share) or honest(folder, share)
-    )
-    assert store.share_done(tmp_path / "not begun") == 0
-    (tmp_path / "share_done").write_text("")  # while it is being written
-    assert store.share_done(tmp_path) == 0
-    honest(tmp_path, 0.25)
-    assert store.share_done(tmp_path) == 0.25
+    noted, honest = [], store.note_share
+    spy = lambda folder, share: honest(folder, share) or noted.append(store.share_done(folder))  # noqa: E731
+    monkeypatch.setattr(store, "note_share", spy)
     p = profile(tmp_path, arms=["fedprox_0.1"], rounds=2)
+    folders = [runs.folder_of(p, run) for run in runs.grid(p, "binary")]
+    assert [store.share_done(folder) for folder in folders] == [0, 0]
     runs.train(p, ["binary"], cohort)
     assert noted == [0.5, 1.0] * 2
-    assert [store.share_done(runs.folder_of(p, run)) for run in runs.grid(p, "binary")] == [1, 1]
+    assert [store.share_done(folder) for folder in folders] == [1, 1]
 
 
 def test_progress_shows_what_is_done_and_the_time_left(capsys):
@@ -99,14 +96,6 @@ def test_progress_shows_what_is_done_and_the_time_left(capsys):
     left = dict(re.findall(r"runs \[00:0(\d)<00:(\d\d)\]", said))
     assert {"1", "2", "3"} <= set(left)  # renewed every second
     assert all(int(seconds) >= 10 for seconds in left.values())  # 0.8 to 0.95 runs at 0.05 per second
-
-
-def test_without_runs_no_progress_is_shown(tmp_path, cohort, capsys):
-    p = profile(tmp_path, epochs=1)
-    runs.train(p, ["binary"], cohort)
-    capsys.readouterr()
-    runs.train(p, ["binary"], cohort)
-    assert capsys.readouterr().err == ""
 
 
 WORKER = (
