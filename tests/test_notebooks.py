@@ -122,7 +122,9 @@ def test_an_executed_notebook_holds_stills_and_states_of_live_views_and_no_widge
     for path in (smoke.folder / "notebooks").iterdir():
         text = path.read_text()
         assert "widget-view+json" not in text and "widget-state+json" not in text
-        outputs = [out.get("data", {}) for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
+        outputs = [
+            out.get("data", {}) for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])
+        ]
         shown += [data[live.MIME]["view"] for data in outputs if live.MIME in data and "image/png" in data]
     assert sorted(shown) == ["by_hand", "explorer", "viewer", "viewer"]
 

@@ -33,6 +33,8 @@ from ipmn_core.runs.grid import (
 )
 from ipmn_core.runs.store import Progress
 
+CHECKPOINT_SHARE = 0.05  # of a run's time, at most, goes into checkpoints
+
 
 def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     """Train a run, test it after each epoch and write it; resume it if it was interrupted.
@@ -111,7 +113,7 @@ def record(
     tested = scans[scans["role"] != "train"]
     tested = tested.sort_values("center", key=lambda c: c.map(CENTERS.index), kind="stable")
     saved = time.perf_counter()
-    started = saved - progress.seconds
+    started, cost = saved - progress.seconds, 0.0  # cost: seconds that the last checkpoint took
     for epoch in epochs:
         auc = note(progress, epoch, settings, tested)
         for client, reason in epoch.left_out.items():
@@ -124,9 +126,11 @@ def record(
                 store.save_model(folder, model)
         now = time.perf_counter()
         progress.seconds = now - started
-        if now - saved >= p.checkpoint_seconds and epoch.number < settings.epochs:
+        pause = max(p.checkpoint_seconds, cost / CHECKPOINT_SHARE) if p.checkpoint_seconds else 0.0
+        if now - saved >= pause and epoch.number < settings.epochs:
             store.save_checkpoint(folder, about, progress, federated.checkpoint_of(model, epoch))
             saved = time.perf_counter()
+            cost = saved - now
     store.write(folder, about, progress, scans, federated.device_of(p))
     return folder
 

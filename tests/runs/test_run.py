@@ -273,6 +273,27 @@ def test_weights_are_kept_for_the_runs_that_a_pattern_names(tmp_path, cohort):
     assert set(predictions["fold"]) == {0, 1} and runs.validation(p, "binary").empty
 
 
+@pytest.mark.parametrize(("seconds", "epochs"), [(0.0, [1, 2, 3, 4, 5]), (5.0, [1, 3, 5]), (25.0, [3])])
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, cohort, monkeypatch, seconds, epochs):
+    clock, saved = [0.0], []
+
+    def save_checkpoint(folder, about, progress, learning):
+        clock[0] += 1  # second
+        saved.append(learning["epoch"])
+
+    def note(*_):
+        clock[0] += 10  # seconds
+        return 0.5
+
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(store, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(run, "note", note)
+    monkeypatch.setattr(store, "write", lambda *_: None)
+    p = profile(tmp_path, epochs=6, checkpoint_seconds=seconds)
+    runs.execute(p, Run("binary", "t1", "centralized", 0), cohort)
+    assert saved == epochs
+
+
 @pytest.mark.parametrize("name", ["predictions.parquet", "validation.parquet"])
 def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(copied, name):
     path = copied.folder / "runs" / "binary" / "t1" / "centralized" / "fold1" / name
