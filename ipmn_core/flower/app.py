@@ -28,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ipmn_core import federated, runs
 from ipmn_core.disk import atomic
-from ipmn_core.federated import DivergedError, Epoch, State, Update
+from ipmn_core.federated import Epoch, State, Update
 from ipmn_core.flower import site
 from ipmn_core.flower.deployment import Federation, FederationError
 from ipmn_core.names import CENTERS
@@ -81,8 +81,7 @@ def _answer(message: Message, context: Context) -> Message:
             site.note_sent(at, kind, values, sum(len(record["weights"].data) for record in packed.values()))
     except Exception as error:
         traceback.print_exc()
-        text = str(error) if isinstance(error, DivergedError) else "its text is in the site's log"
-        values, packed = {"fault": f"{type(error).__name__}: {text}"}, {}
+        values, packed = {"fault": f"{type(error).__name__}: its text is in the site's log"}, {}
         if at is not None:
             with contextlib.suppress(OSError):  # a full disk may be the fault itself
                 site.note_sent(at, kind, values)
@@ -246,7 +245,7 @@ def _rounds(
                 left_out[name] = f"{left_out.get(name, 'away')}; round not tested"
         yield Epoch(round_, loss, prob, learners, products, left_out, centers)
     if not aggregated:
-        raise DivergedError(federated.without_any_client(left_out))
+        raise federated.DivergedError(federated.without_any_client(left_out))
 
 
 def _update(name: str, n_train: int, answer: Values | None) -> Update:

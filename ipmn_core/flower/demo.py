@@ -58,13 +58,21 @@ def started(
     phantom.split(p.cohort_root, folder / "data", sites)
     running = {"server": start(federation, "server")}
     try:
-        _register(federation, running["server"])
+        while running["server"].poll() is None:  # until it answers
+            with contextlib.suppress(FederationError):
+                processes.register(federation)
+                break
         for name in sites:
             running[name] = start(federation, name)
         yield federation, running
     finally:
         for process in reversed(running.values()):
-            _end(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.terminate()  # Flower then ends its processes in sessions of their own
+                process.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def start(federation: Federation, name: str) -> subprocess.Popen:
@@ -78,27 +86,6 @@ def start(federation: Federation, name: str) -> subprocess.Popen:
     how = {"start_new_session": True, "preexec_fn": _end_with_parent}
     with open(folder / f"{name}.log", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, **how)
-
-
-def _register(federation: Federation, server: subprocess.Popen) -> None:
-    """Register the sites, once the server answers."""
-    while True:
-        try:
-            processes.register(federation)
-            return
-        except FederationError:
-            if server.poll() is not None:  # it could not start: its log says why
-                raise
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a process with all that it started."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.terminate()  # Flower then ends its processes in sessions of their own
-        process.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _end_with_parent() -> None:

@@ -86,7 +86,7 @@ def control(federation: Federation, *arguments: str) -> dict[str, Any]:
     except ValueError:
         answer = {"error-message": f"{done.stdout}{done.stderr}".strip()}
     if not answer.get("success"):
-        reason = f"{answer['error-message']}; does `ipmn federation server` run here?"
+        reason = f"{answer.get('error-message', answer)}; does `ipmn federation server` run here?"
         raise FederationError(f"flwr {' '.join(arguments[:2])}: {reason}")
     return answer
 
