@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,57 +17,64 @@ def add(commands: argparse._SubParsersAction) -> None:
     federation = commands.add_parser(
         "federation", help="the same federation across machines, on Flower (docs/federation.md)"
     )
+    federation.set_defaults(command=_start)
     pieces = federation.add_subparsers(title="pieces", required=True, metavar="PIECE")
 
-    def piece(command, text: str):
-        parser = pieces.add_parser(command.__name__, help=text)
-        parser.set_defaults(command=command)
+    def piece(function):
+        parser = pieces.add_parser(function.__name__, help=function.__doc__)
+        parser.set_defaults(piece=function)
         return parser.add_argument
 
-    argument = piece(demo, "server and sites as processes here, beside the same in one process")
+    folder = {"type": Path, "metavar": "FOLDER"}
+    argument = piece(demo)
     argument("params", nargs="?", type=Path, default=Path("params/federation.yaml"), metavar="PARAMS")
-    argument("--sites", nargs="+", default=("NYU", "MCF", "NU"), metavar="CENTER")
-    argument("--keep", type=Path, metavar="FOLDER", help="leave keys, logs and the sites' files there")
+    argument("--keep", **folder, help="leave keys, logs and the sites' files there")
 
-    argument = piece(init, "write certificates, keys and settings of server and sites")
-    argument("folder", type=Path, metavar="FOLDER", help="the folder to write; it must not exist")
+    argument = piece(init)
+    argument("folder", **folder, help="the folder to write; it must not exist")
     argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/federation.yaml")
     argument("--sites", nargs="+", required=True, metavar="CENTER", help="two or more of the centers")
     argument("--host", required=True, help="name or address at which sites reach the server")
     argument("--port", type=int, default=9092, help="its port (default: 9092)")
     argument("--away", choices=("wait", "continue"), default="wait", help="when a site is away")
 
-    argument = piece(server, "the server, until it is interrupted")
-    argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
+    argument = piece(server)
+    argument("folder", **folder, help="what `init` wrote")
 
-    argument = piece(site, "a site, until it is interrupted")
-    argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote for this site")
+    argument = piece(site)
+    argument("folder", **folder, help="what `init` wrote for this site")
     argument("--data", type=Path, required=True, metavar="DIR", help="this site's own cases")
     argument("--outputs", type=Path, required=True, metavar="DIR", help="where to put its files")
     text = "of test cases: labels and scores without ids (pooled AUC), or ACC and AUC only"
     argument("--share", choices=("scores", "metrics"), default="scores", help=text)
 
-    argument = piece(run, "train the profile's runs at the sites, then write table 3")
-    argument("folder", type=Path, metavar="FOLDER", help="what `init` wrote")
+    argument = piece(run)
+    argument("folder", **folder, help="what `init` wrote")
     argument("--only", default="", metavar="TEXT", help="only runs whose name holds TEXT; no table")
 
 
+def _start(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("flwr") is None:
+        raise RuntimeError("Flower is not installed; `pip install 'ipmn[flower]'`")
+    return options.piece(options)
+
+
 def demo(options: argparse.Namespace) -> int:
-    """Print how far a federation of processes is from the same rounds in one process."""
+    """server and sites as processes here, beside the same in one process"""
     from ipmn_core.flower import demo
 
-    weights, predictions = demo.run(options.params, options.sites, options.keep)
+    weights, predictions = demo.run(options.params, options.keep)
     print(f"largest absolute difference from one process: weights {weights}, predictions {predictions}")
     return 0 if weights == predictions == 0 else 1
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write a federation's folder and print what goes where."""
+    """write certificates, keys and settings of server and sites"""
+    from ipmn_core import params
     from ipmn_core.flower import deployment
 
-    made = deployment.write(
-        options.folder, options.params, options.sites, options.host, options.port, away=options.away
-    )
+    where = options.sites, options.host, options.port
+    made = deployment.write(options.folder, params.load(options.params), *where, away=options.away)
     print(f"for the server alone: {made.server}/, private keys included; start `ipmn federation server`")
     for name in made.sites:
         print(f"for {name} alone, by a safe way, because it holds its key: {made.folder}/sites/{name}/")
@@ -74,24 +82,24 @@ def init(options: argparse.Namespace) -> int:
 
 
 def server(options: argparse.Namespace) -> None:
-    """Become Flower's SuperLink."""
+    """the server, until it is interrupted"""
     from ipmn_core.flower import deployment, processes
 
     federation = deployment.read(options.folder)
     command = processes.server_command(federation)
-    os.execve(command[0], command, processes.environment(federation))
+    os.execvpe(command[0], command, processes.environment(federation))
 
 
 def site(options: argparse.Namespace) -> None:
-    """Become Flower's SuperNode."""
+    """a site, until it is interrupted"""
     from ipmn_core.flower import processes
 
     command = processes.site_command(options.folder, options.data, options.outputs, options.share)
-    os.execve(command[0], command, processes.environment())
+    os.execvpe(command[0], command, processes.environment())
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train at the sites what is not on disk yet, and print table 3."""
+    """train the profile's runs at the sites, then write table 3"""
     from ipmn_core import pipeline
     from ipmn_core.flower import deployment, processes
 

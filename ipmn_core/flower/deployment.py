@@ -6,27 +6,26 @@ A federation's folder holds `federation.yaml`, `profile.yaml`, `server/` (for th
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
-from ipmn_core import params
+from ipmn_core import federated, params
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Params
 
+CA = "ipmn federation CA"
 APP = """[project]
 name = "ipmn-federation"
 version = "1.0.0"
@@ -48,8 +47,8 @@ class FederationError(RuntimeError):
     """A federation cannot be started or went wrong; the message says where and what to do."""
 
 
-class Policy(BaseModel):
-    """What a round does while a site is away, in seconds and sites.
+class Federation(BaseModel):
+    """Where the server is, which sites take part, what they train, and what a round does without a site.
 
     "wait" asks again until every site has answered; "continue" goes on with at least `min_sites` of them
     after `round_seconds`. Both give up after `wait_seconds` without enough of them.
@@ -57,103 +56,111 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    folder: Path
+    profile: Params
+    sites: tuple[str, ...]
+    host: str
+    port: int
     away: Literal["wait", "continue"] = "wait"
     min_sites: PositiveInt = 2
     round_seconds: PositiveFloat = 600.0
     wait_seconds: PositiveFloat = 3600.0
-
-
-class Federation(Policy):
-    """Where the server listens, which sites take part, the profile that they train and the policy."""
-
-    folder: Path
-    host: str = Field(min_length=1)
-    port: int = Field(ge=1, le=65535)
-    profile: Params
-    sites: tuple[str, ...]
 
     @property
     def server(self) -> Path:
         """The folder that only the server may have."""
         return self.folder / "server"
 
-    @field_validator("sites")
-    @classmethod
-    def _are_centers(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(sites)) < 2 or len(set(sites)) < len(sites) or not set(sites) <= set(CENTERS):
-            raise ValueError(f"name two or more of {', '.join(CENTERS)}, once each, not {', '.join(sites)}")
-        return sites
-
-    @field_validator("profile")
-    @classmethod
-    def _can_be_federated(cls, p: Params) -> Params:
-        from ipmn_core import federated
-
-        alone = [arm for arm in p.arms if arm not in federated.STRATEGIES]
+    @model_validator(mode="after")
+    def _can_federate(self) -> Federation:
+        alone = ", ".join(arm for arm in self.profile.arms if arm not in federated.STRATEGIES)
+        if len(self.sites) < 2 or len(set(self.sites) & set(CENTERS)) < len(self.sites):
+            raise FederationError(f"sites: name two or more of {', '.join(CENTERS)}, once each")
         if alone:
-            raise ValueError(
-                f"arms: {', '.join(alone)} do not federate; use {', '.join(federated.STRATEGIES)}"
-            )
-        if p.inner_validation:
-            raise ValueError("inner_validation: sites draw no inner split yet; set it to 0.0")
-        return p
+            raise FederationError(f"arms: {alone} do not federate; use {', '.join(federated.STRATEGIES)}")
+        if self.profile.inner_validation:
+            raise FederationError("inner_validation: sites draw no inner split yet; set it to 0.0")
+        return self
 
 
-def write(
-    folder: Path, profile: Path, sites: Sequence[str], host: str, port: int, **policy: Any
-) -> Federation:
+def write(folder: Path, p: Params, sites: Sequence[str], host: str, port: int, **away: Any) -> Federation:
     """Write a new federation's folder: certificates, keys and settings of the server and of every site.
 
     Raises FileExistsError if it exists, FederationError for sites or a profile that cannot federate.
     """
-    flower("flwr")
-    from ipmn_core.flower import certificates  # of the extra
-
-    p = params.load(profile)
     p = p.model_copy(update={"outputs": str((params.project_root() / p.outputs).resolve())})
-    made = _checked(profile, folder=folder, profile=p, sites=sites, host=host, port=port, **policy)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder, its keys may be in use")
-    for place in ("server/app", "server/flwr", *(f"sites/{name}" for name in sites)):
-        (folder / place).mkdir(parents=True)
+    where = {"folder": folder.resolve(), "profile": p, "sites": sites, "host": host, "port": port}
+    made = Federation(**where, **away)
+    folder.mkdir(parents=True)  # never an existing one: its keys may be in use
+    for place in ("app", "flwr"):
+        (made.server / place).mkdir(parents=True)
     (made.server / "app" / "pyproject.toml").write_text(APP)
-    certificates.write(made.server, host)
+    write_certificates(made.server, host)
     for name in sites:
         place = folder / "sites" / name
-        certificates.node_key(place)
+        place.mkdir(parents=True)
+        write_key(place)
         shutil.copy(made.server / "ca.crt", place)
         shutil.copy(place / "key.pub", made.server / f"{name}.pub")
         (place / "site.yaml").write_text(yaml.safe_dump({"site": name, "server": f"{host}:{port}"}))
     (folder / "profile.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
     about = made.model_dump(mode="json", exclude={"folder", "profile"})
     (folder / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))  # last: it is whole
-    return read(folder)
+    return made
 
 
 def read(folder: Path) -> Federation:
-    """Read the federation in `folder`. Raises FederationError naming the file and what is wrong with it."""
+    """Read the federation in `folder`. Raises FederationError or OSError naming the file."""
     path = folder / "federation.yaml"
-    if not path.is_file():
-        raise FederationError(f"{path}: no such file; `ipmn federation init` writes it")
     try:
         values = dict(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise FederationError(f"{path}: not lines of `key: value` ({error})") from error
-    values |= {"folder": folder.resolve(), "profile": params.load(folder / "profile.yaml")}
-    return _checked(path, **values)
+        return Federation(folder=folder.resolve(), profile=params.load(folder / "profile.yaml"), **values)
+    except (yaml.YAMLError, TypeError, ValueError, FederationError) as error:
+        raise FederationError(f"{path}: {error}; `ipmn federation init` writes a right one") from error
 
 
-def _checked(source: Path, **values: Any) -> Federation:
+def write_certificates(folder: Path, host: str) -> None:
+    """Write `ca.crt`, `ca.key`, `server.pem` and `server.key`, the last two for `host` and localhost."""
+    ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
+    by_ca = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id)
+    signs = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    names = dict.fromkeys(map(_general_name, (host, "localhost", "127.0.0.1")))
+    of_ca = [(x509.BasicConstraints(True, 0), True), (signs, True), (ca_id, False)]
+    of_server = [(x509.BasicConstraints(False, None), True), (by_ca, False)]
+    of_server += [(x509.SubjectAlternativeName(names), False)]
+    (folder / "ca.crt").write_bytes(_certificate(CA, ca_key, ca_key, 3650, of_ca))
+    (folder / "server.pem").write_bytes(_certificate(host, server_key, ca_key, 825, of_server))
+    _write_private(folder / "ca.key", ca_key, PrivateFormat.PKCS8)
+    _write_private(folder / "server.key", server_key, PrivateFormat.PKCS8)
+
+
+def write_key(folder: Path) -> None:
+    """Write `key` and `key.pub`, by which the server knows a site: ECDSA on P-384, as Flower needs it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_private(folder / "key", key, PrivateFormat.OpenSSH)
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    (folder / "key.pub").write_bytes(public + b"\n")
+
+
+def _general_name(host: str) -> x509.GeneralName:
     try:
-        return Federation(**values)
-    except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise FederationError(f"{source}: {'; '.join(faults)}") from error
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
-def flower(name: str) -> str:
-    """The path of a command of Flower's. Raises FederationError if the extra `flower` is not installed."""
-    path = Path(sys.executable).with_name(name)
-    if not path.exists():
-        raise FederationError("Flower is not installed; `pip install 'ipmn[flower]'`")
-    return str(path)
+def _certificate(subject: str, key, ca_key, days: int, extensions: list) -> bytes:
+    """A certificate in PEM, signed by the CA, with `extensions`: each, and whether it is critical."""
+    of, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (subject, CA))
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+    end, number = start + datetime.timedelta(days=days), x509.random_serial_number()
+    builder = x509.CertificateBuilder(by, of, key.public_key(), number, start, end)
+    for extension in extensions:
+        builder = builder.add_extension(*extension)
+    return builder.sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def _write_private(path: Path, key, form: PrivateFormat) -> None:
+    path.touch(mode=0o600)  # before its content is there
+    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))

@@ -16,18 +16,17 @@ from typing import Any
 
 import yaml
 
+from ipmn_core import runs
 from ipmn_core.disk import atomic
-from ipmn_core.flower.deployment import Federation, FederationError, Policy, flower
+from ipmn_core.flower.deployment import Federation, FederationError
+from ipmn_core.runs import store, workers
 
 NAME = "hospitals"  # of the federation, to Flower's own command
-STARTUP_SECONDS = 120.0
-ANSWER_SECONDS = 180.0  # Flower's command takes ten on a slow, busy machine
 STATUS_SECONDS = 60.0  # between questions to Flower, whose command takes seconds of a core
 
 
 def server_command(federation: Federation) -> list[str]:
     """The command of the server: Flower's SuperLink with TLS and node keys (`superlink`)."""
-    flower("flower-superlink")
     return [
         *(sys.executable, "-m", "ipmn_core.flower.superlink"),
         *("--ssl-ca-certfile", str(federation.server / "ca.crt")),
@@ -50,11 +49,10 @@ def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[st
         raise FederationError(f"{data}: no such folder; --data names this site's own copy of its cases")
     about = yaml.safe_load((folder / "site.yaml").read_text())
     values = {"site": about["site"], "data": data.resolve(), "outputs": outputs.resolve(), "share": share}
-    for key, value in values.items():
-        if "'" in str(value):
-            raise FederationError(f"{key} {value}: a quote in its name cannot be passed on; rename it")
+    if any("'" in str(value) for value in values.values()):
+        raise FederationError(f"{data}, {outputs}: a quote in a name cannot be passed on; rename the folder")
     return [
-        flower("flower-supernode"),
+        "flower-supernode",
         *("--superlink", about["server"]),
         *("--root-certificates", str(folder / "ca.crt")),
         *("--auth-supernode-private-key", str(folder / "key")),
@@ -65,8 +63,7 @@ def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[st
 
 def free_port() -> int:
     """A TCP port of this machine at which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
 
@@ -82,33 +79,16 @@ def control(federation: Federation, *arguments: str) -> dict[str, Any]:
     address, root = f"127.0.0.1:{federation.port}", federation.server / "ca.crt"
     with atomic(federation.server / "flwr" / "config.toml") as tmp:
         tmp.write_text(f'[superlink.{NAME}]\naddress = "{address}"\nroot-certificates = "{root}"\n')
-    command, env = [flower("flwr"), *arguments, "--format", "json"], environment(federation)
+    command, env = ["flwr", *arguments, "--format", "json"], environment(federation)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ANSWER_SECONDS)
         answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        answer = {"error-message": f"no answer within {ANSWER_SECONDS:.0f} s"}
     except ValueError:
         answer = {"error-message": f"{done.stdout}{done.stderr}".strip()}
     if not answer.get("success"):
-        raise FederationError(f"flwr {' '.join(arguments[:2])}: {answer.get('error-message', answer)}")
+        reason = f"{answer.get('error-message', answer)}; does `ipmn federation server` run here?"
+        raise FederationError(f"flwr {' '.join(arguments[:2])}: {reason}")
     return answer
-
-
-def await_server(federation: Federation) -> None:
-    """Return once the server answers. Raises FederationError if it does not within two minutes."""
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while not _answers(federation):
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"no server at 127.0.0.1:{federation.port}; start `ipmn federation server` here first"
-            )
-        time.sleep(0.5)
-
-
-def _answers(federation: Federation) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", federation.port)) == 0
 
 
 def register(federation: Federation) -> dict[str, int]:
@@ -131,11 +111,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
     Finished runs are kept. Raises FederationError with the server app's reason for one that failed (the next
     call goes on from its last whole round), StaleRunError for one that was made with other settings.
     """
-    from ipmn_core import runs
-    from ipmn_core.runs import store, workers
-
     p = federation.profile
-    await_server(federation)
     nodes = register(federation)
     for left in control(federation, "ls", NAME)["runs"]:  # of a command that was killed
         if not left["status"].startswith("finished"):
@@ -143,8 +119,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
     for each in (each for each in runs.grid(p, "binary") if only in runs.named(each)):
         folder = runs.folder_of(p, each)
         if not (folder / "run.json").exists():
-            policy = federation.model_dump(include=set(Policy.model_fields))
-            order = {"profile": p.model_dump_json(), "run": asdict(each), "nodes": nodes, "policy": policy}
+            order = {"federation": federation.model_dump(mode="json"), "run": asdict(each), "nodes": nodes}
             with workers.progress(lambda at=folder: store.share_done(at), 1, runs.named(each)):
                 _train(federation, folder, order)
         yield store.whole(folder, runs.run_settings(p, each).protocol())
@@ -152,23 +127,22 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
 
 def _train(federation: Federation, folder: Path, order: dict[str, Any]) -> None:
     """Have Flower carry out one run; return once it is whole."""
-    path, code = federation.server / "order.toml", str(federation.server / "app")
-    with atomic(path) as tmp:
-        tmp.write_text(f"order = {json.dumps(json.dumps(order))}\n")
-    number = control(federation, "run", code, NAME, "--run-config", str(path))["run-id"]
-    asked = time.monotonic()
+    path = federation.server / "order.toml"
+    path.write_text(f"order = {json.dumps(json.dumps(order))}\n")
+    app = str(federation.server / "app")
+    number = control(federation, "run", app, NAME, "--run-config", str(path))["run-id"]
+    whole, asked = folder / "run.json", time.monotonic()
     try:
-        while not (folder / "run.json").exists():
+        while not whole.exists():
             time.sleep(1.0)
-            fault = "" if _answers(federation) else f"the server at port {federation.port} is gone"
             if time.monotonic() - asked > STATUS_SECONDS:  # Flower's command exits 0 even when a run failed
                 asked = time.monotonic()
                 status = control(federation, "ls", NAME, "--run-id", number)["runs"][0]
-                fault = status["status-details"] if status["status"].startswith("finished") else fault
-            if fault and not (folder / "run.json").exists():
-                raise FederationError(
-                    f"{folder}: {fault}; the same command resumes after the last whole round"
-                )
+                if status["status"].startswith("finished") and not whole.exists():
+                    raise FederationError(
+                        f"{folder}: {status['status-details']}; "
+                        "the same command resumes after the last whole round"
+                    )
     except BaseException:
         with contextlib.suppress(FederationError):
             control(federation, "stop", number, NAME)

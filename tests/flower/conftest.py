@@ -3,10 +3,10 @@ import types
 import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
-from hospitals import SITES, profile, write_phantom, written_to
+from hospitals import SITES, Hospitals, federation_in, nodes_of, profile, serve, write_phantom
 
 from ipmn_core import phantom
-from ipmn_core.flower import app, site
+from ipmn_core.flower import app, demo, site
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,7 +18,7 @@ def a_process_of_flowers():
     threads, read, cases = torch.get_num_threads(), site.Site.cohort.func, {}
 
     def cohort(at):
-        key = (at.center, at.p.data, at.run)
+        key = (at.center, at.p.data, at.settings.fold)
         cases[key] = cases[key] if key in cases else read(at)
         return cases[key]
 
@@ -35,7 +35,7 @@ def clock():
     """The server's clock: sleeping takes no time."""
     now = types.SimpleNamespace(time=0.0)
     sleep = lambda seconds: setattr(now, "time", now.time + seconds)  # noqa: E731
-    instead = types.SimpleNamespace(monotonic=lambda: now.time, perf_counter=lambda: now.time, sleep=sleep)
+    instead = types.SimpleNamespace(monotonic=lambda: now.time, sleep=sleep)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "time", instead)
         yield now
@@ -43,15 +43,16 @@ def clock():
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory):
-    """The folder with all hospitals' cases."""
-    return write_phantom(tmp_path_factory.mktemp("federation") / "together", SITES)
+    """The folder with all hospitals' cases; `data` beside it has a folder for each."""
+    root = write_phantom(tmp_path_factory.mktemp("federation") / "together", SITES)
+    phantom.split(root, root.parent / "data", SITES)
+    return root
 
 
-@pytest.fixture(scope="session")
-def nodes(together):
-    """Each hospital's own configuration; all tests share the work folders, runs differ by token."""
-    folders, work = phantom.split(together, together.parent / "data", SITES), together.parent / "work"
-    return {n: {"site": n, "data": str(folders[n]), "outputs": str(work / n)} for n in SITES}
+@pytest.fixture
+def nodes(together, tmp_path):
+    """Each hospital's own configuration."""
+    return nodes_of(together, tmp_path / "work")
 
 
 @pytest.fixture
@@ -62,11 +63,20 @@ def p(together, request):
 
 
 @pytest.fixture(scope="module")
+def trained(together, tmp_path_factory):
+    """A whole run at the hospitals and in one process, with what was sent."""
+    work = tmp_path_factory.mktemp("work")
+    p, grid = profile(together.parent / "server", data=str(together)), Hospitals(nodes_of(together, work))
+    there, here = serve(grid, p), demo.in_process(p, SITES)
+    return types.SimpleNamespace(grid=grid, there=there, here=here, work=work)
+
+
+@pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    return written_to(tmp_path_factory.mktemp("federation"), away="continue")
+    return federation_in(tmp_path_factory.mktemp("federation") / "f", away="continue")
 
 
 @pytest.fixture
 def written(tmp_path):
     """A federation whose files a test may spoil."""
-    return written_to(tmp_path)
+    return federation_in(tmp_path / "f")

@@ -4,10 +4,8 @@ import json
 import types
 
 import pandas as pd
-import yaml
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.serverapp import Grid
 
 from ipmn_core import params, phantom, runs
 from ipmn_core.flower import app, deployment
@@ -40,18 +38,21 @@ def write_phantom(root, sizes):
     return root
 
 
-def written_to(folder, host=HOST, sites=tuple(SITES), changes=None, **policy):
-    """A new federation in `folder`, of a profile beside it."""
-    p = profile("results", **(changes or {})).model_dump(mode="json")
-    (folder / "profile.yaml").write_text(yaml.safe_dump(p))
-    return deployment.write(folder / "f", folder / "profile.yaml", sites, host, 39800, **policy)
+def nodes_of(together, work):
+    """Each hospital's own configuration, its files in `work`."""
+    of = lambda name: {"data": str(together.parent / "data" / name), "outputs": str(work / name)}  # noqa: E731
+    return {name: {"site": name, "share": "scores", **of(name)} for name in SITES}
 
 
-def serve(grid, p, fold=0, **policy):
+def federation_in(folder, host=HOST, sites=tuple(SITES), changes=None, **away):
+    return deployment.write(folder, profile("results", **(changes or {})), sites, host, 39800, **away)
+
+
+def serve(grid, p, fold=0, **away):
     """The folder of a run, by Flower's own call of the server app."""
-    policy = {"round_seconds": 10.0, "wait_seconds": 100.0, **policy}
-    order = {"profile": p.model_dump_json(), "run": RUN | {"fold": fold}, "nodes": grid.number}
-    order["policy"] = policy
+    where = {"folder": "f", "profile": p, "sites": list(grid.number), "host": HOST, "port": 1}
+    made = deployment.Federation(**where, **{"round_seconds": 10.0, "wait_seconds": 100.0, **away})
+    order = {"federation": made.model_dump(mode="json"), "run": RUN | {"fold": fold}, "nodes": grid.number}
     app.server_app(grid, Context(1, 0, {}, RecordDict(), {"order": json.dumps(order)}))
     return runs.folder_of(p, runs.Run(**order["run"]))
 
@@ -60,7 +61,7 @@ def values_of(content):
     return json.loads(content["values"]["json"])
 
 
-class Hospitals(Grid):
+class Hospitals:
     """Messages travel as bytes; each hospital is a call of the client app.
 
     `away(name, kind, round)` says how a hospital is away when it is asked: None (it is there), "silent",
@@ -69,21 +70,10 @@ class Hospitals(Grid):
     content and its bytes.
     """
 
-    run = None
-
     def __init__(self, nodes, away=None, spoil=None):
         self.nodes, self.number = nodes, {name: k for k, name in enumerate(nodes, start=101)}
         self.away, self.spoil = away or (lambda *_: None), spoil or (lambda *_: None)
         self.asked, self.left, self.replies, self.hidden = [], [], {}, {}
-
-    def set_run(self, run):
-        raise NotImplementedError
-
-    def create_message(self, *arguments, **settings):
-        raise NotImplementedError
-
-    def send_and_receive(self, messages, *, timeout=None):
-        raise NotImplementedError
 
     def get_node_ids(self):
         hidden = {self.number[name] for name, polls in self.hidden.items() if polls > 0}
@@ -125,13 +115,8 @@ class Hospitals(Grid):
         """{name: order}, the last that each was sent."""
         return {m.name: m.order for m in self.asked if m.kind == kind and m.order.get("round") == round_}
 
-    def weights(self, messages, kind, round_, name=None):
-        """The last weights of a round among `asked` or `left`."""
-        about = [(m.kind, m.order.get("round"), name and m.name) for m in messages]
-        return app.unpack(
-            messages[len(about) - 1 - about[::-1].index((kind, round_, name))].content["weights"]
-        )
-
-    @property
-    def token(self):
-        return self.asked[0].order["token"]
+    def weights(self, messages, kind, round_, name):
+        """The weights of a round among `asked` or `left`."""
+        about = (kind, round_, name)
+        sent = next(m for m in messages if (m.kind, m.order.get("round"), m.name) == about)
+        return app.unpack(sent.content["weights"])

@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import yaml
 from hospitals import profile
 
-from ipmn_core import params, runs
-from ipmn_core.flower import certificates, demo, processes
+from ipmn_core import runs
+from ipmn_core.flower import demo, deployment, processes
 
 SITES = ("NYU", "NU")
 
@@ -50,22 +49,19 @@ def running(text):
     return [line for line in lines if text in line and str(os.getpid()) not in line]
 
 
-def intruder(local, folder):
+def intruder(federation):
     """A process that knows where the server is and has the CA's certificate, but a key of its own."""
-    place = folder / "intruder"
-    shutil.copytree(local.federation.folder / "sites" / "NYU", place)
-    for name in ("key", "key.pub"):
-        (place / name).unlink()
-    certificates.node_key(place)
-    local.data["intruder"] = local.data["NYU"]
-    local.start("intruder", place)
+    for place in (federation.folder / "sites", federation.folder.parent / "data"):
+        shutil.copytree(place / "NYU", place / "intruder")
+    deployment.write_key(federation.folder / "sites" / "intruder")
+    return demo.start(federation, "intruder")
 
 
-def status_of(local, path, source):
+def status_of(federation, path, source):
     """The HTTP status of a request without credentials that comes from the address `source`."""
-    context = ssl.create_default_context(cafile=local.federation.server / "ca.crt")
+    context = ssl.create_default_context(cafile=federation.server / "ca.crt")
     with httpx.Client(transport=httpx.HTTPTransport(verify=context, local_address=source)) as client:
-        return client.post(f"https://127.0.0.1:{local.federation.port}{path}", content=b"").status_code
+        return client.post(f"https://127.0.0.1:{federation.port}{path}", content=b"").status_code
 
 
 @pytest.mark.slow
@@ -74,22 +70,21 @@ def status_of(local, path, source):
 def test_a_site_is_killed_and_all_ends_as_in_one_process(tmp_path):
     """The site comes back, and every bit is that of one process; one with another key stays outside."""
     p = profile(tmp_path / "outputs", binary_model="shufflenetv2", phantom_max_per_cell=2)
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json")))
-    with demo.started(tmp_path / "p.yaml", SITES, tmp_path / "f", round_seconds=30.0) as local:
-        intruder(local, tmp_path)
-        assert status_of(local, "/v1/control/list-nodes", "127.0.0.5") == 403
-        assert status_of(local, "/v1/control/list-nodes", "127.0.0.1") != 403
-        assert status_of(local, "/v1/fleet/register-node", "127.0.0.5") != 403
-        p = params.load(local.federation.folder / "profile.yaml")
+    with demo.started(p, SITES, tmp_path / "f", round_seconds=30.0) as (federation, started):
+        started["intruder"] = intruder(federation)
+        assert status_of(federation, "/v1/control/list-nodes", "127.0.0.5") == 403
+        assert status_of(federation, "/v1/control/list-nodes", "127.0.0.1") != 403
+        assert status_of(federation, "/v1/fleet/register-node", "127.0.0.5") != 403
+        p = federation.profile
         there = runs.folder_of(p, runs.grid(p, "binary")[0])
         with ThreadPoolExecutor() as pool:
-            trained = pool.submit(lambda: next(processes.run(local.federation)))
+            trained = pool.submit(lambda: next(processes.run(federation)))
             wait_until(lambda: (there / "checkpoint.pt").exists() or trained.done())
-            kill(local.processes["NYU"])
+            kill(started["NYU"])
             assert not (there / "run.json").exists()
             while not trained.done():
-                if local.processes["NYU"].poll() is not None:
-                    local.start("NYU")  # the server still counts the killed one as online
+                if started["NYU"].poll() is not None:
+                    started["NYU"] = demo.start(federation, "NYU")  # the killed one still counts as online
                 time.sleep(1.0)
             assert trained.result() == there
         assert not (tmp_path / "f" / "sites" / "intruder").exists()
