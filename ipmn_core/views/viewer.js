@@ -247,8 +247,21 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
     wrong.textContent = why;
   }
 
+  const ahead = new Map(); // the next case of the list, asked for while nobody waits
+
+  function fetched(k) {
+    const found = ahead.get(k) ?? (held[k] ? [held[k]] : ask(k));
+    ahead.clear();
+    return found;
+  }
+
+  function fetchNext() {
+    const k = Number(chosen.options[chosen.selectedIndex + 1]?.value ?? -1);
+    if (ask && k >= 0 && !ahead.size) ahead.set(k, ask(k));
+  }
+
   async function open(k) {
-    const [about, buffers] = held[k] ? [held[k]] : await ask(k);
+    const [about, buffers] = await fetched(k);
     if (Number(chosen.value) !== k) return; // another was chosen meanwhile
     if (about.wrong) return say(about.wrong);
     const item = opened(about, await numbers(about.arrays, buffers), size);
@@ -263,6 +276,7 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
     for (const [key, { box }] of ticks) box.disabled = { outline: !item.inside, heat: !item.heat }[key] ?? false;
     facts.replaceChildren(...item.facts.flatMap(([name, words]) => [html("dt", {}, name), html("dd", {}, words)]));
     set({ item, at: item.at, width: span, level: (low + high) / 2 });
+    setTimeout(fetchNext, 300);
   }
 
   async function visit(k) { // from elsewhere in the page
