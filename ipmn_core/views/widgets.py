@@ -20,7 +20,7 @@ from ipmn_core import metrics
 from ipmn_core.data import ScanError
 from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABELS, MODALITIES, class_names, display_name
-from ipmn_core.views import by_hand, gradcam, results, static, style
+from ipmn_core.views import by_hand, results, static, style
 from ipmn_core.views.gradcam import Look
 from ipmn_core.views.scans import Case, header_facts, middle, open_case, three_planes, window_of
 
@@ -147,21 +147,8 @@ class RoiViewer(LiveView):
     def _draw(self, _=None) -> None:
         if self.opened is None:
             return
-        half, heat, lesion = self.window.value / 2, None, None
-        look = self.looks.get(self.opened.scan["case_id"])
-        if self.heat.value and look is not None:
-            _, heat, lesion, _ = gradcam.canonical(look)
-        self.picture.value = _png(
-            three_planes(
-                self.opened,
-                [slider.value - 1 for slider in self.position],
-                (self.level.value - half, self.level.value + half),
-                self.outline.value,
-                self.near.value,
-                heat,
-                lesion,
-            )
-        )
+        position = [slider.value - 1 for slider in self.position]
+        self.picture.value = _png(three_planes(self.opened, position))
 
     def _show_native(self, _=None) -> None:
         shown, old = self.niivue.value and self.opened is not None, self.native.children
@@ -394,7 +381,7 @@ def fedprox_by_hand() -> ByHand:
     def draw(_=None) -> None:
         centers = by_hand.draw_centers(apart.value)
         paths = by_hand.paths(centers, mu.value, steps.value, rounds.value, optimizer.value)
-        picture.value = _png(by_hand.view(centers, paths))
+        picture.value = _png(by_hand.beside(centers, paths))
 
     for control in (mu, steps, rounds, apart, optimizer):
         control.observe(draw, "value")
