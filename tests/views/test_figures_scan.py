@@ -62,12 +62,6 @@ def test_the_cube_is_shown_the_same_way_round_as_its_roi(tmp_path, orientation):
     assert "14 x 11 x 4" in left.get_title() and "32 x 32 x 32" in right.get_title()
 
 
-def test_the_widest_slice_is_that_with_most_voxels():
-    mask = np.zeros((5, 5, 4))
-    mask[1:3, 1:3, 1], mask[1:4, 1:4, 2] = 1, 0.1
-    assert scans.widest_slice(mask) == 2
-
-
 def test_the_gallery_has_a_column_for_each_center_by_a_case_of_the_class_or_its_first(phantom_scans):
     figure = views.center_gallery(phantom_scans)
     assert len(figure.axes) == 2 * len(CENTERS) and all(len(ax.images) == 1 for ax in figure.axes)
@@ -80,13 +74,11 @@ def test_the_gallery_has_a_column_for_each_center_by_a_case_of_the_class_or_its_
     assert mca == f"MCA\n{first['case_id']}, low risk" and emc.endswith("no risk") and below == ["", ""]
 
 
-def test_the_outline_in_the_upper_row_runs_round_the_mask(phantom_scans):
-    rows = phantom_scans.query("center == 'IU' and label == 2 and modality == 't2'")
-    above, below = views.center_gallery(rows, "t2").axes
-    (outline,) = above.collections
-    assert not below.collections
-    image, mask, _ = scans.scan_volumes(rows.iloc[0])
-    inside = np.argwhere(mask[::-1, :, scans.widest_slice(mask)])  # columns, rows of the picture
+def test_the_outline_runs_round_the_mask(phantom_scans):
+    image, mask, _ = scans.scan_volumes(phantom_scans.query("center == 'IU' and modality == 't2'").iloc[0])
+    k = scans.widest_slice(mask)
+    (outline,) = views.show_slice(plt.subplots()[1], image, k, mask).collections
+    inside = np.argwhere(mask[::-1, :, k])  # columns, rows of the picture
     vertices = np.concatenate([path.vertices for path in outline.get_paths()])
     np.testing.assert_allclose(vertices.min(axis=0), inside.min(axis=0) - 0.5)
     np.testing.assert_allclose(vertices.max(axis=0), inside.max(axis=0) + 0.5)
@@ -94,22 +86,14 @@ def test_the_outline_in_the_upper_row_runs_round_the_mask(phantom_scans):
     assert not views.show_slice(plt.subplots()[1], image, outside, mask).collections
 
 
-def test_clean_rois_of_the_first_release_are_shown_without_an_outline(clean_rois):
+def test_clean_rois_of_the_first_release_are_shown_whole_and_without_an_outline(clean_rois):
     gallery = views.center_gallery(clean_rois)
-    assert (
-        len(gallery.axes) == 14 and not any(ax.collections for ax in gallery.axes) and is_clean(gallery, 13)
-    )
-
-
-def test_slices_shows_every_slice_of_the_roi_from_foot_to_head(phantom_scans, clean_rois):
-    scan = phantom_scans[phantom_scans["modality"] == "t2"].iloc[0]
-    _, _, roi = scans.scan_volumes(scan)
-    for row in (scan, clean_rois.iloc[0]):
-        figure = views.slices(row)
-        shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
-        assert len(shown) == roi.shape[2] and is_clean(figure, 13)
-        for k, picture in enumerate(shown):
-            np.testing.assert_array_equal(picture, np.asanyarray(roi.dataobj)[::-1, :, k].T)
+    assert len(gallery.axes) == 14 and not any(ax.collections for ax in gallery.axes)
+    _, _, roi = scans.scan_volumes(clean_rois.iloc[0])
+    figure = views.slices(clean_rois.iloc[0])
+    assert len(figure.axes) == roi.shape[2] and is_clean(figure, 13)
+    for k, ax in enumerate(figure.axes):  # from foot to head
+        np.testing.assert_array_equal(ax.images[0].get_array(), np.asanyarray(roi.dataobj)[::-1, :, k].T)
 
 
 def test_a_header_that_places_nothing_is_shown_as_it_is_read(tmp_path):
@@ -140,12 +124,18 @@ def test_a_name_with_two_dollars_is_no_formula(tmp_path):
         assert any("NYU $x_$ 1" in text for text in texts(figure))
 
 
-@pytest.mark.parametrize("plane", scans.AXES)
-def test_a_section_is_a_view_of_its_volume(plane):
-    volume = np.asfortranarray(np.arange(60).reshape(3, 4, 5))
-    one = scans.section(volume, plane, 1)
-    assert np.shares_memory(one, volume)
-    np.testing.assert_array_equal(one, np.take(volume, 1, scans.AXES[plane])[::-1].T)
+def test_three_planes_show_the_same_place_in_image_and_cube(tmp_path):
+    opened = scans.open_case(stored(tmp_path, "PIR"), 16)
+    figure = scans.three_planes(opened, (16, 12, 3))  # inside the marker
+    assert titles(figure) == [
+        *("image, axial, slice 4 of 6", "image, coronal, slice 13 of 16", "image, sagittal, slice 17 of 20"),
+        *("cube, axial, slice 11 of 16", "cube, coronal, slice 14 of 16", "cube, sagittal, slice 15 of 16"),
+    ]
+    assert all(ax.collections for ax in figure.axes[:3]) and is_clean(figure)
+    for ax in figure.axes:
+        right, up = (line.get_data()[k][0] for k, line in enumerate(ax.lines))
+        picture = ax.images[0].get_array()
+        assert picture[up, right] > 0.8 * picture.max()
 
 
 def test_a_prediction_is_drawn_beside_its_roi_with_a_bar_per_class_and_a_dot_per_model(tmp_path):
