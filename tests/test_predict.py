@@ -173,7 +173,10 @@ def test_a_whole_image_taken_for_an_roi_is_pointed_out_and_an_empty_mask_refused
         (lambda f: (f / "run.json").write_text("{"), r"run.json is damaged or of no network"),
         (lambda f: change_settings(f, task="four"), "damaged or of no network.*four"),
         (lambda f: (f / "model.pt").unlink(), r"model\.pt: no such file"),
-        (lambda f: os.truncate(f / "model.pt", 1000), r"model\.pt cannot be read as weights"),
+        (
+            lambda f: os.truncate(f / "model.pt", 1000),
+            r"model\.pt is refused: it cannot be read as plain tensors",
+        ),
         (shutil.rmtree, "no such folder or file"),
     ],
 )

@@ -139,7 +139,9 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
         n_pairs = pos.sum(axis=1, dtype=float) * neg.sum(axis=1, dtype=float)
         # halves have exact sums, so equal AUCs compare equal and the earliest epoch wins: scikit-learn's
         # trapezoids differ in the last bit
-        right = (pos @ ordered(y == k, prob[:, k]).astype(pos.dtype) * neg).sum(axis=1, dtype=float)
+        right = (pos @ ordered(y == k, prob[:, k]).astype(np.result_type(pos, np.float32)) * neg).sum(
+            axis=1, dtype=float
+        )
         aucs.append(right / np.where(n_pairs > 0, n_pairs, np.nan))
     return np.mean(aucs, axis=0)
 

@@ -148,7 +148,7 @@ def test_figures_and_live_views_are_pictures_told_in_words(page):
     shown = {img["alt"]: img["src"].removeprefix("data:image/png;base64,") for img in page("img")}
     assert shown == {"Figure (Same heading)": PNG, VIEW["alt"]: PNG}
     (view,) = page.select(".ipmn-view")
-    assert json.loads(view.script.string)["state"] == VIEW["state"]
+    assert json.loads(view.script.string) == VIEW["state"]
 
 
 def test_code_is_folded_and_the_cells_of_parameters_are_left_out(page):
@@ -226,7 +226,7 @@ def test_settings_that_differ_stand_beside_default_and_meaning(tmp_path):
     cells = {name: row for name, *row in after(parsed(p), "Settings that differ")}
     assert list(cells) == ["Setting", "profile", "outputs", "size", "epochs_by_model"]
     assert cells["size"] == ["48", "96", "edge of the ROI cube, voxels"]
-    assert cells["epochs_by_model"][:2] == ["{'resnet34': 2}", "{}"] and len(cells["epochs_by_model"][2]) > 50
+    assert cells["epochs_by_model"][:2] == ["{'resnet34': 2}", "{}"]
 
 
 def test_versions_and_effort_are_those_of_the_runs_that_the_profile_asks_for(tmp_path):

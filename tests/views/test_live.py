@@ -2,9 +2,9 @@ import base64
 import hashlib
 import json
 import zlib
-from importlib.resources import files
 from io import BytesIO
 
+import browser
 import bs4
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -14,16 +14,18 @@ import pytest
 from drawn import MM, ORIENTATIONS, stored
 from sklearn.metrics import confusion_matrix
 
-from ipmn_core import metrics
+from ipmn_core import metrics, views
 from ipmn_core.data import load_roi, to_cube
 from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS, LABEL_NAMES
-from ipmn_core.views import static
+from ipmn_core.views import by_hand, explorer, live
+from ipmn_core.views.gradcam import Look
 from ipmn_core.views.scans import scan_volumes, widest_slice
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 SIZE = 16  # edge of the cubes
 HOSTILE = '</script><!--<img src="x" onerror="window.hacked=1"><script>window.hacked=1</script>&amp;$x$'
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 # ---- material
@@ -54,20 +56,29 @@ def _worst_at_nyu(predictions):
     return centers.most_wrong(rows[rows["center"] == "NYU"])["case_id"].iloc[0]
 
 
-def data_of(view):
-    """The JSON of a view, found as a browser finds it: the text of its one script."""
-    (script,) = bs4.BeautifulSoup(view, "html.parser").find_all("script")
-    assert script["type"] == "application/json"
-    return json.loads(script.string)
+def arrays_of(item):
+    """The arrays of a case on a page, by name: their bytes."""
+    found = {name: zlib.decompress(base64.b64decode(text)) for name, _, text in item["arrays"]}
+    return {name: np.frombuffer(text, np.uint8) for name, text in found.items()}
 
 
-def unpacked(text, shape):
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape, order="F")
+def volume_of(item):
+    return arrays_of(item)["voxels"].reshape(item["shape"], order="F")
 
 
 def mask_of(item):
-    bits = np.unpackbits(unpacked(item["mask"], -1), bitorder="little")[: np.prod(item["shape"])]
+    bits = np.unpackbits(arrays_of(item)["inside"], bitorder="little")[: np.prod(item["shape"])]
     return bits.reshape(item["shape"], order="F").astype(bool)
+
+
+def look_of(scan):
+    """A look at the middle of the cube of `scan`."""
+    heat = np.zeros((SIZE,) * 3, np.float32)
+    heat[4:12, 4:12, 4:12] = 1
+    names = [scan[key] for key in ("case_id", "center", "label")]
+    turn = nib.io_orientation(nib.load(scan["image"]).affine)
+    seen = {"modality": scan["modality"], "prob": 0.25, "heat": heat}
+    return Look(*names, heat, heat, np.ones(3), turn, **seen)
 
 
 def rows_of(selected, view, arm, rule="best_test", center=None):
@@ -83,11 +94,11 @@ def rows_of(selected, view, arm, rule="best_test", center=None):
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_volumes_are_the_windowed_image_and_the_mask_in_ras_whatever_is_stored(tmp_path, orientation):
     scan = stored(tmp_path, orientation)
-    (item,) = data_of(static.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    item = live.on_page(scan, SIZE)
     image, mask, _ = scan_volumes(scan)
     volume = np.asanyarray(image.dataobj)
     low, high = np.percentile(volume, (1, 99.5))
-    shown = unpacked(item["voxels"], item["shape"])
+    shown = volume_of(item)
     np.testing.assert_allclose(shown, np.interp(volume, (low, high), (0, 255)), atol=0.5 + 1e-3)
     np.testing.assert_array_equal(mask_of(item), mask)
     assert mask[tuple(item["at"])] and item["at"][2] == widest_slice(mask)
@@ -99,7 +110,9 @@ def test_volumes_are_the_windowed_image_and_the_mask_in_ras_whatever_is_stored(t
     cube = to_cube(np.asanyarray(roi.dataobj), SIZE).astype(float)
     turned = nib.apply_orientation(cube, nib.io_orientation(nib.load(scan["image"]).affine))
     # a sum in another order may differ in float16's last bit, 0.06 of 255
-    np.testing.assert_allclose(unpacked(item["cube"], (SIZE,) * 3), 255 * turned, atol=0.6)
+    np.testing.assert_allclose(
+        arrays_of(item)["cube"].reshape((SIZE,) * 3, order="F"), 255 * turned, atol=0.6
+    )
     assert item["box"] == [[4, 14], [3, 11], [1, 4]]
 
 
@@ -107,29 +120,29 @@ def test_a_clean_roi_without_a_mask_has_no_outline_and_is_its_own_box(phantom_sc
     scan = phantom_scans.iloc[0].copy()
     nib.save(load_roi(scan["image"], scan["mask"]), tmp_path / "roi.nii.gz")
     scan["image"], scan["mask"] = str(tmp_path / "roi.nii.gz"), ""
-    (item,) = data_of(static.viewer(pd.DataFrame([scan]), SIZE))["cases"]
-    assert item["mask"] is None and item["box"] == [[0, n] for n in item["shape"]]
-    assert unpacked(item["voxels"], item["shape"])[tuple(item["at"])] > 0
+    item = live.on_page(scan, SIZE)
+    assert "inside" not in arrays_of(item) and item["box"] == [[0, n] for n in item["shape"]]
+    assert volume_of(item)[tuple(item["at"])] > 0
 
 
 def test_a_large_image_is_cut_to_the_pancreas_and_averaged_until_it_fits():
     box = (slice(100, 300), slice(200, 300), slice(0, 20))
     spacing = (0.5, 0.5, 4.0)
-    cut, step = static.framing((400, 400, 30), spacing, box, 50_000)
+    cut, step = live.framing((400, 400, 30), spacing, box, 50_000)
     assert cut == (slice(80, 320), slice(180, 320), slice(0, 23))  # 10 mm more, as far as the image goes
     length = np.array([240, 140, 23])
     assert step == (4, 4, 1) and np.prod(length // step) <= 50_000 < np.prod(length // (3, 3, 1))
-    whole, one = static.framing((400, 400, 30), spacing, box, 400 * 400 * 30)
+    whole, one = live.framing((400, 400, 30), spacing, box, 400 * 400 * 30)
     assert whole == (slice(0, 400), slice(0, 400), slice(0, 30)) and one == (1, 1, 1)
 
 
 def test_what_is_cut_and_averaged_lies_where_it_lay(tmp_path, monkeypatch):
-    monkeypatch.setattr(static, "VOXELS", 300)
-    (item,) = data_of(static.viewer(pd.DataFrame([stored(tmp_path, "LPS")]), SIZE))["cases"]
+    monkeypatch.setattr(live, "VOXELS", 300)
+    item = live.on_page(stored(tmp_path, "LPS"), SIZE)
     assert (
         item["start"] == [0, 0, 0] and item["step"] == [3, 2, 1] and item["shape"] == [6, 8, 6]
     )  # 10 mm is far
-    marker = np.argwhere(unpacked(item["voxels"], item["shape"]) > 200).mean(axis=0)
+    marker = np.argwhere(volume_of(item) > 200).mean(axis=0)
     place = np.add(item["start"], (marker + 0.5) * item["step"] - 0.5)
     np.testing.assert_allclose(place, (16, 12, 3.5), atol=1)
     assert dict(item["facts"])["shown"].endswith("means of 3 × 2 × 1 voxels")
@@ -139,17 +152,73 @@ def test_a_mask_thinner_than_the_blocks_is_no_obstacle(tmp_path, monkeypatch):
     scan, mask = stored(tmp_path, "RAS"), np.zeros((20, 16, 6), np.uint8)
     mask[:, 8, 2] = 1
     nib.save(nib.Nifti1Image(mask, nib.load(scan["image"]).affine), scan["mask"])
-    monkeypatch.setattr(static, "VOXELS", 300)
-    (item,) = data_of(static.viewer(pd.DataFrame([scan]), SIZE))["cases"]
+    monkeypatch.setattr(live, "VOXELS", 300)
+    item = live.on_page(scan, SIZE)
     assert not mask_of(item).any() and len(item["at"]) == 3
 
 
 def test_averages_are_the_means_of_blocks():
     volume = np.random.default_rng(0).integers(0, 255, (7, 6, 3)).astype(np.uint8)
-    means = static.averaged(volume, (2, 3, 1))
+    means = live.averaged(volume, (2, 3, 1))
     assert means.shape == (3, 2, 3)
     for i, j, k in np.ndindex(means.shape):
         assert means[i, j, k] == np.rint(volume[2 * i : 2 * i + 2, 3 * j : 3 * j + 3, k].mean())
+
+
+def test_a_unit_that_is_none_of_niftis_is_unknown(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    plain = tmp_path / "plain.nii"
+    nib.save(nib.load(scan["image"]), plain)
+    content = bytearray(plain.read_bytes())
+    content[123] = 5  # xyzt_units
+    plain.write_bytes(content)
+    scan["image"] = str(plain)
+    item = live.on_page(scan, SIZE)
+    assert dict(item["facts"])["units"] == "unknown"
+
+
+def test_the_kernel_answers_with_the_voxels_as_they_are_stored(tmp_path):
+    scan = stored(tmp_path, "LPS")
+    whole = nib.load(scan["image"])
+    nib.save(nib.Nifti1Image(whole.get_fdata().astype(np.int16), whole.affine), scan["image"])
+    viewer, sent = views.roi_viewer(pd.DataFrame([scan]), SIZE), []
+    viewer.send = lambda content, buffers: sent.append((content, buffers))
+    viewer._reply(viewer, {"number": 7, "question": 0}, [])
+    ((content, buffers),) = sent
+    about = content["about"]
+    assert content["number"] == 7 and about["scale"] == [0, 1] and about["step"] == [1, 1, 1]
+    assert about["arrays"] == [["voxels", "int16"], ["cube", "uint8"], ["inside", "uint8"]]
+    image = nib.as_closest_canonical(nib.load(scan["image"]))
+    voxels = np.frombuffer(buffers[0], np.int16).reshape(about["shape"], order="F")
+    np.testing.assert_array_equal(voxels, np.asanyarray(image.dataobj))
+
+
+def test_a_case_that_cannot_be_read_is_a_sentence(tmp_path):
+    scan = stored(tmp_path, "RAS")
+    scan["image"] = str(tmp_path / "broken.nii.gz")
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    (about, arrays), item = live.answering(pd.DataFrame([scan]), SIZE)(0), live.on_page(scan, SIZE)
+    assert about == item and "broken.nii.gz" in item["wrong"] and arrays == {}
+
+
+def test_an_output_holds_a_picture_and_the_cases_of_a_page(phantom_scans):
+    cases = phantom_scans[phantom_scans["center"].isin(["NYU", "AHN"])]
+    data, _ = views.roi_viewer(cases, SIZE)._repr_mimebundle_()
+    state = data[live.MIME]["state"]
+    assert [case[1:] for case in state["cases"]] == [["NYU", "t2", 2], ["AHN", "t2", 2]]
+    assert set(state["held"]) == {0, 1} and "wrong" not in state["held"][0]
+    assert plt.imread(BytesIO(base64.b64decode(data["image/png"]))).ndim == 3 and not plt.get_fignums()
+    every = views.roi_viewer(cases, SIZE).state
+    assert len(every["cases"]) == len(cases) and every["held"] == {}
+
+
+def test_a_look_brings_its_heat_map_and_what_the_network_said(phantom_scans):
+    scan = phantom_scans[(phantom_scans["modality"] == "t2") & (phantom_scans["label"] == 2)].iloc[0]
+    viewer = views.attention_viewer([look_of(scan)], phantom_scans)
+    assert [case[0] for case in viewer.state["cases"]] == [scan["case_id"]]
+    about, arrays = viewer.answer(0)
+    assert arrays["heat"].max() == 255 and arrays["heat"].shape == arrays["cube"].shape
+    assert dict(about["facts"])["Grad-CAM of"] == "high risk, probability 0.25"
 
 
 # ---- the explorer's data
@@ -157,7 +226,7 @@ def test_averages_are_the_means_of_blocks():
 
 def test_probabilities_come_back_as_the_networks_gave_them(tables):
     selected, _ = tables
-    data = data_of(static.explorer(*tables))
+    data = explorer.explorer_state(*tables)
     for view in data["views"]:
         for scored in view["scores"]:
             rows = rows_of(selected, view, view["arms"][scored["arm"]]["name"], scored["rule"])
@@ -170,7 +239,7 @@ def test_probabilities_come_back_as_the_networks_gave_them(tables):
 
 def test_rows_of_the_summary_keep_their_place_and_say_why_they_are_undefined(tables):
     _, summary = tables
-    data = data_of(static.explorer(*tables))
+    data = explorer.explorer_state(*tables)
     (view,) = (v for v in data["views"] if (v["task"], v["modality"]) == ("binary", "t2"))
     assert [arm["name"] for arm in view["arms"]] == ["centralized", "fedprox_0.1", "local_only"]
     assert view["centers"] == ["NYU", "MCF", "AHN", "Global"]
@@ -189,57 +258,84 @@ def test_rows_of_the_summary_keep_their_place_and_say_why_they_are_undefined(tab
 
 def test_rows_that_cannot_be_right_are_refused(tables):
     selected, summary = tables
-    with pytest.raises(ValueError, match="no scan to show"):
-        static.viewer(pd.DataFrame(), SIZE)
     with pytest.raises(ValueError, match="no results to show"):
-        static.explorer(selected.head(0), summary)
+        explorer.explorer_state(selected.head(0), summary)
     with pytest.raises(ValueError, match="is given twice"):
-        static.explorer(pd.concat([selected, selected.tail(1)]), summary)
+        explorer.explorer_state(pd.concat([selected, selected.tail(1)]), summary)
     other = selected.tail(1).assign(arm="resnet34", y_true=lambda t: (t["y_true"] + 1) % 3)
     with pytest.raises(ValueError, match="two labels or centers"):
-        static.explorer(pd.concat([selected, other]), summary)
+        explorer.explorer_state(pd.concat([selected, other]), summary)
     with pytest.raises(ValueError, match="not finite"):
-        static.explorer(selected.assign(prob_1=selected["prob_1"].where(selected.index > 0)), summary)
+        explorer.explorer_state(selected.assign(prob_1=selected["prob_1"].where(selected.index > 0)), summary)
 
 
 def test_no_name_ends_the_script_or_becomes_an_element(tmp_path, tables):
     scan = stored(tmp_path, "RAS", HOSTILE)
     scan["center"] = HOSTILE
-    selected, summary = tables
+    held = live.viewer_state(pd.DataFrame([scan]), SIZE) | {"held": {0: live.on_page(scan, SIZE)}}
     renamed = {"center": lambda t: t["center"].replace("NYU", HOSTILE)}
-    for view in (
-        static.viewer(pd.DataFrame([scan]), SIZE),
-        static.explorer(selected.assign(**renamed), summary.assign(**renamed)),
-    ):
-        soup = bs4.BeautifulSoup(view, "html.parser")
+    results = explorer.explorer_state(*(table.assign(**renamed) for table in tables))
+    for view, state in (("viewer", held), ("explorer", results)):
+        html = live.as_html({"view": view, "alt": HOSTILE, "state": state}, "")
+        soup = bs4.BeautifulSoup(html, "html.parser")
         assert [tag.name for tag in soup.find_all(True)] == ["div", "img", "script"]
-        assert not set("<>&") & set(soup.script.string) and view.isascii()
-        assert HOSTILE in json.dumps(data_of(view)).replace('\\"', '"')
+        assert soup.script["type"] == "application/json" and soup.img["alt"] == HOSTILE
+        assert not set("<>&") & set(soup.script.string) and soup.script.string.isascii()
+        assert HOSTILE in json.dumps(json.loads(soup.script.string)).replace('\\"', '"')
+
+
+# ---- FedProx by hand
+
+
+@pytest.fixture(scope="module")
+def by_hand_view():
+    return by_hand.fedprox_by_hand()
+
+
+def test_the_walks_are_those_of_the_functions_that_train(by_hand_view):
+    state, centers = by_hand_view.state, by_hand.draw_centers(0.5)
+    paths = by_hand.paths(centers, state["choices"]["mu"][1], state["choices"]["local steps"][1])
+    found, server = state["settings"]["1,1,1"], paths[paths["client"] == by_hand.SERVER]
+    np.testing.assert_allclose(found["server"], server[by_hand.WEIGHTS], atol=5.1e-4)  # three decimals
+    for client, walks in found["walks"].items():
+        mine = paths[paths["client"] == client][by_hand.WEIGHTS]
+        np.testing.assert_allclose(np.concatenate(walks), mine, atol=5.1e-4)
+    far = by_hand.drift(paths).pivot(index="client", columns="round", values="distance")
+    np.testing.assert_allclose([found["drift"][c] for c in far.index], far, atol=5.1e-4)
+    assert len(state["settings"]) == np.prod([len(values) for values in state["choices"].values()])
 
 
 # ---- in a browser
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory, phantom_scans, tables):
+def shown(tmp_path_factory, phantom_scans, tables, by_hand_view):
     """The rows of a viewer, and a page that holds it and an explorer under the report's policy, as a file."""
     folder = tmp_path_factory.mktemp("page")
     mirror = stored(folder, "LPS", HOSTILE)
     phantoms = phantom_scans[(phantom_scans["modality"] == "t2") & (phantom_scans["label"] == 2)].head(2)
     scans = pd.concat([pd.DataFrame([mirror]), phantoms], ignore_index=True)
-    script, style = ((files("ipmn_core.views") / f"views.{kind}").read_text() for kind in ("js", "css"))
+    script, style = live.module(), live.css()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    broken = scans.iloc[[1]].assign(case_id="broken", image=str(folder / "none.nii.gz"))
+    listed = pd.concat([scans, broken], ignore_index=True)
+    looks = [None, look_of(scans.iloc[1]), None, None]
+    rows = zip(listed.iterrows(), looks, strict=True)
+    held = [live.on_page(scan, SIZE, look) for (_, scan), look in rows]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(static, "VOXELS", 20_000)  # so that the phantoms are cut and averaged
-        views = static.explorer(*tables) + static.viewer(scans, SIZE)
+        patch.setattr(live, "VOXELS", 20_000)  # so that a phantom is cut and averaged
+        held[1] = live.on_page(scans.iloc[1], SIZE, looks[1])
+    viewer = live.viewer_state(listed, SIZE) | {"held": dict(enumerate(held))}
+    states = {"viewer": viewer, "explorer": explorer.explorer_state(*tables), "by_hand": by_hand_view.state}
+    shown = [live.as_html({"view": v, "alt": v, "state": s}, PIXEL) for v, s in states.items()]
     (folder / "page.html").write_text(
         f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{style}</style></head>'
-        f"<body>{views}<script>{script}</script></body></html>",
+        f'<body>{"".join(shown)}<script type="module">{script}</script></body></html>',
         encoding="utf-8",
     )
-    return scans, folder / "page.html"
+    return held, scans, folder / "page.html"
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +346,7 @@ def window(chromium, shown):
     page.on("console", lambda line: noise.append(line.text))
     page.on("pageerror", lambda error: noise.append(str(error)))
     page.on("request", lambda request: noise.append(request.url) if request.url[:5] != "data:" else None)
-    page.goto(shown[1].as_uri())
+    page.goto(shown[2].as_uri())
     page.wait_for_selector(".ipmn-view canvas")
     yield page, noise
     context.close()
@@ -263,10 +359,17 @@ def page(window):
     noise.clear()
     page.reload()
     page.wait_for_selector(".ipmn-view canvas")
-    page.wait_for_selector(".ipmn-view .forest")
+    page.wait_for_selector(".ipmn-view .plane")
     noise[:] = [line for line in noise if line != page.url]
     yield page
     assert noise == [] and page.evaluate("window.hacked") is None
+
+
+def open_case(page, scan):
+    """Choose the center, modality and case of a viewer, as a person does."""
+    for label, value in (("center", scan["center"]), ("modality", scan["modality"])):
+        page.locator("[data-view=viewer]").get_by_label(label, exact=True).select_option(value)
+    page.get_by_label("case", exact=True).select_option(label=scan["case_id"])
 
 
 def pixels(page, kind="image"):
@@ -313,8 +416,8 @@ def at_centers(picture, shape):
 
 
 def test_the_canvases_show_the_voxels_radiologically_and_true_to_millimetres(page, shown):
-    item = data_of(static.viewer(shown[0], SIZE))["cases"][0]
-    volume, size = unpacked(item["voxels"], item["shape"]), np.multiply(item["shape"], MM)
+    item = shown[0][0]
+    volume, size = volume_of(item), np.multiply(item["shape"], MM)
     page.get_by_label("outline").uncheck()
     pictures = pixels(page)
     for picture, expected, (down, across) in zip(
@@ -345,7 +448,7 @@ def test_the_patients_right_front_and_head_are_on_the_left_and_on_top(page):
 
 
 def test_every_slider_changes_its_picture(page):
-    for name, least in (("axial", 1), ("coronal", 3), ("sagittal", 5), ("window", 90), ("level", 10)):
+    for name, least in (("axial", 1), ("coronal", 3), ("sagittal", 5), ("window", 90), ("level", 110)):
         before, cube = pixels(page), pixels(page, "cube")
         move(page, name, least)
         assert any((a != b).any() for a, b in zip(before, pixels(page), strict=True)), name
@@ -381,8 +484,85 @@ def test_the_cross_hair_is_the_same_place_in_the_cube(page):
     assert page.get_by_text("lies outside").is_visible()
 
 
+def test_wheel_and_arrow_keys_step_through_the_slices(page):
+    axial = page.locator("canvas[aria-label^='axial plane of the image']")
+    before = sliders(page)
+    axial.press("ArrowUp")
+    assert sliders(page) == [*before[:2], before[2] + 1]
+    axial.hover()
+    page.mouse.wheel(0, 100)
+    browser.until(lambda: sliders(page) == before)
+
+
+def test_a_close_up_shows_the_pancreas_and_its_surroundings(page, shown):
+    open_case(page, shown[1].iloc[2])
+    item, before = shown[0][2], pixels(page)
+    page.get_by_label("close-up").check()
+    shape, (start, length) = pixels(page)[0].shape, np.transpose(item["box"])
+    more = 12 / np.array(item["spacing"])
+    ends = np.maximum(start - more, 0), np.minimum(start + length + more, item["shape"])
+    mm = np.subtract(*ends[::-1]) * item["spacing"]
+    assert shape != before[0].shape and shape[1] / shape[0] == pytest.approx(mm[0] / mm[1], rel=0.03)
+    click(page, "axial", 0.5, 0.5)
+    np.testing.assert_allclose(sliders(page)[:2], np.mean(ends, axis=0)[:2], atol=1.5)
+    page.get_by_label("close-up").uncheck()
+    assert pixels(page)[0].shape == before[0].shape
+
+
+def test_a_heat_map_goes_and_comes_back_with_its_switch(page, shown):
+    assert page.get_by_label("Grad-CAM").is_disabled()
+    open_case(page, shown[1].iloc[1])
+    page.locator("dd", has_text="high risk, probability 0.25").wait_for()
+    with_it = pixels(page, "cube")
+    page.get_by_label("Grad-CAM").uncheck()
+    without = pixels(page, "cube")
+    assert any((a != b).any() for a, b in zip(with_it, without, strict=True))
+    page.get_by_label("Grad-CAM").check()
+    assert all((a == b).all() for a, b in zip(with_it, pixels(page, "cube"), strict=True))
+
+
+def test_the_lists_hold_the_cases_of_center_modality_and_class(page, shown):
+    viewer, scans = page.locator("[data-view=viewer]"), shown[1]
+    case = page.get_by_label("case", exact=True)
+    for center in scans["center"].unique():
+        viewer.get_by_label("center", exact=True).select_option(center)
+        expected = scans.loc[scans["center"] == center, "case_id"].tolist()
+        names = case.locator("option").all_inner_texts()
+        assert [name for name in names if name != "broken"] == expected
+    viewer.get_by_label("class", exact=True).select_option("2")
+    assert len(case.locator("option").all()) == len(names) and page.locator("canvas").first.is_visible()
+
+
+def test_a_broken_case_is_a_sentence_and_no_other_patients_picture(page):
+    canvas = page.locator("canvas").first
+    case = page.get_by_label("case", exact=True)
+    for center in (
+        page.locator("[data-view=viewer]").get_by_label("center", exact=True).locator("option").all()
+    ):
+        page.locator("[data-view=viewer]").get_by_label("center", exact=True).select_option(
+            center.inner_text()
+        )
+        if "broken" in case.locator("option").all_inner_texts():
+            break
+    case.select_option(label="broken")
+    page.get_by_text("none.nii.gz").wait_for()
+    assert not canvas.is_visible()
+    case.select_option(index=0)
+    browser.until(canvas.is_visible)
+
+
+def test_mu_moves_the_walk_of_both_clients(page):
+    plane = page.locator(".plane")
+    before = plane.evaluate("svg => svg.outerHTML")
+    move(page, "mu", 0)
+    drawn = plane.evaluate("svg => svg.outerHTML")
+    assert drawn != before and page.get_by_label("mu", exact=True).get_attribute("aria-valuetext") == "0"
+    move(page, "mu", 2)
+    assert plane.evaluate("svg => svg.outerHTML") == before
+
+
 def test_the_outline_runs_round_the_mask(page, shown):
-    _, mask, _ = scan_volumes(shown[0].iloc[0])
+    _, mask, _ = scan_volumes(shown[1].iloc[0])
     move(page, "axial", 2)
     with_it = pixels(page)[0]
     page.get_by_label("outline").uncheck()
@@ -393,13 +573,13 @@ def test_the_outline_runs_round_the_mask(page, shown):
     np.testing.assert_allclose(changed.max(axis=0) + 1, (inside.max(axis=0) + 1) * scale, atol=3)
 
 
-def test_a_cut_and_averaged_image_keeps_its_numbers_and_its_place_in_the_cube(page):
-    text = page.locator("[data-view=viewer] script").text_content()
-    item = json.loads(text)["cases"][1]
+def test_a_cut_and_averaged_image_keeps_its_numbers_and_its_place_in_the_cube(page, shown):
+    item = shown[0][1]
     assert max(item["start"]) > 0 and max(item["step"]) > 1
     before = pixels(page)
-    page.get_by_label("case").select_option(index=1)
-    page.locator("dd", has_text=item["case"]).wait_for()
+    name = shown[1].iloc[1]["case_id"]
+    open_case(page, shown[1].iloc[1])
+    page.locator("dd", has_text=name).wait_for()
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(before, pixels(page), strict=True))
     move(page, "sagittal", 7)
     place = item["start"][0] + 7.5 * item["step"][0] - 0.5
@@ -420,9 +600,9 @@ def test_a_hostile_name_is_text(page):
 
 def test_the_picture_stays_where_scripts_do_not_run_or_data_are_damaged(chromium, shown, tmp_path):
     still = chromium.new_context(java_script_enabled=False, offline=True).new_page()
-    still.goto(shown[1].as_uri())
-    assert [image.is_visible() for image in still.locator(".ipmn-view img").all()] == [True, True]
-    text = shown[1].read_text(encoding="utf-8").replace('"voxels":"', '"voxels":"AAAA', 1)
+    still.goto(shown[2].as_uri())
+    assert [image.is_visible() for image in still.locator(".ipmn-view img").all()] == [True] * 3
+    text = shown[2].read_text(encoding="utf-8").replace('["voxels","uint8","', '["voxels","uint8","AAAA', 1)
     (tmp_path / "damaged.html").write_text(text, encoding="utf-8")
     page = chromium.new_context(offline=True).new_page()
     page.goto((tmp_path / "damaged.html").as_uri())
@@ -434,7 +614,8 @@ def test_the_picture_stays_where_scripts_do_not_run_or_data_are_damaged(chromium
 
 def choose(page, **chosen):
     for label, option in chosen.items():
-        page.get_by_label(label.replace("_", " "), exact=True).select_option(option)
+        results = page.locator("[data-view=explorer]")
+        results.get_by_label(label.replace("_", " "), exact=True).select_option(option)
 
 
 def cells(page, caption):
@@ -510,7 +691,6 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_names_are_text(page, ta
 
 def test_a_case_that_the_viewer_holds_opens_there(page):
     choose(page, modality="t2", center="NYU")
-    page.get_by_label("case", exact=True).select_option(index=2)
     (button,) = page.get_by_role("button", name="show").all()
     assert button.get_attribute("aria-label") == f"show {HOSTILE}"
     button.click()
@@ -528,7 +708,8 @@ def test_a_row_of_the_plot_chooses_its_center_by_mouse_and_by_key(page):
     page.keyboard.press("Enter")
     assert title.inner_text() == "ROC, NYU: high risk against the rest"
     assert page.get_by_role("button", name="NYU", exact=True).get_attribute("aria-pressed") == "true"
-    assert page.get_by_label("center", exact=True).locator("option:checked").inner_text() == "NYU"
+    center = page.locator("[data-view=explorer]").get_by_label("center", exact=True)
+    assert center.locator("option:checked").inner_text() == "NYU"
 
 
 def test_the_plot_shows_the_summary_and_says_what_is_undefined(page, tables):
@@ -569,17 +750,3 @@ def test_an_arm_that_is_not_wanted_has_no_mark_and_no_curve(page):
     for name in ("FedProx (μ=0.1)", "Local only"):
         page.get_by_role("checkbox", name=name).uncheck()
     assert page.locator(".roc .curve").count() == 0 and page.locator(".forest .row").count() == 4
-
-
-# ---- headers that others wrote
-
-
-def test_a_unit_that_is_none_of_niftis_is_unknown(tmp_path):
-    scan = stored(tmp_path, "RAS")
-    plain = tmp_path / "plain.nii"
-    nib.save(nib.load(scan["image"]), plain)
-    content = bytearray(plain.read_bytes())
-    content[123] = 5  # xyzt_units
-    plain.write_bytes(content)
-    (item,) = data_of(static.viewer(scan.to_frame().T.assign(image=str(plain)), SIZE))["cases"]
-    assert dict(item["facts"])["units"] == "unknown"
