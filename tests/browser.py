@@ -27,7 +27,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # root; WebGL without GPU
+FLAGS = ("--no-sandbox",)  # for root
 ELSEWHERE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 SETTINGS = {  # every cell in the page, and neither questions nor answers about news
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
@@ -191,71 +191,34 @@ def run_all(pages: Sequence[Page], seconds: float = 480) -> list[list[dict]]:
     return [[cell for cell in notebook["cells"] if cell["cell_type"] == "code"] for notebook in notebooks]
 
 
-def output_with(page: Page, *controls: str | Locator) -> Locator:
-    """The output of the one cell that has these controls, given as locators or by their descriptions."""
-    found = page.locator(".jp-OutputArea-output")
-    for one in controls:
-        found = found.filter(has=page.get_by_text(one, exact=True) if isinstance(one, str) else one)
-    expect(found).to_have_count(1, timeout=10_000)
-    found.scroll_into_view_if_needed()
-    return found
+def views(page: Page, kind: str) -> Locator:
+    """The live views of this kind in the outputs of a notebook or on the report."""
+    return page.locator(f".ipmn-view[data-view={kind}]")
 
 
-def control(view: Locator, description: str) -> Locator:
-    """The control of a view beside `description`: the first, if a nested view has one as well."""
-    return view.get_by_text(description, exact=True).filter(visible=True).first.locator("xpath=..")
-
-
-def choose(view: Locator, description: str, option: str) -> None:
-    """Choose `option` in the list of this description, or press its button of that name."""
-    found = control(view, description)
-    if found.locator("select").count():
-        found.locator("select").select_option(option)
-    else:
-        found.get_by_role("button", name=option, exact=True).click()
-
-
-def options(view: Locator, description: str) -> list[str]:
-    """The options of the list of this description."""
-    return control(view, description).locator("option").all_inner_texts()
-
-
-def sliders(view: Locator) -> list[Locator]:
-    """The handles of all visible sliders of a view, from top to bottom."""
-    return view.get_by_role("slider").filter(visible=True).all()
-
-
-_PIXELS = """images => images.map(image => {
-    if (!image.complete || !image.naturalWidth) return ''
-    const canvas = document.createElement('canvas')
-    canvas.width = image.naturalWidth
-    canvas.height = image.naturalHeight
-    canvas.getContext('2d').drawImage(image, 0, 0)
-    return canvas.toDataURL()
-})"""
+_PICTURES = """view => [...view.querySelectorAll('canvas, svg')]
+    .map(one => one.tagName === 'CANVAS' ? one.toDataURL() : one.outerHTML)"""
 
 
 def pictures(view: Locator) -> list[str]:
-    """What the visible `img` of a view show, as data URIs: equal texts are equal pixels, "" is no picture."""
-    return view.locator("img").filter(visible=True).evaluate_all(_PIXELS)
+    """What the canvases and drawings of a view show: equal texts are equal pictures."""
+    return view.evaluate(_PICTURES)
 
 
-def cut_off(view: Locator) -> list[str]:
-    """The visible pictures, controls and tables that reach over the right edge of a view, with the pixels."""
-    edge = view.evaluate("view => view.getBoundingClientRect().right")
-    over = "items => items.map(item => [item.tagName, item.getBoundingClientRect().right])"
-    items = view.locator("img, select, button, table").filter(visible=True).evaluate_all(over)
-    return [f"{tag}: {right - edge:.0f}" for tag, right in items if right > edge + 2]
-
-
-def act(view: Locator, do: Callable[[], None]) -> list[str]:
+def act(view: Locator, do: Callable[[], object]) -> list[str]:
     """The pictures of a view after `do`, a key press, choice or click that changes one of them."""
     before = pictures(view)
     do()
     until(lambda: pictures(view) != before, seconds=30)
-    view.page.wait_for_function(f"{_PANEL}.{_STATUS} === 'idle'")  # by then it has sent every picture
-    view.page.wait_for_timeout(200)
     return pictures(view)
+
+
+def cut_off(view: Locator) -> list[str]:
+    """What of a view reaches over its right edge, with the pixels."""
+    edge = view.evaluate("view => view.parentElement.getBoundingClientRect().right")
+    over = "items => items.map(item => [item.tagName, item.getBoundingClientRect().right])"
+    items = view.locator("canvas, svg, select, button, table").filter(visible=True).evaluate_all(over)
+    return [f"{tag}: {right - edge:.0f}" for tag, right in items if right > edge + 2]
 
 
 def spread(element: Locator) -> float:
