@@ -76,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add("check", check_cohort, "print what is wrong with a copy of the data set; exit 1 on errors")
     argument("root", type=Path, metavar="ROOT", help="the folder that holds the label sheets")
-    argument("--columns", **one_of("header", "position"), help="how to find the sheets' columns")
 
     argument = add("phantom", write_phantom, "write the synthetic cohort")
     argument("root", metavar="ROOT", **new_folder)
@@ -152,13 +151,9 @@ def write_report(options: argparse.Namespace) -> int:
 
 def check_cohort(options: argparse.Namespace) -> int:
     """Print the problems of a data set, its table 1, and a last line that says whether it can be used."""
-    import pandas as pd
-
     from ipmn_core import data
 
-    scans, problems = data.inspect(options.root, options.columns)
-    of_volumes = data.volume_problems(scans, progress=True)
-    problems = data.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
+    scans, problems = data.inspect(options.root, volumes=True)
     if len(problems):
         print(problems.map(_in_one_cell).to_markdown(index=False, disable_numparse=True))
     errors = int((problems["severity"] == "error").sum())
@@ -178,7 +173,6 @@ def fetch_cohort(options: argparse.Namespace) -> int:
     """Download the real data set, list what could not be verified, and check it like `ipmn check`."""
     from ipmn_core.data import osf
 
-    options.columns = "header"
     options.root, unverified = osf.fetch(options.root, partial(_confirmed, options.yes))
     for name in unverified:
         print(f"not verified, OSF gives no checksum: {name}")

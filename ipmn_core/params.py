@@ -36,10 +36,6 @@ class Params(BaseModel):
     )
     outputs: Folder = Field("outputs", description="folder for everything that is written")
     data: Folder = Field("phantom", description="phantom, or the folder of the real data set")
-    columns: Literal["header", "position"] = Field(
-        "header",
-        description="how to find columns in the label sheets: by header, or at the released position",
-    )
     phantom_max_per_cell: Count | None = Field(
         None, description="phantom only: cases written per center and class; null for those of table 1"
     )

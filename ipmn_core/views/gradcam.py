@@ -253,12 +253,13 @@ def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed:
         mask = data.load_mask(scan["mask"], lesion.shape, scan["case_id"])
     else:  # the first release's layout
         mask = np.asanyarray(phantom.volumes(patient, seed, scan["modality"])[1].dataobj) > 0
-    part, affine = data.crop(np.asanyarray(lesion.dataobj), lesion.affine, mask)
-    if part.shape != roi.shape or not np.allclose(affine, roi.affine, atol=1e-3):
+    cut = data.crop(lesion, mask)
+    if cut.shape != roi.shape or not np.allclose(cut.affine, roi.affine, atol=1e-3):
         text = f"{scan['case_id']}: its scan is elsewhere than seed {seed} puts it"
         raise ValueError(
             f"{text}; set `phantom_seed` to that of the phantom's cohort, or write the cohort again"
         )
+    part = np.asanyarray(cut.dataobj)
     for length in part.shape:  # as `data.to_cube`
         part = np.tensordot(part, data.area_weights(length, size), ([0], [1]))
     return part

@@ -34,7 +34,7 @@ def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Im
     mask = load_mask(scan["mask"], image.shape, scan["case_id"])
     labels = nib.as_closest_canonical(nib.Nifti1Image(mask.astype(np.uint8), image.affine))
     image, mask = nib.as_closest_canonical(image), np.asanyarray(labels.dataobj).astype(bool)
-    return image, mask, nib.Nifti1Image(*crop(np.asanyarray(image.dataobj), image.affine, mask))
+    return image, mask, crop(image, mask)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_case(scan: pd.Series, size: int) -> Case:
     Raises ScanError as `preprocess.load_roi`.
     """
     image, mask, roi = scan_volumes(scan)
-    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["mask"], scan["case_id"])
+    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["case_id"])
     first = (0, 0, 0) if mask is None else tuple(side.start for side in bounding_box(mask))
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), size), first)
 
