@@ -1,6 +1,5 @@
 """Cubes against MONAI, unusable scans by name, the cache, and what is said of volumes and headers."""
 
-import pickle
 import warnings
 
 import nibabel as nib
@@ -84,22 +83,17 @@ def test_an_roi_saved_as_nifti_is_where_it_was_in_the_image(tmp_path):
 
 BROKEN = {  # kind: (changed image and mask, message)
     "nan": (lambda i, m: (np.where(i == i[0, 0, 0], np.nan, i), m), "NaN or infinite"),
-    "infinite": (lambda i, m: (np.where(i == i[6, 6, 3], np.inf, i), m), "NaN or infinite"),
     "constant": (lambda i, m: (i * 0, m), "values are 0 to 0"),
     "4d": (lambda i, m: (np.stack([i, i], -1), m), "one 3D volume"),
     "one slice": (lambda i, m: (i[:, :, :1], m[:, :, :1]), "two slices or more"),
     "other shape": (lambda i, m: (i, m[:, :, :-1]), r"bad_m.*\(24, 20, 7\).*\(24, 20, 8\)"),
     "empty": (lambda i, m: (i, m * 0), "is an empty mask"),
     "two organs": (lambda i, m: (i, m + (i == i[0, 0, 0]) * np.uint8(2)), "other than 0 and 1"),
-    "fractions": (lambda i, m: (i, m * 0.5), "other than 0 and 1"),
     "zero and two": (lambda i, m: (i, m * 2), "other than 0 and 1"),
     "complex": (lambda i, m: (i * 1j, m), "complex64; export one 3D volume of real numbers"),
     "color": (lambda i, m: (np.zeros(i.shape, [(c, "u1") for c in "RGB"]), m), "of real numbers"),
     "beyond float32": (lambda i, m: (i * np.float64(1e300), m), r"values are .*e\+30"),
-    "constant in float32": (
-        lambda i, m: (1e6 + i * np.float64(1e-9), m * 0 + 1),
-        "values are 1000000 to 1000000",
-    ),
+    "constant in float32": (lambda i, m: (1e6 + i * np.float64(1e-9), m * 0 + 1), "are 1000000 to 1000000"),
 }
 
 
@@ -165,11 +159,7 @@ def test_a_doubtful_header_is_a_warning_told_once_when_cubes_are_built_and_used_
     scans.loc[1, "mask"] = save(tmp_path, "moved", volume(1)[1], AFFINE + np.diag([0, 0, 0.5, 0]))
     rows = volume_problems(scans)
     assert [row[:2] for row in rows] == [("warning", image) for image in scans["image"]]
-    assert [row[2].partition(":")[0] for row in rows[:2]] == [
-        "spacing unknown",
-        "image and mask in different places",
-    ]
-    assert "moved.nii.gz differ" in rows[1][2]
+    assert rows[0][2].startswith("spacing unknown: ") and "moved.nii.gz differ" in rows[1][2]
     with pytest.warns(UserWarning) as told:
         cubes, _ = load_cubes(scans, 32, tmp_path / "cache", jobs=2)
     assert [str(w.message) for w in told] == [
@@ -179,9 +169,8 @@ def test_a_doubtful_header_is_a_warning_told_once_when_cubes_are_built_and_used_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_cubes(scans, 32, tmp_path / "cache")  # from the cache: told before
-        assert np.array_equal(
-            cubes, load_cubes(scans_of(sound), 32, tmp_path / "cache")[0]
-        )  # nothing to tell
+        same, _ = load_cubes(scans_of(sound), 32, tmp_path / "cache")  # nothing to tell
+    assert np.array_equal(cubes, same)
 
 
 @pytest.mark.parametrize("dtype", ["<i8", ">u8", "<f8"])
@@ -190,8 +179,3 @@ def test_a_volume_of_eight_bytes_a_voxel_is_read_as_any_other(tmp_path, dtype):
     nib.save(nib.Nifti1Image(expected, AFFINE, dtype=np.dtype(dtype)), tmp_path / "i.nii.gz")
     assert np.array_equal(voxels(load_image(tmp_path / "i.nii.gz", "")), expected)
     assert np.array_equal(voxels(load_roi(tmp_path / "i.nii.gz")), expected)
-
-
-def test_an_error_keeps_its_parts_between_processes():
-    error = pickle.loads(pickle.dumps(ScanError("AHN01", "a.nii", "is empty", "draw it")))
-    assert str(error) == "AHN01: a.nii is empty; draw it"

@@ -1,6 +1,7 @@
 """The reader of both releases and its errors, on tiny cohorts written to disk."""
 
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def empty(sheet):
     ("spoil", "parts"),
     [
         (lambda root: second_release(root, []), ["two releases", "in its own"]),
+        (lambda root: shutil.rmtree(root), ["no label sheets", T1_SHEET, "IPMN_labels_total.xlsx"]),
         (lambda root: (root / T1_SHEET).unlink(), [T1_SHEET, "cannot be read"]),
         (lambda root: (root / T1_SHEET).write_bytes(b"no workbook"), [T1_SHEET, "cannot be read"]),
         (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),
@@ -149,19 +151,6 @@ def test_a_sheet_or_file_that_cannot_be_used_is_one_error_with_its_name(tmp_path
     first_release(tmp_path, t1=[("nyu_1", 1), ("nyu_2", 2)])
     spoil(tmp_path)
     only_error(tmp_path, *parts)
-
-
-def test_a_root_with_neither_release_is_an_error(tmp_path):
-    only_error(tmp_path, tmp_path, T1_SHEET, "IPMN_labels_total.xlsx", "label sheets")
-
-
-def test_a_link_to_nowhere_is_no_file_and_no_volume_is_read(tmp_path):
-    first_release(tmp_path, t1=[("nyu_1", 1), ("nyu_2", 1)])
-    (tmp_path / ROI / "nyu_1.nii.gz").write_bytes(b"")
-    (tmp_path / ROI / "nyu_2.nii.gz").unlink()
-    (tmp_path / ROI / "nyu_2.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
-    only_error(tmp_path, "row 3", "0 files are the image of 'nyu_2'")
-    assert data.inspect(tmp_path)[0]["case_id"].tolist() == ["nyu_1"]
 
 
 def test_an_image_without_its_mask_is_an_error(tmp_path):
@@ -180,8 +169,7 @@ def test_an_image_without_its_mask_is_an_error(tmp_path):
         (("nyu_mca_7", 1), ["'nyu_mca_7'", "MCA and NYU"]),
         ((7, 1), ["'7'", "no center"]),
         (("../nyu_2", 1), ["0 files are the image of '../nyu_2'"]),
-        *((("nyu_2", x), [f"label {x!r}", "nyu_2"]) for x in (3, -1, "high", 1.5, True, "true", "01", "2.5")),
-        *((("nyu_2", x), [f"label {x!r}", "nyu_2"]) for x in ("=1+1", "#REF!", "#DIV/0!")),
+        *((("nyu_2", x), [f"label {x!r}", "nyu_2"]) for x in (3, 1.5, True, "high", "01", "=1+1", "#REF!")),
         ((None, 2), ["name ''"]),
         *((("NYU_1.nii.gz", label), ["row 2 and", "'nyu_1'", "keep one row"]) for label in (1, None)),
     ],
@@ -192,14 +180,13 @@ def test_a_row_that_cannot_be_used_is_an_error_with_its_number_and_name(tmp_path
     only_error(tmp_path, T1_SHEET, "4", *parts)
 
 
-@pytest.mark.parametrize("attributes", ["", ' t="array" ref="F3"'])
-def test_a_formula_counts_as_the_value_it_had_last(tmp_path, attributes):
+def test_a_formula_counts_as_the_value_it_had_last(tmp_path):
     sheet = tmp_path / T1_SHEET
     first_release(tmp_path, t1=[("nyu_1", 0), ("nyu_2", "=1+1")])
     with zipfile.ZipFile(sheet) as book:
         parts = {name: book.read(name) for name in book.namelist()}
     cells = parts["xl/worksheets/sheet1.xml"].decode()
-    computed = re.sub(r"<f>1\+1</f><v */>", f"<f{attributes}>1+1</f><v>2</v>", cells)
+    computed = re.sub(r"<f>1\+1</f><v */>", "<f>1+1</f><v>2</v>", cells)
     assert computed != cells
     with zipfile.ZipFile(sheet, "w") as book:
         for name, part in (parts | {"xl/worksheets/sheet1.xml": computed.encode()}).items():
