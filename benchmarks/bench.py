@@ -195,9 +195,9 @@ def _ours(case: Case, folder: Path) -> float:
     if step >= 2:
         federated.prepare(0)
     scans = chosen_scans(case, folder)
-    cubes = load_cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
+    cubes, _ = load_cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
     y = torch.tensor(scans["target"].to_numpy())
-    cases = federated.Cases(torch.tensor(cubes.array).unsqueeze(1), y)
+    cases = federated.Cases(torch.tensor(cubes).unsqueeze(1), y)
     bfloat16 = device.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
     settings = settings_for(case, bfloat16 and step >= 3, case.model in models.CHANNELS_LAST and step >= 1)
     model = models.build(case.model, 2)

@@ -50,7 +50,6 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add(check)
     argument("root", type=Path, help="the folder that holds the label sheets")
-    argument("--columns", choices=("header", "position"), default="header")
 
     argument = add(phantom)
     argument("root", **new_folder)
@@ -112,13 +111,9 @@ def report(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Print what is wrong with a copy of the data set, and its table 1; exit 1 on errors."""
-    import pandas as pd
-
     from ipmn_core import data
 
-    scans, problems = data.inspect(options.root, options.columns)
-    of_volumes = data.volume_problems(scans, progress=True)
-    problems = data.worst_first(pd.concat([problems, of_volumes]).reset_index(drop=True))
+    scans, problems = data.inspect(options.root, volumes=True)
     for row in problems.itertuples():
         line = f"{row.severity}: {row.where}: {row.problem}; {row.remedy}"
         print("".join(c if c.isprintable() else "?" for c in line))  # the name of a file may hold anything
@@ -138,7 +133,6 @@ def fetch(options: argparse.Namespace) -> int:
         print(question)
         return options.yes or input("[y/N] ").strip().lower() in ("y", "yes")
 
-    options.columns = "header"
     options.root, unverified = osf.fetch(options.root, confirmed)
     for name in unverified:
         print(f"not verified, OSF gives no checksum: {name}")

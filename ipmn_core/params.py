@@ -48,10 +48,6 @@ class Params(BaseModel):
     )
     outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
     data: str = setting("phantom", "phantom, or the folder of the real data set", min_length=1)
-    columns: Literal["header", "position"] = Field(
-        "header",
-        description="how to find columns in the label sheets: by header, or at the released position",
-    )
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
     phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)

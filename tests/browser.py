@@ -45,7 +45,7 @@ def lacking(reason: str) -> NoReturn:
 
 try:  # of the extra `dev` only test_browser.py needs these two
     import psutil
-    from playwright.sync_api import BrowserContext, Locator, Page, expect
+    from playwright.sync_api import BrowserContext, Locator, Page
 except ModuleNotFoundError as error:
     lacking(f"no {error.name}: pip install 'ipmn[dev]'")
 

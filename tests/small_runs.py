@@ -52,8 +52,7 @@ def train_small(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "quick", quick)
         p = params.validate({"outputs": str(folder), **PROFILE}, "test")
-        cubes = load_cubes(scans, p.size, folder / "cache")
-        runs.train(p, ["binary", "three_class"], Cohort(scans, cubes.array, cubes.key))
+        runs.train(p, ["binary", "three_class"], Cohort(scans, *load_cubes(scans, p.size, folder / "cache")))
     return p.folder / "runs", scans
 
 

@@ -162,7 +162,7 @@ def test_a_whole_image_taken_for_an_roi_is_pointed_out_and_an_empty_mask_refused
     assert predict.predict(image, None, arm).warnings[0].startswith("the ROI is 360 mm long")
     assert predict.predict(image, mask, arm).warnings == ()  # 12 voxels of 15 mm
     nib.save(nib.Nifti1Image(np.zeros((24, 20, 8), np.uint8), AFFINE), mask)
-    with pytest.raises(ScanError, match=r"EMC7: mask .* is empty"):
+    with pytest.raises(ScanError, match=r"EMC7: .* is an empty mask"):
         predict.predict(image, mask, arm)
 
 

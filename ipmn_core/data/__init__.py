@@ -1,9 +1,8 @@
 """From disk to cubes: the table of scans, folds, ROI cubes."""
 
-from ipmn_core.data.check import inspect, volume_problems, worst_first
+from ipmn_core.data.check import inspect, volume_problems
 from ipmn_core.data.cohort import Cohort, load_cohort, open_cohort, read, read_truth, subset, table1
 from ipmn_core.data.cubes import (
-    Cubes,
     ScanError,
     area_weights,
     bounding_box,

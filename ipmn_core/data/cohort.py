@@ -14,11 +14,9 @@ from ipmn_core.names import CENTERS, LABELS, MODALITIES
 
 @dataclass(frozen=True)
 class Cohort:
-    """Scans and their ROI cubes, kept together row by row.
+    """Scans (columns `releases.SCAN_COLUMNS`, index from 0) and their cubes (N, S, S, S), row by row.
 
-    `scans` has one row per scan (columns `releases.SCAN_COLUMNS`, index from 0), `cubes` (N, S, S, S)
-    float16 in [0, 1], perhaps memory-mapped; `key` is a SHA-256 over the files, the recipe of the cubes and
-    the rows as loaded, and stays the same when the cohort is narrowed.
+    `key` is a SHA-256 over files, recipe and rows as loaded; a narrowed cohort keeps it.
     """
 
     scans: pd.DataFrame
@@ -52,7 +50,7 @@ def open_cohort(p) -> pd.DataFrame:
     if not root.is_dir():
         remedy = "set `data` to its folder (get it from https://osf.io/74vfs) or to phantom (synthetic)"
         raise CohortError(root, "no such folder, so no cohort", remedy)
-    scans = read(root, p.columns)
+    scans = read(root)
     scans = scans[scans["modality"].isin(p.modalities)].reset_index(drop=True)
     if scans.empty:
         raise CohortError(root, f"no labelled {' or '.join(p.modalities)} scan", "choose other `modalities`")
@@ -65,29 +63,24 @@ def load_cohort(p) -> Cohort:
     Raises CohortError, or ScanError naming the first case that cannot be used.
     """
     scans = subset(open_cohort(p), p.max_per_cell)
-    made = load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    cubes, key = load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
     rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
-    return Cohort(scans, made.array, hashlib.sha256((made.key + rows).encode()).hexdigest())
+    return Cohort(scans, cubes, hashlib.sha256((key + rows).encode()).hexdigest())
 
 
-def read(root, columns="header") -> pd.DataFrame:
+def read(root) -> pd.DataFrame:
     """The labelled scans of a cohort on disk; CohortError lists what `inspect` calls errors, at most ten."""
-    scans, problems = inspect(root, columns)
+    scans, problems = inspect(root)
     errors = problems[problems["severity"] == "error"]
     if errors.empty:
         return scans
-    lines = [f"{row.where}: {row.problem}: {row.remedy}" for row in errors.head(10).itertuples()]
-    if len(errors) > 10:
-        lines.append(f"and {len(errors) - 10} more; `ipmn check {root}` lists all")
-    raise CohortError(root, "\n  ".join([f"errors in this cohort, {len(errors)} in all", *lines]))
+    first = [f"{row.where}: {row.problem}: {row.remedy}" for row in errors.head(10).itertuples()]
+    title = f"{len(errors)} error(s) in this cohort; `ipmn check {root}` lists all, these are the first"
+    raise CohortError(root, "\n  ".join([title, *first]))
 
 
 def subset(scans: pd.DataFrame, max_per_cell: int | None) -> pd.DataFrame:
-    """The first `max_per_cell` scans of each modality, center and label, in sheet order (None: all scans).
-
-    The sheets list T1 and T2 in one order of patients, so a patient's two scans are taken together as far as
-    the patients who have only one of them allow.
-    """
+    """The first `max_per_cell` scans of each modality, center and label, in sheet order (None: all scans)."""
     if max_per_cell is None:
         return scans
     rank = scans.groupby(["modality", "center", "label"]).cumcount()

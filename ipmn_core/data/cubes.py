@@ -1,122 +1,101 @@
 """A scan becomes an ROI, the ROI a cube of voxels in [0, 1]; cubes are kept on disk, memory-mapped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from nibabel.affines import apply_affine
+from scipy import ndimage
 from tqdm import tqdm
 
 from ipmn_core import disk
 from ipmn_core.data import headers
 
+FILES = ["image", "mask", "case_id"]  # what it takes to read a scan
 RECIPE = "mask, tight box, masked voxels, min-max, area resize by axis, float16"  # part of the cache's key
 
 
 class ScanError(ValueError):
-    """A scan that cannot be used; its arguments are case, file, problem and remedy, its text one sentence."""
+    """A scan that cannot be used, raised with case, file, problem and remedy."""
 
     def __str__(self) -> str:
         case, where, problem, remedy = self.args
         return f"{case}: {where} {problem}; {remedy}"
 
 
-@dataclass(frozen=True)
-class Cubes:
-    """`array` (N, S, S, S) float16 in [0, 1], row i for row i of the scans; `key` fingerprints the data."""
+def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
+    """The volume at `path`, with a new header: affine and shape, none of the text that the file's may hold.
 
-    array: np.ndarray
-    key: str
-
-
-def load_image(path: str | Path, case: str, where: str = "") -> nib.Nifti1Image:
-    """The 3D volume at `path`, read into memory. Raises ScanError unless it is 3D, real and finite.
-
-    Its header is new: affine and shape, none of the text that the file's may hold. Errors name `where`,
-    normally the path.
+    Raises ScanError unless it is 3D, real and finite.
     """
-    where = where or str(path)
     try:
         data, affine = headers.read(path)
     except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = "download it again, or clear its label to leave the scan out"
-        raise ScanError(case, where, f"cannot be read ({reason})", remedy) from error
+        raise ScanError(case, path, f"cannot be read ({reason})", remedy) from error
     if data.ndim != 3 or min(data.shape) < 2 or data.dtype.names or data.dtype.kind not in "iuf":
-        expected = "expected one 3D volume of real numbers, at least two slices per axis"
-        problem = f"has shape {data.shape} and type {data.dtype}; {expected}"
-        raise ScanError(case, where, problem, "export it again")
+        problem = f"has shape {data.shape} and type {data.dtype}"
+        raise ScanError(
+            case, path, problem, "export one 3D volume of real numbers, two slices or more per axis"
+        )
     if data.dtype.itemsize >= 8:  # nibabel makes no image of 64-bit integers
         data = data.astype(float, copy=False)
     if not np.isfinite(data).all():
-        bad = int((~np.isfinite(data)).sum())
-        raise ScanError(case, where, f"has {bad} voxel(s) that are NaN or infinite", "export it again")
+        raise ScanError(case, path, "has voxels that are NaN or infinite", "export it again")
     return nib.Nifti1Image(data, affine)
 
 
 def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
     """The mask at `path` as a boolean array of `shape`. Raises ScanError if it is not one or is empty."""
-    where = f"mask {path}"
-    mask = np.asanyarray(load_image(path, case, where).dataobj)
+    mask = np.asanyarray(load_image(path, case).dataobj)
     if mask.shape != shape:
-        problem = f"has shape {mask.shape}, its image {shape}"
-        raise ScanError(case, where, problem, "they must agree: draw it on this image")
+        raise ScanError(case, path, f"has shape {mask.shape}, its image {shape}", "draw it on this image")
     organ = mask > 0.5
     if np.abs(np.subtract(mask, organ, dtype=np.float32)).max() > 0.01:
-        raise ScanError(case, where, "holds values other than 0 and 1", "keep one organ, the pancreas")
+        raise ScanError(case, path, "holds values other than 0 and 1", "keep one organ, the pancreas")
     if not organ.any():
-        raise ScanError(case, where, "is empty", "draw the pancreas, or leave the case out")
+        raise ScanError(case, path, "is an empty mask", "draw the pancreas, or leave the case out")
     return organ
 
 
 def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") -> nib.Nifti1Image:
-    """The clean ROI: image x mask, cut to the mask's tight bounding box, with the affine of the cut.
+    """The clean ROI: image x mask, cut to the mask's tight box; without a mask the image is one already.
 
-    Without a mask the image is taken to be a clean ROI already (the data set's first release).
-    Raises ScanError on an empty or ill-shaped mask, or on an ROI of one single value.
+    Raises ScanError if image, mask or ROI cannot be used.
     """
     case = case or str(image)
     roi = load_image(image, case)
     if mask:
-        inside = load_mask(mask, roi.shape, case)
-        roi = nib.Nifti1Image(*crop(np.asanyarray(roi.dataobj), roi.affine, inside))
-    check_range(np.asanyarray(roi.dataobj), image, mask, case)
+        roi = crop(roi, load_mask(mask, roi.shape, case))
+    check_range(np.asanyarray(roi.dataobj), image, case)
     return roi
 
 
-def check_range(roi: np.ndarray, image: str | Path, mask: str | Path | None, case: str) -> None:
-    """Raise ScanError if the ROI of a case, read from `image` and `mask`, cannot be scaled to 0-1."""
+def check_range(roi: np.ndarray, image: str | Path, case: str) -> None:
+    """Raise ScanError if the ROI of a case, read from `image`, cannot be scaled to 0-1 in float32."""
     with np.errstate(over="ignore"):
         span = np.subtract(*np.float32([roi.max(), roi.min()]))  # as `to_cube` will divide by it
-    if not np.isfinite(span):
-        raise ScanError(case, image, f"has values up to {np.abs(roi).max():.3g}", "scale them below 1e38")
-    if span < np.finfo(np.float32).tiny:
-        problem = f"gives an ROI of one single value, {roi.flat[0]}"
-        raise ScanError(case, image, problem, f"check it and its mask {mask}" if mask else "export it again")
+    if not np.finfo(np.float32).tiny <= span < np.inf:
+        problem = f"gives an ROI that cannot be scaled, its values are {roi.min():.9g} to {roi.max():.9g}"
+        raise ScanError(case, image, problem, "check it and its mask")
 
 
-def crop(image: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
     """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
     box = bounding_box(mask)
-    affine = affine.copy()
-    affine[:3, 3] = apply_affine(affine, [side.start for side in box])
-    return np.where(mask[box], image[box], 0), affine
+    cut = image.slicer[box]
+    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(cut.dataobj), 0), cut.affine)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The tightest box around the true voxels of `mask`, a slice for each axis."""
-    others = (tuple(b for b in range(mask.ndim) if b != a) for a in range(mask.ndim))
-    spans = [np.flatnonzero(mask.any(axis=axes)) for axes in others]  # a fifth of the time of np.nonzero
-    return tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+    return ndimage.find_objects(mask.astype(np.uint8))[0]
 
 
 def to_cube(roi: np.ndarray, size: int) -> np.ndarray:
@@ -144,10 +123,11 @@ def area_weights(length: int, size: int) -> np.ndarray:
 
 
 def scanner_facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
-    """What the scanner left in each scan: one row per scan, columns case_id, center, modality, label,
-    in_plane_mm, slice_mm, slices, and roi_median, the median stored intensity of the non-zero ROI voxels.
+    """Case_id, center, modality, label, in_plane_mm, slice_mm, slices and roi_median of each scan.
+
+    The last is the median stored intensity of the non-zero ROI voxels.
     """
-    facts = pd.DataFrame(in_threads(jobs, _facts_of, scans[["image", "mask", "case_id"]]))
+    facts = pd.DataFrame(in_threads(jobs, _facts_of, scans[FILES].to_numpy()))
     return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(facts)
 
 
@@ -158,26 +138,25 @@ def _facts_of(image, mask, case):
     return {"in_plane_mm": zooms[0], "slice_mm": zooms[2], "slices": data.shape[2], "roi_median": median}
 
 
-def load_cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1) -> Cubes:
-    """The cubes of all `scans`, from the cache in `folder` or built into it by `jobs` threads.
+def load_cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1) -> tuple[np.ndarray, str]:
+    """The cubes of all `scans`, (N, S, S, S) float16 in [0, 1], memory-mapped, and their key (SHA-256).
 
-    The cache is keyed by recipe, size and the files' contents, so a changed file is never served stale.
-    Raises ScanError naming the case for the first scan that cannot be used; nothing is cached then. What else
-    the headers leave open (see `check.volume_problems`) is counted in a warning when the cubes are built.
+    They come from the cache in `folder`, or are built into it by `jobs` threads. The key is that of recipe,
+    size and the files' contents, so a changed file is never served stale. Raises ScanError for the first scan
+    that cannot be used, and caches nothing then. Warns of headers that leave something open
+    (`headers.remarks`) when it builds.
     """
-    rows = scans[["image", "mask", "case_id"]]
-    files = [[path] for path in rows[["image", "mask"]].to_numpy().ravel()]
-    content = [RECIPE, size, list(in_threads(jobs, _hash_of, files))]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    files = scans[FILES].to_numpy()
+    hashes = list(in_threads(jobs, _hash_of, files[:, :2].reshape(-1, 1)))
+    key = hashlib.sha256(json.dumps([RECIPE, size, hashes]).encode()).hexdigest()
     path = Path(folder) / f"cubes{size}_{key[:16]}.npy"
     if not path.exists():
-        _build(path, rows, size, jobs)
-    return Cubes(np.load(path, mmap_mode="r"), key)
+        _build(path, files, size, jobs)
+    return np.load(path, mmap_mode="r"), key
 
 
 def in_threads(jobs, function, rows):
     """An iterator over the results of `function(*row)` for each of `rows`, in order, by `jobs` threads."""
-    rows = rows.itertuples(index=False, name=None) if isinstance(rows, pd.DataFrame) else rows
     calls = (delayed(function)(*row) for row in rows)
     return Parallel(n_jobs=jobs, backend="threading", return_as="generator")(calls)
 
@@ -186,27 +165,25 @@ def _hash_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
-def _build(path, rows, size, jobs):
-    """Write the cubes of `rows` (image, mask, case) to `path`, an .npy file, and warn of doubtful headers."""
+def _build(path, files, size, jobs):
+    """Write the cubes of `files` to `path`, an .npy file, and warn of doubtful headers."""
     import torch
 
     def cube_of(image, mask, case):
         return to_cube(np.asanyarray(load_roi(image, mask, case).dataobj), size)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    layout = {"descr": "<f2", "fortran_order": False, "shape": (len(rows), size, size, size)}
+    layout = {"descr": "<f2", "fortran_order": False, "shape": (len(files), size, size, size)}
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
     try:  # no memory map, which a full disk ends with a SIGBUS
         with disk.atomic(path) as tmp, open(tmp, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
-            cubes = in_threads(jobs, cube_of, rows)
-            for cube in tqdm(cubes, "preprocessing", len(rows), unit="scan", mininterval=1):
+            cubes = in_threads(jobs, cube_of, files)
+            for cube in tqdm(cubes, "preprocessing", len(files), unit="scan", mininterval=1):
                 file.write(cube.tobytes())
     finally:
         torch.set_num_threads(threads)
-    remarks = [r for scan in rows.itertuples() for r in headers.remarks(scan.image, scan.mask)]
+    remarks = [remark for image, mask, _ in files for remark in headers.remarks(image, mask)]
     for kind, n in Counter(problem.partition(":")[0] for _, problem, _ in remarks).items():
-        first = next(where for where, problem, _ in remarks if problem.startswith(kind))
-        text = f"{kind}: {n} of {len(rows)} scans, the first {first}; `ipmn check` names them all"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(f"{kind}: {n} of {len(files)} scans; `ipmn check` names them", stacklevel=3)

@@ -13,10 +13,9 @@ def assign_folds(scans: pd.DataFrame, n_folds: int, rule="center", binary=False)
     """The fold (0 ... n_folds-1) in which each scan is tested, on the index of `scans`.
 
     `rule="center"` is the paper's: unshuffled `StratifiedKFold` on the label (binary: on label == 2) within
-    each modality and center; fold k of the cohort is fold k of all centers together.
-    `rule="patient"`: Departs from the paper: the same within each center over patients, by the larger of a
-    patient's labels, so that T1 and T2 of one pancreas are never on both sides of a split.
-    CohortError for a center without a class of `n_folds` members.
+    each modality and center. `rule="patient"`: Departs from the paper: the same within each center over
+    patients, by the larger of a patient's labels, so that T1 and T2 of one pancreas are never on both sides
+    of a split. Raises CohortError for a center without a class of `n_folds` members.
     """
     if rule not in ("center", "patient"):
         raise ValueError(f"rule is {rule!r}; it is 'center' or 'patient'")
@@ -32,9 +31,8 @@ def assign_folds(scans: pd.DataFrame, n_folds: int, rule="center", binary=False)
 
 
 def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
-    """The index of those of the training `scans` that are held out to choose the epoch on, drawn by `seed`.
+    """The index of the training `scans` held out to choose the epoch on: `share` of every center and label.
 
-    `share` of every center and label, to the nearest whole case: none of two cases at 0.2, one of three.
     Departs from the paper: its released code chooses on the test fold. With a share of 0 nothing is held out.
     """
     rng = np.random.default_rng(seed)

@@ -1,21 +1,17 @@
 """NIfTI files: voxels, affine, and what a header leaves in doubt.
 
-Text in a header may name a patient. It never leaves this module; only the names of fields that hold some do.
+Text in a header may name a patient. It never leaves this module.
 """
 
-from __future__ import annotations
-
 import gzip
+import io
 import logging
 import math
-import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-TEXT_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
-EXTENSIONS = "extensions"  # besides TEXT_FIELDS: what DICOM converters, AFNI and others append
 QUIET = logging.getLogger(__name__)  # nibabel would print every field of a header that it fixes
 QUIET.disabled = True
 
@@ -27,15 +23,12 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     the errors of nibabel, gzip and zlib, and OSError if it is no NIfTI or too short for its header.
     """
     with _opened(path) as file:
-        header, _ = _header_of(file)
-        packed = isinstance(file, gzip.GzipFile)
-        n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        if n_bytes > os.path.getsize(path) * (1032 if packed else 1):  # gzip packs at most 1032 to 1
-            raise OSError(f"its header promises {n_bytes} bytes of voxels; the file is too short for them")
-        voxels = header.data_from_fileobj(file)
-        while packed and file.read(2**20):
-            pass
-    return voxels, placing(header.get_best_affine())
+        content = file.read()
+    header = _header(content)
+    n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    if n_bytes > len(content):  # nibabel would make room for them
+        raise OSError(f"its header promises {n_bytes} bytes of voxels; the file is too short for them")
+    return header.data_from_fileobj(io.BytesIO(content)), placing(header.get_best_affine())
 
 
 def placing(affine: np.ndarray) -> np.ndarray:
@@ -46,24 +39,11 @@ def placing(affine: np.ndarray) -> np.ndarray:
 
 
 def spacing_doubt(path: str | Path) -> str:
-    """Why the voxel size of a file is in doubt, "" if it is not: a stored zoom that is zero or no number, an
-    affine that cannot be inverted, or unit zooms without turn and origin, as in files that lost theirs.
-    """
-    header, zooms = _header(path)
-    affine = header.get_best_affine()
-    if not all(math.isfinite(mm) and mm for mm in zooms):
-        return f"voxels of {' x '.join(f'{mm:g}' for mm in zooms)} mm"
-    if zooms == (1, 1, 1) and np.array_equal(np.abs(affine), np.eye(4)):
+    """Why the voxel size of a file is in doubt, "" if it is not."""
+    affine = _affine(path)
+    if np.array_equal(np.abs(affine), np.eye(4)):
         return "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
     return "" if placing(affine) is affine else "an affine that cannot be inverted"
-
-
-def text_fields(path: str | Path) -> set[str]:
-    """Names of the header fields of a file, "extensions" included, that hold text."""
-    header, _ = _header(path)
-    fields = set(TEXT_FIELDS).intersection(header)  # NIfTI-2 lacks two
-    fields = {field for field in fields if header[field].item().strip(b"\0 \t\r\n")}
-    return fields | ({EXTENSIONS} if header.extensions else set())
 
 
 def remarks(image: str, mask: str) -> list[tuple[str, str, str]]:
@@ -72,8 +52,7 @@ def remarks(image: str, mask: str) -> list[tuple[str, str, str]]:
     if doubt := spacing_doubt(image):
         remedy = "export it again with its spacing; the cubes do without"
         remarks.append((image, f"spacing unknown: its header has {doubt}", remedy))
-    affines = [placing(_header(path)[0].get_best_affine()) for path in (image, mask or image)]
-    if not np.allclose(*affines, atol=1e-3):  # mm
+    if mask and not np.allclose(placing(_affine(image)), placing(_affine(mask)), atol=1e-3):  # mm
         problem = f"image and mask in different places: its affine and that of {mask} differ"
         remarks.append((image, problem, "see that the mask covers the pancreas: it is taken voxel by voxel"))
     return remarks
@@ -83,19 +62,17 @@ def _opened(path):
     return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
 
 
-def _header(path):
-    """The header of a file and its zooms as stored, which may be zero or no numbers."""
+def _affine(path):
     with _opened(path) as file:
-        return _header_of(file)
+        return _header(file.read(nib.Nifti2Header.sizeof_hdr)).get_best_affine()
 
 
-def _header_of(file):
-    start = file.read(nib.Nifti2Header.sizeof_hdr)
-    file.seek(0)
+def _header(content):
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.may_contain_header(start):
-            header = kind.from_fileobj(file, check=False)
-            zooms = tuple(map(float, header["pixdim"][1:4]))
+        if kind.may_contain_header(content):
+            header = kind(content[: kind.sizeof_hdr], check=False)
+            zooms = np.abs(header["pixdim"][1:4])
             header.check_fix(QUIET)
-            return header, zooms
+            header["pixdim"][1:4] = zooms  # nibabel takes a zero one for 1 mm, which hides that it is unknown
+            return header
     raise OSError("it is no NIfTI file")

@@ -7,7 +7,6 @@ The table has the columns `SCAN_COLUMNS`, T1 rows first, in sheet order. `mask` 
 whose images are masked and cropped already.
 """
 
-import os
 import re
 from collections import defaultdict
 from contextlib import contextmanager
@@ -20,12 +19,11 @@ NA = ("", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none")  # cells th
 # The words in a scan's name that give its center; CAD scans are Mayo Clinic Florida's.
 CENTER_WORDS = {center.lower(): center for center in CENTERS} | {"cad": "MCF", "northwestern": "NU"}
 
-# Release -> sheet -> what to find there: (pattern of its header, its position in the released sheet).
-NAME, RISK = r"(?<![a-z])(patient|id|name|case)(?![a-z])", "risk"
-T1, T2 = r"(?<![a-z])t1(?!\d)", r"(?<![a-z])t2(?!\d)"
+# Release -> sheet -> what to find there, by a pattern of its header in row 1.
+NAME, T1, T2 = r"(?<![a-z])(patient|id|name|case)(?![a-z])", r"(?<![a-z])t1(?!\d)", r"(?<![a-z])t2(?!\d)"
 SHEETS = {
-    "first": {f"IPMN_labels_{m}_total.xlsx": {m: (NAME, 0), "label": (RISK, 5)} for m in MODALITIES},
-    "second": {"IPMN_labels_total.xlsx": {"t1": (T1, 0), "t2": (T2, 1), "label": (RISK, 6)}},
+    "first": {f"IPMN_labels_{m}_total.xlsx": {m: NAME, "label": "risk"} for m in MODALITIES},
+    "second": {"IPMN_labels_total.xlsx": {"t1": T1, "t2": T2, "label": "risk"}},
 }
 # Release -> modality -> folders of the images and, in the second, of their masks.
 FOLDERS = {
@@ -41,33 +39,27 @@ class CohortError(ValueError):
         return ": ".join(map(str, self.args))
 
 
-def center_of(name):
-    """The center, one of `CENTERS`, that the words in a scan's name give; ValueError if none or two."""
-    centers = {CENTER_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in CENTER_WORDS}
-    if len(centers) != 1:
-        found = " and ".join(sorted(centers)) or "no center"
-        raise ValueError(f"the name {name!r} gives {found}; known prefixes: {', '.join(CENTER_WORDS)}")
-    return centers.pop()
-
-
 def case_name(raw):
     """The name of a case: a sheet's cell or a file's name less .nii, .nii.gz and nnU-Net's trailing _0000."""
     return re.sub(r"(_0000)?(\.nii(\.gz)?)?$", "", str(raw).strip(), flags=re.IGNORECASE).strip()
 
 
-def read_release(root, columns, problems):
-    """Scans of the release in `root` that can be used, and the number of listed and unlabelled ones.
+def read_release(root, problems):
+    """Usable scans of the release in `root`, dicts with `SCAN_COLUMNS`, and {modality: unlabelled scans}.
 
-    Returns a list of dicts with `SCAN_COLUMNS` and {modality: (unlabelled, listed)}, which is empty if no
-    sheet can be read. What is wrong is appended to `problems` as (severity, where, problem, remedy).
+    What is wrong is appended to `problems` as (severity, where, problem, remedy).
     """
-    listed, scans = [], []
+    listed, scans = {m: defaultdict(list) for m in MODALITIES}, []
     with _noting_errors(problems):
         release = _release(root)
-        listed = _listed_scans(root, SHEETS[release], FOLDERS[release], columns)
-        scans = [s for m in MODALITIES for s in _found_scans(root, m, FOLDERS[release][m], listed, problems)]
-    blank = {m: [_blank(scan["label"]) for scan in listed if scan["modality"] == m] for m in MODALITIES}
-    return scans, {m: (sum(cells), len(cells)) for m, cells in blank.items()}
+        _list_scans(root, SHEETS[release], FOLDERS[release], listed)
+        for m, rows in listed.items():
+            with _noting_errors(problems):
+                scans += _found_scans([root / folder for folder in FOLDERS[release][m]], rows, problems)
+    return scans, {
+        m: sum(_blank(scan["label"]) for same_name in rows.values() for scan in same_name)
+        for m, rows in listed.items()
+    }
 
 
 @contextmanager
@@ -76,30 +68,30 @@ def _noting_errors(problems):
     try:
         yield
     except CohortError as error:
-        problems.append(("error", *map(str, error.args)))
+        problems.append(("error", *error.args))
 
 
 def _release(root):
     """The release in `root`, "first" or "second"."""
-    tops = {r: [*SHEETS[r], *(f[0].split("/")[0] for f in FOLDERS[r].values())] for r in SHEETS}
-    found = {r: sorted({name for name in tops[r] if (root / name).exists()}) for r in tops}
-    if found["first"] and found["second"]:
-        both = f"{', '.join(found['first'])} and {', '.join(found['second'])}"
-        raise CohortError(root, f"has parts of two releases: {both}", "keep each release in its own folder")
-    if not found["first"] and not found["second"]:
-        text = f"has no {tops['first'][0]} (first release) and no {tops['second'][0]} (second release)"
-        raise CohortError(root, text, "give the folder that holds the label sheets")
-    return "first" if found["first"] else "second"
+    parts = {r: [*SHEETS[r], *(folders[0] for folders in FOLDERS[r].values())] for r in SHEETS}
+    found = [r for r in parts if any((root / name).exists() for name in parts[r])]
+    if len(found) != 1:
+        text = "has parts of two releases" if found else "has no label sheets"
+        sheets = f"{parts['first'][0]} (first release) or {parts['second'][0]} (second release)"
+        raise CohortError(root, text, f"give the folder that holds {sheets}, each release in its own")
+    return found[0]
 
 
-def _listed_scans(root, sheets, folders, columns):
-    """Every scan in the label sheets, its label as it is there; case_id is "" for a label without a name."""
-    listed = []
+def _list_scans(root, sheets, folders, listed):
+    """Add every row of the label sheets to `listed`: modality -> name in lower case -> its scans.
+
+    A label is as it is there; the name is "" for a label without one.
+    """
     for sheet, wanted in sheets.items():
         modality = next(iter(wanted))
         if len(sheets) > 1 and not (root / sheet).exists() and not (root / folders[modality][0]).exists():
             continue  # a first release of which only the other modality was downloaded
-        for number, cells in _sheet_rows(root / sheet, wanted, columns):
+        for number, cells in _sheet_rows(root / sheet, wanted):
             label = cells.pop("label")
             names = {m: case_name(cell) for m, cell in cells.items() if not _blank(cell)}
             if not names and not _blank(label):
@@ -107,35 +99,32 @@ def _listed_scans(root, sheets, folders, columns):
             for m, name in names.items():
                 patient = next(iter(names.values())).casefold()
                 scan = {"modality": m, "case_id": name, "patient_id": patient, "label": label}
-                listed.append(scan | {"sheet": sheet, "row": number})
-    return listed
+                listed[m][name.casefold()].append(scan | {"where": f"{sheet} row {number}"})
 
 
-def _sheet_rows(path, wanted, columns):
+def _sheet_rows(path, wanted):
     """(row number in the spreadsheet, {what is wanted: cell}) of every row below the header."""
     try:
-        sheet = _workbook(path)
-        headers = ["" if _blank(cell) else str(cell).strip() for cell in next(iter(sheet), ())]
+        header, *rows = _workbook(path) or [()]
     except Exception as error:  # a damaged workbook raises whatever its zip, XML or cells provoke
         raise CohortError(path, f"cannot be read ({error})", "save or download the sheet again") from error
+    headers = ["" if _blank(cell) else str(cell).strip() for cell in header]
     words = [re.sub("(?<=[a-z])(?=[A-Z])", " ", header).lower() for header in headers]  # PatientID: two words
-    places = []
-    for field, (pattern, position) in wanted.items():
+    places = {}
+    for field, pattern in wanted.items():
         found = [i for i, header in enumerate(words) if re.search(pattern, header)]
-        if columns == "position":
-            found = [position] if position < len(headers) else []
         if len(found) != 1:
             which = " or ".join(repr(headers[i]) for i in found) or "none"
             what = "label" if field == "label" else f"{field} name"
-            remedy = "rename the headers in row 1, or use the released positions (columns: position)"
-            raise CohortError(path, f"the {what} may be in {which} of the headers {headers}", remedy)
-        places += found
-    rows = [[row[i] if i < len(row) else None for i in places] for row in sheet[1:]]
-    return [(number, dict(zip(wanted, row, strict=True))) for number, row in enumerate(rows, start=2)]
+            text = f"the {what} may be in {which} of the headers {headers}"
+            raise CohortError(path, text, "rename the headers in row 1")
+        places[field] = found[0]
+    cells = [{field: row[i] if i < len(row) else None for field, i in places.items()} for row in rows]
+    return list(enumerate(cells, start=2))
 
 
 def _workbook(path):
-    """The rows of a workbook's first sheet, each its cells; a formula is its last value, or else its text.
+    """The rows of a workbook's first sheet; a formula is its last value or, if never computed, its text.
 
     Not `pandas.read_excel`, to which a formula never computed and an error such as #REF! are blank cells.
     """
@@ -145,20 +134,10 @@ def _workbook(path):
         with open(path, "rb") as file:
             sheet = openpyxl.load_workbook(file, read_only=True, data_only=data_only).worksheets[0]
             sheet.reset_dimensions()  # what a sheet says of its own size is often wrong
-            return list(sheet.iter_rows(values_only=True))
+            return list(sheet.values)
 
-    rows = read(data_only=False)
-    if not any(_formula(cell).startswith("=") for row in rows for cell in row):
-        return rows
-    return [
-        [_formula(cell) if value is None and cell else value for cell, value in zip(*pair, strict=True)]
-        for pair in zip(rows, read(data_only=True), strict=True)
-    ]
-
-
-def _formula(cell):
-    """The text of a cell; a formula of several cells is an object that holds its text."""
-    return str(getattr(cell, "text", cell))
+    rows = zip(read(data_only=True), read(data_only=False), strict=True)
+    return [[text if value is None else value for value, text in zip(*pair, strict=True)] for pair in rows]
 
 
 def _blank(cell):
@@ -166,53 +145,41 @@ def _blank(cell):
     return cell is None or str(cell).strip().casefold() in NA
 
 
-def _found_scans(root, modality, folders, listed, problems):
+def _found_scans(folders, rows, problems):
     """The scans of one modality that are listed with a label and a name of their own and have every file."""
-    rows = defaultdict(list)
-    for scan in listed:
-        if scan["modality"] == modality:
-            rows[scan["case_id"].casefold()].append(scan)
-    folders, scans, indices = [root / folder for folder in folders], [], []
     if not rows and not any(folder.exists() for folder in folders):
-        return scans  # nothing of this modality was downloaded
-    for folder in folders:
-        with _noting_errors(problems):
-            indices.append(_index_files(folder))
-            strays = [name for key, names in indices[-1].items() if key not in rows for name in names]
-            remedy = "none needed if it is no part of the cohort; otherwise add a row"
-            problems += [("warning", str(folder / n), "no row in the label sheet", remedy) for n in strays]
+        return []  # nothing of this modality was downloaded
+    scans, indices = [], [_index_files(folder) for folder in folders]
+    for folder, index in zip(folders, indices, strict=True):
+        strays = [folder / name for key, names in index.items() if key not in rows for name in names]
+        remedy = "none needed if it is no part of the cohort; otherwise add a row"
+        problems += [("warning", path, "no row in the label sheet", remedy) for path in strays]
     for same_name in rows.values():
         with _noting_errors(problems):
-            scan = _checked_scan(same_name)
-            if scan and len(indices) == len(folders):
+            if scan := _checked_scan(same_name):
                 paths = [_file_of(scan, *place) for place in zip(folders, indices, strict=True)]
-                scans.append(scan | dict(zip(("image", "mask"), [*paths, ""], strict=False)))
+                scans.append(scan | {"image": paths[0], "mask": "".join(paths[1:])})
     return scans
 
 
 def _checked_scan(rows):
     """The scan in the sheet rows of one name, with label and center; None if it has no label."""
-    scan, where = rows[0], f"{rows[0]['sheet']} row {rows[0]['row']}"
-    name, label = scan["case_id"], str(scan["label"]).strip()
+    scan = rows[0]
+    where, name, label = scan["where"], scan["case_id"], str(scan["label"]).strip()
     if len(rows) > 1:
-        numbers = " and ".join(str(row["row"]) for row in rows)
-        labels = list(dict.fromkeys("none" if _blank(row["label"]) else str(row["label"]) for row in rows))
-        text = f"rows {numbers} have the same {scan['modality']} name {name!r}"
-        text += f" and different labels: {', '.join(labels)}" if len(labels) > 1 else ""
-        raise CohortError(scan["sheet"], text, "keep one row per scan")
+        wheres = " and ".join(row["where"] for row in rows)
+        raise CohortError(wheres, f"both have the {scan['modality']} name {name!r}", "keep one row per scan")
     if _blank(scan["label"]):
         return None
-    if re.search(r"[/\\]|\.\.", name) or not name.isprintable():
-        text = f"the name {name!r} has a path in it, or a character that does not print"
-        raise CohortError(where, text, "type the bare name anew")
     if not re.fullmatch(r"[012](\.0*)?", label):  # on text, where True is not 1
         text = f"the label {scan['label']!r} of {name} is not 0, 1 or 2"
         raise CohortError(where, text, "correct it, or clear it to leave the scan out")
-    try:
-        center = center_of(name)
-    except ValueError as error:
-        raise CohortError(where, error, "rename the scan in the sheet and on disk") from error
-    return scan | {"label": int(label[0]), "center": center, "where": where}
+    centers = {CENTER_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in CENTER_WORDS}
+    if len(centers) != 1:
+        found = " and ".join(sorted(centers)) or "no center"
+        text = f"the name {name!r} gives {found}; known prefixes: {', '.join(CENTER_WORDS)}"
+        raise CohortError(where, text, "rename the scan in the sheet and on disk")
+    return scan | {"label": int(label[0]), "center": centers.pop()}
 
 
 def _index_files(folder):
@@ -220,21 +187,18 @@ def _index_files(folder):
     if not folder.is_dir():
         raise CohortError(folder, "no such folder", "put the images, or masks, of the sheet's scans there")
     index = defaultdict(list)
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if re.search(r"(?is)^[^.].*\.nii(\.gz)?$", entry.name) and entry.is_file():
-                index[case_name(entry.name).casefold()].append(entry.name)
+    for path in sorted(folder.iterdir()):
+        if re.search(r"(?is)^[^.].*\.nii(\.gz)?$", path.name) and path.is_file():
+            index[case_name(path.name).casefold()].append(path.name)
     return index
 
 
 def _file_of(scan, folder, index):
-    """Path of a scan's file in an indexed folder."""
+    """Path of a scan's file in an indexed folder; names are looked up, never joined to a path."""
     name, kind = scan["case_id"], "mask" if folder.name == "masks" else "image"
     files = index.get(name.casefold(), [])
-    if len(files) > 1:
-        text = f"{len(files)} files are the {kind} of {name} in {folder}: {', '.join(files)}"
-        raise CohortError(scan["where"], text, "keep one of them")
-    if not files:
-        text = f"no {kind} of {name} in {folder}: no {name}.nii.gz or {name}.nii, with or without _0000"
-        raise CohortError(scan["where"], text, "add the file, or clear the label to leave the scan out")
+    if len(files) != 1:
+        text = f"{len(files)} files are the {kind} of {name!r} in {folder}: {', '.join(files) or 'none'}"
+        remedy = f"keep one, {name}.nii.gz or {name}.nii; or clear the label to leave the scan out"
+        raise CohortError(scan["where"], text, remedy)
     return str(folder / files[0])

@@ -11,7 +11,6 @@ ORIGIN = np.array([-98.0, -46.0, -54.0])
 SHAPE = (112, 76, 52)
 AXES = [(ORIGIN[k] + FINE[k] * np.arange(SHAPE[k])).astype(np.float32) for k in range(3)]  # mm
 EDGE = 1.8  # mm over which a surface fades: its partial volume on the fine grid
-DILATED_MM = 5  # main duct: worrisome from here, in the Fukuoka and Kyoto guidelines (`phantom.guideline`)
 CENTER_LINE = np.array(  # of the pancreas, uncinate process to tail
     [[30, 12, -24], [36, 17, -12], [26, 24, -1], [10, 30, 3], [-10, 29, 7], [-38, 16, 13], [-70, -6, 20]],
     float,
@@ -62,7 +61,6 @@ class Anatomy:
     layers: list  # (tissue, box, coverage 0-1 in the box), back to front
     texture: np.ndarray  # SHAPE, unit spread
     organ: np.ndarray  # SHAPE, coverage by the pancreas and its cysts
-    mucin: float
 
 
 def along_axes(volume, operators):
@@ -81,12 +79,6 @@ def smooth_field(rng, axes, length):
         operators.append(BSpline.design_matrix(at, np.arange(int(at[-1]) + 6), 3).astype(np.float32))
     lattice = rng.standard_normal([operator.shape[1] for operator in operators], dtype=np.float32)
     return along_axes(lattice, operators) * np.float32(3)  # the splines leave a spread of 0.69 per axis
-
-
-def extent(inside):
-    """First and last index (3,) (3,) of the true voxels of a 3D array along each axis."""
-    held = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {k}))) for k in range(3)]
-    return np.array([h[0] for h in held]), np.array([h[-1] for h in held])
 
 
 def box_of(low, high, margin=7.0):
@@ -119,10 +111,8 @@ def tube(space, points, radii, squash=1.0):
         offset = [(space[i][box] - points[k, i]) * metric[i] for i in range(3)]
         at = np.clip(sum(offset[i] * step[i] for i in range(3)) / (step @ step), 0, 1)
         distance = np.sqrt(sum((offset[i] - at * step[i]) ** 2 for i in range(3)))
-        part = depth[
-            tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, whole, strict=True))
-        ]
-        np.maximum(part, radii[k] + at * (radii[k + 1] - radii[k]) - distance, out=part)
+        place = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, whole, strict=True))
+        depth[place] = np.maximum(depth[place], radii[k] + at * (radii[k + 1] - radii[k]) - distance)
     return whole, depth
 
 
@@ -132,26 +122,20 @@ def coverage(depth):
 
 
 def layer(tissue, shape):
-    """Layer (tissue, box, coverage) of a shape (box, depth)."""
     box, depth = shape
     return tissue, box, coverage(depth)
 
 
 def spline(points, n):
-    """n points (n, 3) along a cubic spline through points."""
     return CubicSpline(np.linspace(0, 1, len(points)), points)(np.linspace(0, 1, n))
 
 
 def unit(vector):
-    """vector at length 1."""
     return vector / np.linalg.norm(vector)
 
 
 def neighbors(rng, space, clear, vessels):
-    """Layers of the organs around the pancreas, back to front.
-
-    clear: 0 in the plane of fat that keeps them off the pancreas, else 1. vessels: coverage by small vessels.
-    """
+    """Layers of the organs around the pancreas, back to front; clear is 0 in the fat around the pancreas."""
     layers, shift = [("blood", (slice(None),) * 3, 0.8 * vessels)], np.zeros(3)
     for tissue, center, radii in NEIGHBORS:
         if tissue not in ("medulla", "fluid", "chyme", "fat"):  # contents move with the organ before them
@@ -224,19 +208,4 @@ def draw(patient, seed):
     layers += [layer("wall", (box, depth + 0.8)) for box, depth in loculi]
     layers += [layer("fluid", tube(space, bile_duct, 3.1)), layer("duct", tube(space, line[1:], duct[1:]))]
     layers += [layer("cyst", loculus) for loculus in loculi] + [layer("nodule", nodule) for nodule in nodules]
-    return Anatomy(layers, texture, coverage(organ + 0.8), patient.mucin)
-
-
-def findings(drawn, patient):
-    """Coverage (SHAPE) by what is pathological: cyst loculi, mural nodule, and the main duct if dilated.
-
-    The duct counts, all along, if it measures `DILATED_MM` or more (`patient.duct_mm`): here a duct widens in
-    proportion, so that it is then 1.8 times its normal width or more everywhere. A narrower one is no lesion.
-    The walls of the loculi and a thin gland (atrophy) are none either.
-    """
-    lesion, found = np.zeros(SHAPE, np.float32), {"cyst", "nodule"}
-    found |= {"duct"} if patient.duct_mm >= DILATED_MM else set()
-    for tissue, box, alpha in drawn.layers:
-        if tissue in found:
-            np.maximum(lesion[box], alpha, out=lesion[box])
-    return lesion
+    return Anatomy(layers, texture, coverage(organ + 0.8))

@@ -1,7 +1,4 @@
-"""Patients of the phantom: findings, a label drawn from a known model, and the names and counts of centers.
-
-A switch, off by default, ties the scan's protocol to the label (`protocols`): a shortcut for probes to catch.
-"""
+"""Patients of the phantom: findings, a label drawn from a known model, names and counts of the centers."""
 
 from pathlib import Path
 
@@ -76,10 +73,7 @@ def population(rng, n):
 
 
 def stratified(rng, pool, n):
-    """n rows of pool, evenly spaced along guideline class and risk, shuffled.
-
-    Every seed's AUC is then that of the population; a simple sample's scatters by 0.02.
-    """
+    """n rows of pool, evenly spaced along guideline class and risk (so the AUC scatters little), shuffled."""
     order = np.lexsort([risk(pool), pool.guideline])
     places = ((np.arange(n) + rng.random()) / n * len(pool)).astype(int)
     return pool.iloc[order[rng.permutation(places)]].reset_index(drop=True)
@@ -102,7 +96,7 @@ def cells():
 
 
 def draw_cells(rng):
-    """Every patient of the cohort, unordered: cell and findings; rank numbers the patients of a cell from 0.
+    """Cell and findings of every patient, unordered; rank numbers the patients of a cell from 0.
 
     Centers differ in how common each label is, not in what a label looks like.
     """
@@ -117,10 +111,8 @@ def draw_cells(rng):
 def protocols(high_risk, seed, shortcut):
     """Protocol of each patient, "standard" or "dedicated"; high_risk (N,) bool, shortcut q from 0 to 1.
 
-    At q = 0 (off) all are scanned by the center's standard protocol. Above, the dedicated one is drawn for
-    each patient with probability (1 + q) / 2 at high risk, else (1 - q) / 2. So the protocol alone has an
-    expected AUC of (1 + q) / 2 for high risk, within every center and pooled. (A q just above 0 is not "off":
-    half of the patients get the dedicated protocol, regardless of label.) Raises ValueError for other q.
+    At q = 0 all get the standard one. Above, the dedicated one is drawn with probability (1 + q) / 2 at high
+    risk, else (1 - q) / 2: the protocol alone has an expected AUC of (1 + q) / 2 in every center.
     """
     if not 0 <= shortcut <= 1:  # NaN too
         raise ValueError(f"shortcut is {shortcut}: choose a number from 0 (off) to 1 (gives high risk away)")
@@ -131,15 +123,12 @@ def protocols(high_risk, seed, shortcut):
 
 
 def patients(seed, max_per_cell=None, shortcut=0.0):
-    """Latent findings and truth of every patient, one row each, in sheet order: by center, labels mixed.
+    """Findings and truth of every patient, one row each (`PATIENT_COLUMNS`), by center with labels mixed.
 
-    Columns are PATIENT_COLUMNS: label_t1 and label_t2 are NA without such a scan or label, mucin and atrophy
-    are 0-1, prob_0..prob_2 the model's P(label | findings), guideline 0-2. max_per_cell keeps that many
-    patients per center and class, and at most one without a label per center.
-
-    shortcut ties protocol to label as in `protocols`; patients without a label count as not high risk. T1 and
-    T2 of a patient share the protocol. No other column depends on it: where it is on, prob_0..prob_2 leave
-    out what the protocol tells, and are no upper bound. Raises ValueError for a shortcut outside 0-1.
+    label_t1 and label_t2 are NA without such a scan or label, mucin and atrophy are 0-1, prob_0..prob_2 the
+    model's P(label | findings), guideline 0-2. max_per_cell keeps that many patients per center and class,
+    and at most one without a label per center. shortcut ties the protocol, and nothing else, to the label
+    (`protocols`): prob_0..prob_2 are then no upper bound. Raises ValueError for a shortcut outside 0-1.
     """
     rng = np.random.default_rng(seed)
     cohort = draw_cells(rng).sample(frac=1, random_state=rng)

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 import nibabel as nib
 import numpy as np
-from scipy import sparse
+from scipy import ndimage, sparse
 
 from ipmn_core.names import MODALITIES
-from ipmn_core.phantom import anatomy
-from ipmn_core.phantom.anatomy import AXES, FINE, ORIGIN, SHAPE, along_axes, smooth_field
+from ipmn_core.phantom.anatomy import AXES, FINE, ORIGIN, SHAPE, along_axes, draw, smooth_field
+
+DILATED_MM = 5  # main duct: worrisome from here, in the Fukuoka and Kyoto guidelines (`phantom.guideline`)
 
 # Relaxation at 3 T: T1 ms, T2 ms, proton density, texture (spread of the signal within the tissue).
 # T1 and T2 of the organs, fat, muscle and marrow: de Bazelaire et al., Radiology 2004;230:652; T1 of blood:
@@ -71,11 +72,7 @@ SCANNERS = {  # standard protocols. T1: 3D spoiled gradient echo. T2: single-sho
 
 
 def dedicated(scanner):
-    """The protocol a center would keep for the pancreas: finer voxels over the extent of its standard one.
-
-    Slices are thinner by a fifth, pixels smaller by a twentieth, hence more noise; the echo comes later, and
-    the flip angle of T1 is larger.
-    """
+    """The protocol a center would keep for the pancreas: finer voxels over the same extent, more noise."""
     spacing, thickness = 0.95 * scanner.spacing, 0.8 * scanner.thickness
     matrix = tuple(int(np.ceil(n / f)) for n, f in zip(scanner.matrix, (0.95, 0.95, 0.8), strict=True))
     timing = {"te": 1.1 * scanner.te, "flip": min(1.15 * scanner.flip, 90)}  # T2 stays at 90 degrees
@@ -84,10 +81,10 @@ def dedicated(scanner):
 
 
 def signals(scanner, mucin):
-    """Signal of each tissue by name, the brightest 1.
+    """Signal of each tissue by name, the brightest 1, by the spoiled echo equation.
 
-    The spoiled echo of TR, TE and flip angle (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences,
-    2004, chapter 14); with a long TR and 90 degrees it is the spin echo's.
+    Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14; with a long TR and 90 degrees
+    it is the spin echo's.
     """
     t1, t2, density, _ = np.array(list(TISSUES.values())).T
     t1 = np.where(np.isin(list(TISSUES), JUICE), 1 / (1 / t1 + MUCIN_R1 * mucin), t1)
@@ -96,9 +93,8 @@ def signals(scanner, mucin):
     return dict(zip(TISSUES, (signal / signal.max()).astype(np.float32), strict=True))
 
 
-def paint(drawn, scanner):
+def paint(drawn, signal):
     """Signal of the anatomy on the fine grid, each layer over those before it."""
-    signal = signals(scanner, drawn.mucin)
     volume = signal["fat"] * (1 + TISSUES["fat"][3] * drawn.texture)
     for tissue, box, alpha in drawn.layers:
         spread = TISSUES[tissue][3]
@@ -118,13 +114,14 @@ def profile(at, fine, width):
 def grid(drawn, patient, modality, seed):
     """A scan's protocol, random generator, axes (mm), operators that image the fine grid, and affine.
 
-    It is centered on the pancreas as far as the fine grid reaches; `patient` is a row of `phantom.patients`,
-    whose center and protocol ("standard" or "dedicated") choose the scanner's settings.
+    It is centered on the pancreas as far as the fine grid reaches.
     """
     scanner = SCANNERS[patient.center, modality]
     scanner = dedicated(scanner) if patient.protocol == "dedicated" else scanner
     rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
-    center = ORIGIN + FINE * np.mean(anatomy.extent(drawn.organ > 0.5), axis=0) + rng.uniform(-2, 2, 3)
+    (box,) = ndimage.find_objects(np.uint8(drawn.organ > 0.5))
+    middle = [(side.start + side.stop - 1) / 2 for side in box]
+    center = ORIGIN + FINE * middle + rng.uniform(-2, 2, 3)
     voxel = np.array([scanner.spacing, scanner.spacing, scanner.thickness])
     half = voxel * (np.array(scanner.matrix) - 1) / 2
     first = np.clip(center, ORIGIN + half, ORIGIN + FINE * (np.array(SHAPE) - 1) - half) - half
@@ -135,10 +132,15 @@ def grid(drawn, patient, modality, seed):
     return scanner, rng, axes, operators, affine
 
 
-def scan(drawn, patient, modality, seed):
-    """Image and mask (nib.Nifti1Image, one grid, mask uint8 0/1) of an anatomy, for t1 or t2."""
+def volumes(patient, seed, modality, drawn=None):
+    """Image and mask (nib.Nifti1Image, mask uint8 0/1) of a row of `phantom.patients` or truth.csv.
+
+    `seed` is that of the cohort; `drawn` saves drawing the anatomy again.
+    """
+    drawn = drawn or draw(patient, seed)
     scanner, rng, axes, operators, affine = grid(drawn, patient, modality, seed)
-    volume = along_axes(paint(drawn, scanner), operators) * np.exp(scanner.bias * smooth_field(rng, axes, 70))
+    volume = along_axes(paint(drawn, signals(scanner, patient.mucin)), operators)
+    volume = volume * np.exp(scanner.bias * smooth_field(rng, axes, 70))
     noise = scanner.noise * rng.standard_normal((2, *volume.shape), dtype=np.float32)
     volume = scanner.scale * np.hypot(volume + noise[0], noise[1])  # Rician
     step = 1 if scanner.dtype == "int16" else 2**-8  # below the noise, and coarse: small files
@@ -147,23 +149,23 @@ def scan(drawn, patient, modality, seed):
     return nifti(stored, affine), nifti(mask, affine)
 
 
-def volumes(patient, seed, modality):
-    """Image and mask of one row of `phantom.patients`, for t1 or t2, as in `scan`."""
-    return scan(anatomy.draw(patient, seed), patient, modality, seed)
-
-
 def lesion(patient, seed, modality):
-    """Coverage 0-1 (float32 nib.Nifti1Image) by the `anatomy.findings` of one row of patients or truth.csv.
+    """Coverage 0-1 by cyst loculi, mural nodule and dilated duct, float32, on the grid of `volumes`.
 
-    On the grid of `volumes`; `seed` is that of the cohort. Nothing on disk is read or changed.
+    A duct counts, all along, if `duct_mm` is `DILATED_MM` or more: it is then everywhere 1.8 times its normal
+    width or more. Walls of loculi and a thin gland (atrophy) are no lesion.
     """
-    drawn = anatomy.draw(patient, seed)
+    drawn = draw(patient, seed)
+    found = {"cyst", "nodule", "duct"} if patient.duct_mm >= DILATED_MM else {"cyst", "nodule"}
+    fine = np.zeros(SHAPE, np.float32)
+    for tissue, box, alpha in drawn.layers:
+        if tissue in found:
+            np.maximum(fine[box], alpha, out=fine[box])
     *_, operators, affine = grid(drawn, patient, modality, seed)
-    return nifti(along_axes(anatomy.findings(drawn, patient), operators), affine)
+    return nifti(along_axes(fine, operators), affine)
 
 
 def nifti(array, affine):
-    """array as a NIfTI image in the scanner's coordinates (mm)."""
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")

@@ -33,7 +33,7 @@ def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Im
         return image, None, image
     mask = load_mask(scan["mask"], stored.shape, scan["case_id"])
     mask = nib.apply_orientation(mask, nib.io_orientation(stored.affine))
-    return image, mask, nib.Nifti1Image(*crop(np.asanyarray(image.dataobj), image.affine, mask))
+    return image, mask, crop(image, mask)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 def open_case(scan: pd.Series, size: int) -> Case:
     """Open a cohort row, with its cube of edge `size`. Raises ScanError as `data.load_roi`."""
     image, mask, roi = scan_volumes(scan)
-    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["mask"], scan["case_id"])
+    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["case_id"])
     first = (0, 0, 0) if mask is None else tuple(side.start for side in bounding_box(mask))
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), size), first)
 

@@ -1,4 +1,4 @@
-"""Random sheets, volumes and profiles: an answer or an error for people, and nothing is lost."""
+"""Random sheets and volumes: an answer or an error for people, and nothing is lost."""
 
 import datetime
 import gzip
@@ -11,12 +11,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import FIRST_HEADERS, first_release, save_scans, save_sheet
+from tiny import first_release
 
-from ipmn_core import cli, params, views
+from ipmn_core import cli, views
 from ipmn_core.data import (
     ScanError,
     case_name,
@@ -54,20 +53,8 @@ fixed = settings.get_profile("fixed")
 
 NAMES = [
     *["nyu_1", "NYU_1", " nyu_1 ", "nyu_1.nii.gz", "nyu_1_0000", "CAD_3", "mca_05", "IU_2", "EMC_01_002"],
-    *["ahn05", "northwestern_0001", "nyu_mca_7", "ucsf_1", "../nyu_1", "nyu_ß", "NYU_SS", "nyu_é", "nyu_é"],
-    *[
-        "=cmd|nyu_1",
-        "+nyu_1",
-        "-nyu_1",
-        "@nyu_1",
-        "nyu_\u200b1",
-        "nyu 1",
-        ".nii.gz",
-        "_0000",
-        "NA",
-        "İU_2",
-        "",
-    ],
+    *["northwestern_0001", "nyu_mca_7", "ucsf_1", "../nyu_1", "nyu_ß", "NYU_SS", "nyu_é", "nyu_é"],
+    *["=cmd|nyu_1", "+nyu_1", "nyu_\u200b1", "nyu 1", ".nii.gz", "_0000", "NA", "İU_2", ""],
 ]
 LABELS = [
     *[0, 1, 2, 0.0, 2.0, "1", " 2 ", "1.0", 3, -1, 1.5],
@@ -116,32 +103,6 @@ def test_every_labelled_row_is_a_scan_or_named_in_a_problem(tmp_path_factory, ro
     assert scans.attrs["unlabelled"]["t1"] == blank
 
 
-HEADER = st.one_of(
-    st.sampled_from([*FIRST_HEADERS, "patient", "RISK", "T1", "name", "PatientID", ""]), ANY_CELL
-)
-
-
-@fixed
-@given(
-    headers=st.one_of(st.permutations(FIRST_HEADERS), st.lists(HEADER, min_size=0, max_size=8)),
-    columns=st.sampled_from(["header", "position"]),
-)
-def test_headers_renamed_moved_or_doubled_are_found_or_refused_by_name(tmp_path_factory, headers, columns):
-    root = first_release(tmp_path_factory.mktemp("headers"))
-    save_scans(root / "t1_clean_ROI", ["nyu_1", "mca_2"])
-    at = {header: i for i, header in enumerate(headers)}.get("Patient ID")
-    cells = [[name if i == at else 1 for i in range(len(headers))] for name in ("nyu_1", "mca_2")]
-    save_sheet(root / "IPMN_labels_t1_total.xlsx", headers, cells)
-    scans, problems = inspect(root, columns)
-    if len(scans):
-        assert scans["case_id"].tolist() == ["nyu_1", "mca_2"] and scans["label"].tolist() == [1, 1]
-    else:
-        errors = problems[problems["severity"] == "error"]
-        assert errors["where"].str.contains("IPMN_labels_t1_total.xlsx").any()
-    if sorted(headers, key=str) == sorted(FIRST_HEADERS) and columns == "header":
-        assert len(scans) == 2
-
-
 # Volumes
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
@@ -166,15 +127,9 @@ def volumes(draw):
         data.flat[0] = draw(st.integers(0, 2))
     with np.errstate(all="ignore"):
         raw = bytearray(nib.Nifti1Image(data, np.diag([1.4, 1.2, 3, 1]), dtype=dtype).to_bytes())
-    places = {  # name: (offset, layout) in the header
-        "dim": (40, "8h"),
-        "pixdim": (76, "8f"),
-        "scaling": (112, "2f"),
-        "form": (252, "2h"),
-        "sform": (280, "12f"),
-    }
-    for name in draw(st.sets(st.sampled_from([*places]), max_size=1)):
-        start, layout = places[name]
+    # places in the header: dim, pixdim, scaling, codes of qform and sform, sform
+    places = [(40, "8h"), (76, "8f"), (112, "2f"), (252, "2h"), (280, "12f")]
+    for start, layout in draw(st.sets(st.sampled_from(places), max_size=1)):
         number = NUMBERS if layout.endswith("f") else st.integers(-2, 32767)
         n = int(layout[:-1])
         raw[start : start + struct.calcsize("<" + layout)] = struct.pack(
@@ -196,21 +151,17 @@ def test_a_volume_gives_a_cube_in_0_to_1_or_an_error_of_the_package(tmp_path_fac
     (folder / "i.nii.gz").write_bytes(gzip.compress(image, 1))
     if mask:
         (folder / "m.nii.gz").write_bytes(gzip.compress(mask, 1))
-    row = {
-        "case_id": "AHN01",
-        "image": str(folder / "i.nii.gz"),
-        "mask": str(folder / "m.nii.gz") if mask else "",
-    }
-    problems = volume_problems(pd.DataFrame([row]), jobs=1)
-    assert problems["remedy"].str.len().gt(0).all()
+    files = {"image": str(folder / "i.nii.gz"), "mask": str(folder / "m.nii.gz") if mask else ""}
+    row = files | {"case_id": "AHN01"}
+    severities = [severity for severity, _, _, remedy in volume_problems(pd.DataFrame([row])) if remedy]
     try:
         roi = load_roi(row["image"], row["mask"], row["case_id"])
     except ScanError as error:
         assert str(error).startswith("AHN01: ") and str(folder) in str(error)
-        assert "error" in set(problems["severity"])
+        assert severities == ["error"]
         return
-    assert "error" not in set(problems["severity"])
-    assert 0 < np.prod(roi.header.get_zooms()) < np.inf or "warning" in set(problems["severity"])
+    assert "error" not in severities
+    assert 0 < np.prod(roi.header.get_zooms()) < np.inf or "warning" in severities
     cube = to_cube(np.asanyarray(roi.dataobj), 8)
     assert np.isfinite(cube).all() and cube.min() >= 0 and cube.max() <= 1
     assert nib.as_closest_canonical(roi).shape
@@ -270,43 +221,6 @@ def test_text_of_a_header_is_in_no_message_no_warning_no_file_and_no_image(tmp_p
     plt.close("all")
     written = [path.read_bytes() for path in (tmp_path / "out").iterdir()]
     said = "".join([*capfd.readouterr(), caplog.text, *(str(w.message) for w in told)])
-    assert len(written) == 4 and "extensions" in said and "spacing unknown" in said
+    assert len(written) == 4 and "spacing unknown" in said
     assert "DOE" not in said and not any(b"DOE" in content for content in written)
     assert b"DOE" not in pickle.dumps((image, roi))
-
-
-# Settings
-
-SCALARS = st.one_of(
-    *[st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates()],
-    st.binary(max_size=4),
-)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(SCALARS, inner, max_size=3))
-)
-KEYS = st.one_of(st.sampled_from([*params.Params.model_fields]), st.text(max_size=8), SCALARS)
-
-
-@fixed
-@given(values=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
-def test_any_value_of_any_key_is_a_setting_or_refused_by_its_key(tmp_path_factory, values):
-    path = tmp_path_factory.mktemp("params") / "a.yaml"
-    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-    try:
-        p = params.load(path)
-    except params.ParamsError as error:
-        assert str(error).startswith(f"{path}: ")
-        return
-    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        kept = getattr(p, key)
-        assert kept == (tuple(value) if isinstance(value, list) else value), key
-    assert p.folder.name == p.profile
-
-
-@fixed
-@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
-def test_any_text_is_a_profile_or_refused_by_its_file(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("text") / "a.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(params.ParamsError, match=re.escape(str(path))):
-        params.load(path)

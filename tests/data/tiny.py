@@ -55,17 +55,17 @@ def second_release(root, rows, headers=SECOND_HEADERS):
     return root
 
 
-def problems_of(root, severity="error", **options):
+def problems_of(root, severity="error"):
     """Where, problem and remedy of each problem of one severity, as one text each; every one has a remedy."""
-    problems = data.inspect(root, **options)[1]
+    problems = data.inspect(root)[1]
     assert problems["remedy"].str.len().gt(0).all()
     rows = problems[problems["severity"] == severity]
     return [f"{row.where} | {row.problem} | {row.remedy}" for row in rows.itertuples()]
 
 
-def only_error(root, *parts, **options):
+def only_error(root, *parts):
     """Asserts that a cohort has one error, which names every part."""
-    (error,) = problems_of(root, **options)
+    (error,) = problems_of(root)
     for part in parts:
         assert str(part) in error
 

@@ -67,19 +67,6 @@ def test_a_dedicated_protocol_covers_the_standard_extent_with_finer_voxels():
         assert other.noise > standard.noise and other.te > standard.te
 
 
-def test_the_protocol_changes_header_and_signal_but_not_the_anatomy(pairs, dedicated_pairs):
-    for (row, *scans), (_, *others) in zip(pairs, dedicated_pairs, strict=False):
-        for one, two in zip(scans, others, strict=True):
-            zooms = np.divide(two[0].header.get_zooms(), one[0].header.get_zooms())
-            assert zooms == pytest.approx([0.95, 0.95, 0.8]), row.patient_id
-            (image, mask), (image2, mask2) = arrays(one), arrays(two)
-            ratio = np.median(image2[mask2 > 0]) / np.median(image[mask > 0])
-            assert 0.8 < ratio < 0.99, row.patient_id  # less signal: a later echo, on T1 a larger flip angle
-            (ml, center), (ml2, center2) = volume_and_center(one[1]), volume_and_center(two[1])
-            assert ml2 == pytest.approx(ml, rel=0.05), row.patient_id  # partial volume of another grid
-            assert np.abs(center2 - center).max() < 1.5, row.patient_id  # mm; about a pixel
-
-
 def test_both_modalities_show_the_same_organ_and_fluid_is_bright_on_t2_alone(pairs):
     for row, t1, t2 in pairs:
         (ml, center), (ml2, center2) = volume_and_center(t1[1]), volume_and_center(t2[1])
@@ -137,17 +124,8 @@ def test_the_lesion_is_inside_the_mask_brighter_than_parenchyma_on_t2_and_darker
             assert ratio > 2 if modality == "t2" else ratio < 0.8, row.patient_id
 
 
-def test_a_larger_finding_is_a_larger_lesion_and_a_normal_duct_is_none(lesion_ml):
+def test_a_cysts_volume_is_that_of_a_ball_with_grapes_and_a_normal_duct_has_none(lesion_ml):
     assert lesion_ml() == lesion_ml(duct_mm=4.99) == 0
-    cysts = [lesion_ml(cyst_mm=mm) for mm in (8, 15, 25, 40)]
-    ducts = [lesion_ml(duct_mm=mm) for mm in (5, 8, 12)]
-    assert cysts[0] > 0 and (np.diff(cysts) > 0).all()
-    assert ducts[0] > 0 and (np.diff(ducts) > 0).all()
-    both = lesion_ml(cyst_mm=25, duct_mm=8)
-    assert max(cysts[2], ducts[1]) < both <= cysts[2] + ducts[1]
-
-
-def test_a_cysts_volume_is_that_of_a_ball_with_grapes(lesion_ml):
     for mm in (15, 35):
         volumes = [lesion_ml(seed, cyst_mm=mm) for seed in range(4)]
         ball = np.pi / 6 * mm**3 / 1000

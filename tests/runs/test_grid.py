@@ -40,7 +40,7 @@ CHANGES = {
     **{"lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11, "threads": 2},
 }
 NO_CHANGE = {
-    **{"profile": "u", "outputs": "elsewhere", "data": "a folder", "columns": "position"},  # the data's key
+    **{"profile": "u", "outputs": "elsewhere", "data": "a folder"},  # the data's key
     **{"phantom_max_per_cell": 2, "phantom_shortcut": 0.5, "phantom_seed": 5},
     **{"modalities": ["t1", "t2"], "arms": ["fedprox_0.1"], "three_class_models": ["resnet34"]},
     **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "three_class_folds": 3, "keep_models": ["none"]},

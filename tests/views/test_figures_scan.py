@@ -113,7 +113,7 @@ def test_an_roi_of_one_value_is_refused_as_training_refuses_it(tmp_path):
     one = np.zeros((20, 16, 6), np.uint8)
     one[5, 5, 2] = 1
     nib.save(nib.Nifti1Image(one, nib.load(scan["mask"]).affine), scan["mask"])
-    with pytest.raises(ScanError, match="one single value"):
+    with pytest.raises(ScanError, match="cannot be scaled"):
         scans.open_case(scan, 16)
 
 
