@@ -198,7 +198,8 @@ def _file_of(scan, folder, index):
     name, kind = scan["case_id"], "mask" if folder.name == "masks" else "image"
     files = index.get(name.casefold(), [])
     if len(files) != 1:
-        text = f"{len(files)} files are the {kind} of {name!r} in {folder}: {', '.join(files) or 'none'}"
+        found = f"{len(files)} {kind}s of {name!r} in {folder}: {', '.join(files)}"
+        text = found if files else f"no {kind} of {name!r} in {folder}"
         remedy = f"keep one, {name}.nii.gz or {name}.nii; or clear the label to leave the scan out"
         raise CohortError(scan["where"], text, remedy)
     return str(folder / files[0])

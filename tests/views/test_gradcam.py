@@ -133,7 +133,7 @@ def setting(phantom_root, phantom_scans, tmp_path, monkeypatch):
     chosen = phantom_scans[phantom_scans["center"].isin(["NYU", "IU"])]
     scans = chosen.groupby(["modality", "center"]).head(1).reset_index(drop=True)
     cubes = data.load_cubes(scans, S, tmp_path / "cache")
-    return p, data.Cohort(scans, cubes.array, cubes.key)
+    return p, data.Cohort(scans, *cubes)
 
 
 def finished_run(p, run, scans, network):
