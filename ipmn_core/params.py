@@ -41,10 +41,14 @@ class Params(BaseModel):
     `params/<profile>.yaml` lists what differs from them; `ipmn params` prints all of them.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, regex_engine="python-re"
+    )
 
     profile: str = setting(
-        "paper", "name; results go to outputs/<profile>/", pattern=r"^[A-Za-z0-9_-]{1,100}$"
+        "paper",
+        "name; results go to outputs/<profile>/; not phantom, cache or reference, which are folders there",
+        pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
     outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
     data: str = setting("phantom", "phantom, or the folder of the real data set", min_length=1)
@@ -83,7 +87,7 @@ class Params(BaseModel):
         "runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
         strict=False,
     )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)\Z")
     precision: Literal["auto", "float32", "bfloat16"] = setting("float32", "float32, bfloat16 or auto")
     threads: int = setting(0, "torch threads per run; 0 for all cores", ge=0)
     jobs: Count = setting(1, "runs at a time")

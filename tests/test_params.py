@@ -44,6 +44,8 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("three_class_models", ["densenet121", "densenet121"]),
         ("profile", "../demo"),
         ("profile", "demo\n"),
+        ("profile", "Reference"),  # a folder of the project in outputs
+        ("device", "cpu\n"),
         ("data", ""),
         ("device", "gpu"),
         ("augment_prob", float("nan")),
