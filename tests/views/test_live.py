@@ -294,7 +294,7 @@ def by_hand_view():
 
 def test_the_walks_are_those_of_the_functions_that_train(by_hand_view):
     state, centers = by_hand_view.state, by_hand.draw_centers(0.5)
-    paths = by_hand.paths(centers, state["choices"]["mu"][1], state["choices"]["local steps"][1])
+    paths = by_hand.paths(centers, by_hand.CHOICES["mu"][1], by_hand.CHOICES["local steps"][1])
     found, server = state["settings"]["1,1,1"], paths[paths["client"] == by_hand.SERVER]
     np.testing.assert_allclose(found["server"], server[by_hand.WEIGHTS], atol=5.1e-4)  # three decimals
     for client, walks in found["walks"].items():
@@ -302,7 +302,7 @@ def test_the_walks_are_those_of_the_functions_that_train(by_hand_view):
         np.testing.assert_allclose(np.concatenate(walks), mine, atol=5.1e-4)
     far = by_hand.drift(paths).pivot(index="client", columns="round", values="distance")
     np.testing.assert_allclose([found["drift"][c] for c in far.index], far, atol=5.1e-4)
-    assert len(state["settings"]) == np.prod([len(values) for values in state["choices"].values()])
+    assert len(state["settings"]) == np.prod([len(values) for _, values in state["choices"]])
 
 
 # ---- in a browser
@@ -328,6 +328,7 @@ def shown(tmp_path_factory, phantom_scans, tables, by_hand_view):
         held[1] = live.on_page(scans.iloc[1], SIZE, looks[1])
     viewer = live.viewer_state(listed, SIZE) | {"held": dict(enumerate(held))}
     states = {"viewer": viewer, "explorer": explorer.explorer_state(*tables), "by_hand": by_hand_view.state}
+    states = json.loads(json.dumps(states, sort_keys=True))  # as a notebook on disk has them
     shown = [live.as_html({"view": v, "alt": v, "state": s}, PIXEL) for v, s in states.items()]
     (folder / "page.html").write_text(
         f'<!DOCTYPE html><html><head><meta charset="utf-8"><link rel="icon" href="data:,">'
@@ -551,12 +552,21 @@ def test_a_broken_case_is_a_sentence_and_no_other_patients_picture(page):
     browser.until(canvas.is_visible)
 
 
-def test_mu_moves_the_walk_of_both_clients(page):
+def test_mu_moves_the_walk_of_both_clients(page, by_hand_view):
     plane = page.locator(".plane")
     before = plane.evaluate("svg => svg.outerHTML")
+    names = page.locator("[data-view=by_hand] label").all_inner_texts()
+    assert names == ["mu", "local steps", "heterogeneity"]
     move(page, "mu", 0)
     drawn = plane.evaluate("svg => svg.outerHTML")
     assert drawn != before and page.get_by_label("mu", exact=True).get_attribute("aria-valuetext") == "0"
+    server = page.locator(".server").get_attribute("d")  # of mu 0, 20 local steps, heterogeneity 1
+    ends = np.array(by_hand_view.state["settings"]["0,2,2"]["server"][-1])
+    x, y = map(float, server.rpartition("L")[2].split())
+    span = np.subtract(*by_hand.LIMITS[::-1])
+    np.testing.assert_allclose(
+        [(x - 40) / 420, (430 - y) / 420], (ends - by_hand.LIMITS[0]) / span, atol=1e-3
+    )
     move(page, "mu", 2)
     assert plane.evaluate("svg => svg.outerHTML") == before
 
