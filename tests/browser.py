@@ -25,8 +25,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from ipmn_core.views import live
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 FLAGS = ("--no-sandbox",)  # for root
 ELSEWHERE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 SETTINGS = {  # every cell in the page, and neither questions nor answers about news
@@ -145,6 +148,11 @@ class Noise:
     requests: list[str] = field(default_factory=list)
 
     @property
+    def asked(self) -> list[str]:
+        """The requests besides files and data in the page itself."""
+        return [url for url in self.requests if not url.startswith(("file:", "data:"))]
+
+    @property
     def elsewhere(self) -> list[str]:
         """The requests to other hosts than 127.0.0.1."""
         return [url for url in self.requests if ELSEWHERE.match(url)]
@@ -163,6 +171,14 @@ def listen(context: BrowserContext) -> Noise:
 
 def _line(message) -> str:
     return f"{message.text} ({message.location.get('url', '')})"
+
+
+def write_page(path: Path, states: dict[str, dict]) -> Path:
+    """Write a page of live views, their states by name, and return its path."""
+    shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in states.items()]
+    text = f'<meta charset="utf-8"><style>{live.css()}</style>{"".join(shown)}'
+    path.write_text(f'<!DOCTYPE html>{text}<script type="module">{live.module()}</script>', encoding="utf-8")
+    return path
 
 
 def open_notebook(context: BrowserContext, lab: Lab, stem: str) -> Page:
