@@ -259,6 +259,6 @@ def _of_plane(centers: Centers) -> dict:
     for row in best[best["client"] != "all"].itertuples():
         rise = surface(centers, row.client, GRID, GRID) - row.loss
         segments = ax.contour(GRID, GRID, rise, RISES).allsegs
-        contours[row.client] = [line.round(3).tolist() for level in segments for line in level]
+        contours[row.client] = [line.round(3).tolist() for level in segments for line in level if len(line)]
     stars = [[row.client, [row.w_0, row.w_1]] for row in best.itertuples()]
     return {"contours": contours, "optima": stars}
