@@ -167,7 +167,10 @@ def listen(context: BrowserContext) -> Noise:
 
 def write_page(path: Path, states: dict[str, dict]) -> Path:
     """Write a page of live views, their states by name, and return its path."""
-    shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in states.items()]
+    kept = {
+        view: json.loads(json.dumps(s, sort_keys=True)) for view, s in states.items()
+    }  # as a notebook does
+    shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in kept.items()]
     text = f'<meta charset="utf-8"><style>{live.css()}</style>{"".join(shown)}'
     path.write_text(f'<!DOCTYPE html>{text}<script type="module">{live.module()}</script>', encoding="utf-8")
     return path

@@ -1,5 +1,5 @@
 // FedProx by hand: the walk of two centers in the plane of two weights, for precomputed settings.
-// state: { choices: { name: values }, limits, clients, settings: { "0,1,2": paths }, planes: by heterogeneity }
+// state: { choices: [[name, values]], limits, clients, settings: { "0,1,2": paths }, planes: by heterogeneity }
 
 function by_hand(root, { choices, start, limits, clients, settings, planes }) {
   const [low, high] = limits;
@@ -9,13 +9,13 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
   const place = ([a, b]) => [x(a).toFixed(1), y(b).toFixed(1)];
   const colors = Object.fromEntries(clients.map(({ name, color }) => [name, color]));
   const chosen = { ...start };
-  const moves = Object.entries(choices).map(([name, values]) => {
+  const moves = choices.map(([name, values]) => {
     const one = slider(name, (k) => {
       chosen[name] = k;
       draw();
     });
     one.fit(0, values.length - 1);
-    return [name, one];
+    return [name, one, values];
   });
   const picture = html("div", { class: "columns" });
 
@@ -44,7 +44,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
   }
 
   function draw() {
-    for (const [name, one] of moves) one.show(chosen[name], String(choices[name][chosen[name]]));
+    for (const [name, one, values] of moves) one.show(chosen[name], String(values[chosen[name]]));
     const key = moves.map(([name]) => chosen[name]).join();
     const found = settings[key];
     const rows = clients.map(({ name, color, cases }) => [
