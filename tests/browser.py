@@ -1,7 +1,4 @@
-"""What test_browser.py needs: JupyterLab on loopback, Chromium, and the controls and pictures of live views.
-
-Controls are found by role and description, as a person finds them, not by the classes of a library.
-"""
+"""What tests in Chromium share: Chromium, JupyterLab on loopback, live views and their pictures."""
 
 from __future__ import annotations
 
@@ -14,22 +11,16 @@ import shutil
 import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 
 from ipmn_core.views import live
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 FLAGS = ("--no-sandbox",)  # for root
 ELSEWHERE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 SETTINGS = {  # every cell in the page, and neither questions nor answers about news
@@ -37,6 +28,7 @@ SETTINGS = {  # every cell in the page, and neither questions nor answers about 
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
 }
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 def lacking(reason: str) -> NoReturn:
@@ -46,7 +38,7 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason, allow_module_level=True)
 
 
-try:  # of the extra `dev` only test_browser.py needs these two
+try:  # of the extra `dev` only the tests in Chromium need these two
     import psutil
     from playwright.sync_api import BrowserContext, Locator, Page
 except ModuleNotFoundError as error:
@@ -60,6 +52,9 @@ def chromium() -> str:
     lacking("no Chromium: apt-get install chromium")
 
 
+# ---- JupyterLab
+
+
 def live_project(smoke: Path, folder: Path) -> Path:
     """Copy the project in which the smoke profile ran; its notebooks then name that profile."""
     shutil.copytree(smoke, folder)
@@ -70,74 +65,80 @@ def live_project(smoke: Path, folder: Path) -> Path:
     return folder
 
 
-@dataclass
-class Lab:
-    """A JupyterLab that answers at `url` with `token`."""
-
-    url: str
-    token: str
-
-
 @contextlib.contextmanager
-def jupyter_lab(project: Path, home: Path) -> Iterator[Lab]:
-    """Run JupyterLab with `project` as its root, and settings, kernels and HOME of its own below `home`."""
+def jupyter_lab(project: Path, home: Path) -> Iterator[str]:
+    """Run JupyterLab in `project` with HOME `home`; yields a notebook's address, `{stem}` for its name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    lab = Lab(f"http://127.0.0.1:{port}/", secrets.token_hex())
     options = {
         "ServerApp.ip": "127.0.0.1",
         "ServerApp.port": port,
         "ServerApp.port_retries": 0,
-        "ServerApp.root_dir": project,
         "ServerApp.allow_root": True,
         "LabApp.expose_app_in_browser": True,
         "LabApp.extension_manager": "readonly",  # the other one asks PyPI
     }
+    overrides = home / ".jupyter" / "labconfig" / "default_setting_overrides.json"
+    overrides.parent.mkdir(parents=True)
+    overrides.write_text(json.dumps(SETTINGS))
+    own = ("JUPYTER", "IPYTHON", "MPL", "XDG_")  # variables by which the user's settings would be read
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    token = secrets.token_hex()
+    environment |= {"HOME": str(home), "JUPYTER_TOKEN": token}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with (home / "lab.log").open("w") as log:
-        server = psutil.Popen(command, cwd=project, env=_environment(lab, home), stdout=log, stderr=log)
+        server = psutil.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
     try:
-        until(lambda: _answers(lab, server), seconds=60)
-        yield lab
+        until(lambda: _listens(port), seconds=60)
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{{stem}}/tree/notebooks/{{stem}}.ipynb?token={token}"
     finally:
         _stop(server)
 
 
-def _environment(lab: Lab, home: Path) -> dict[str, str]:
-    """The server's variables, without those of the user that Jupyter or matplotlib would read."""
-    own = ("JUPYTER", "IPYTHON", "MPL", "XDG_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    folders = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
-    overrides.parent.mkdir(parents=True)
-    overrides.write_text(json.dumps(SETTINGS))
-    return kept | folders | {"HOME": str(home), "JUPYTER_TOKEN": lab.token}
-
-
-def _answers(lab: Lab, server: psutil.Popen) -> bool:
-    assert server.poll() is None, "JupyterLab ended"
-    request = urllib.request.Request(
-        f"{lab.url}api/kernelspecs", headers={"Authorization": f"token {lab.token}"}
-    )
-    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10) as answer:
-        return "python3" in json.loads(answer.read())["kernelspecs"]
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
     return False
 
 
-def _stop(parent: psutil.Popen) -> None:
-    """End a process, its kernels and their workers; a kernel is no member of its server's process group."""
-    everyone = [parent]
-    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
-        everyone += parent.children(recursive=True)
-        parent.terminate()
+def _stop(server: psutil.Popen) -> None:
+    """End the server, its kernels and their workers; a kernel is no member of its server's process group."""
+    everyone = [server, *server.children(recursive=True)]
+    server.terminate()
     _, left = psutil.wait_procs(everyone, timeout=10)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    _, left = psutil.wait_procs(left, timeout=5)
-    assert not left, f"still running: {left}"
+
+
+_PANEL = "window.jupyterapp?.shell.currentWidget?"
+_IDLE = f"{_PANEL}.sessionContext?.session?.kernel?.status === 'idle'"
+_RUN_ALL = """() => {
+    window.jupyterapp.commands.execute('notebook:run-all-cells').finally(() => { window.ran = true })
+}"""
+
+
+def open_notebook(context: BrowserContext, lab: str, stem: str) -> Page:
+    """A page with the notebook open in JupyterLab, in a workspace of its own, its kernel ready."""
+    page = context.new_page()
+    page.goto(lab.format(stem=stem))
+    page.wait_for_function(_IDLE, timeout=120_000)
+    return page
+
+
+def run_all(pages: Sequence[Page]) -> list[list[dict]]:
+    """The code cells of each live notebook after "Run All Cells" in all, once the kernels are idle again."""
+    for page in pages:
+        page.evaluate(_RUN_ALL)
+    for page in pages:
+        page.wait_for_function(f"window.ran && {_IDLE}", timeout=480_000)
+    notebooks = [page.evaluate(f"{_PANEL}.content.model.sharedModel.toJSON()") for page in pages]
+    return [[cell for cell in notebook["cells"] if cell["cell_type"] == "code"] for notebook in notebooks]
+
+
+# ---- pages and views
 
 
 @dataclass
@@ -149,13 +150,8 @@ class Noise:
 
     @property
     def asked(self) -> list[str]:
-        """The requests besides files and data in the page itself."""
+        """The requests, except for files and for data in the page itself."""
         return [url for url in self.requests if not url.startswith(("file:", "data:"))]
-
-    @property
-    def elsewhere(self) -> list[str]:
-        """The requests to other hosts than 127.0.0.1."""
-        return [url for url in self.requests if ELSEWHERE.match(url)]
 
 
 def listen(context: BrowserContext) -> Noise:
@@ -163,62 +159,32 @@ def listen(context: BrowserContext) -> Noise:
     noise = Noise()
     context.on("request", lambda request: noise.requests.append(request.url))
     context.on("weberror", lambda error: noise.errors.append(str(error.error)))
-    context.on("console", lambda line: line.type == "error" and noise.errors.append(_line(line)))
+    context.on("console", lambda line: line.type == "error" and noise.errors.append(line.text))
     context.on("page", lambda page: page.on("websocket", lambda ws: noise.requests.append(ws.url)))
     context.route(ELSEWHERE, lambda route: route.abort())
     return noise
 
 
-def _line(message) -> str:
-    return f"{message.text} ({message.location.get('url', '')})"
-
-
 def write_page(path: Path, states: dict[str, dict]) -> Path:
     """Write a page of live views, their states by name, and return its path."""
-    shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in states.items()]
+    kept = {
+        view: json.loads(json.dumps(s, sort_keys=True)) for view, s in states.items()
+    }  # as a notebook does
+    shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in kept.items()]
     text = f'<meta charset="utf-8"><style>{live.css()}</style>{"".join(shown)}'
     path.write_text(f'<!DOCTYPE html>{text}<script type="module">{live.module()}</script>', encoding="utf-8")
     return path
 
 
-def open_notebook(context: BrowserContext, lab: Lab, stem: str) -> Page:
-    """A page with the notebook open in JupyterLab, in a workspace of its own, its kernel ready."""
-    page = context.new_page()
-    page.goto(f"{lab.url}lab/workspaces/{stem}/tree/notebooks/{stem}.ipynb?token={lab.token}")
-    page.wait_for_function(f"window.jupyterapp?.shell.currentWidget?.{_STATUS} === 'idle'", timeout=120_000)
-    return page
-
-
-_PANEL = "window.jupyterapp.shell.currentWidget"
-_STATUS = "sessionContext?.session?.kernel?.status"
-_RUN_ALL = """() => {
-    window.ran = false
-    window.jupyterapp.commands.execute('notebook:run-all-cells').finally(() => { window.ran = true })
-}"""
-
-
-def run_all(pages: Sequence[Page], seconds: float = 480) -> list[list[dict]]:
-    """The code cells of each live notebook after "Run All Cells" in all, once the kernels are idle again."""
-    for page in pages:
-        page.evaluate(_RUN_ALL)
-    for page in pages:
-        page.wait_for_function(f"window.ran && {_PANEL}.{_STATUS} === 'idle'", timeout=seconds * 1000)
-    notebooks = [page.evaluate(f"{_PANEL}.content.model.sharedModel.toJSON()") for page in pages]
-    return [[cell for cell in notebook["cells"] if cell["cell_type"] == "code"] for notebook in notebooks]
-
-
 def views(page: Page, kind: str) -> Locator:
-    """The live views of this kind in the outputs of a notebook or on the report."""
+    """The live views of this kind on a page or in the outputs of a notebook."""
     return page.locator(f".ipmn-view[data-view={kind}]")
-
-
-_PICTURES = """view => [...view.querySelectorAll('canvas, svg')]
-    .map(one => one.tagName === 'CANVAS' ? one.toDataURL() : one.outerHTML)"""
 
 
 def pictures(view: Locator) -> list[str]:
     """What the canvases and drawings of a view show: equal texts are equal pictures."""
-    return view.evaluate(_PICTURES)
+    text = "one => one.tagName === 'CANVAS' ? one.toDataURL() : one.outerHTML"
+    return view.locator("canvas, svg").evaluate_all(f"all => all.map({text})")
 
 
 def act(view: Locator, do: Callable[[], object]) -> list[str]:
@@ -235,11 +201,6 @@ def cut_off(view: Locator) -> list[str]:
     over = "items => items.map(item => [item.tagName, item.getBoundingClientRect().right])"
     items = view.locator("canvas, svg, select, button, table").filter(visible=True).evaluate_all(over)
     return [f"{tag}: {right - edge:.0f}" for tag, right in items if right > edge + 2]
-
-
-def spread(element: Locator) -> float:
-    """The standard deviation of an element's pixels as the page shows them, 0 to 1: 0 is one color."""
-    return float(np.std(plt.imread(BytesIO(element.screenshot()))[..., :3]))
 
 
 def until(true: Callable[[], bool], seconds: float = 10) -> None:

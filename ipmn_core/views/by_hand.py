@@ -228,7 +228,7 @@ def fedprox_by_hand() -> LiveView:
     }
     clients = centers[-1].clients.items()
     state = {
-        "choices": list(CHOICES.items()),  # a notebook on disk sorts keys
+        "choices": list(CHOICES.items()),  # a list: a notebook's file sorts the keys of a dict
         "start": START,
         "limits": LIMITS,
         "clients": [{"name": name, "color": COLORS[name], "cases": len(cases)} for name, cases in clients],

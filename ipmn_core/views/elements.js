@@ -92,7 +92,9 @@ function asking(model) { // a question to the kernel, which answers { number, ab
 }
 
 function render({ model, el }) {
-  const view = html("div", { class: "ipmn-view", "data-view": model.get("view") });
+  const keydown = (event) => event.stopPropagation(); // else JupyterLab takes arrow keys to move between cells
+  const view = html("div", { class: "ipmn-view", "data-view": model.get("view"), keydown,
+    "data-lm-suppress-shortcuts": "true" });
   el.append(view);
   VIEWS[model.get("view")](view, model.get("state"), asking(model));
 }

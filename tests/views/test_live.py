@@ -465,12 +465,14 @@ def test_a_row_of_the_plot_chooses_its_center_by_mouse_and_by_key_and_arms_go_on
         assert curves.count() == 3 - n and page.locator(".forest .row").count() == 4
 
 
-def test_mu_moves_the_walks(page):
+def test_mu_moves_the_walks_and_their_drift(page, walks):
     view, mu = page.locator("[data-view=by_hand]"), page.get_by_label("mu", exact=True)
     before = browser.pictures(view)
-    browser.act(view, lambda: mu.press("ArrowLeft"))
-    assert mu.get_attribute("aria-valuetext") == "0.1"
-    assert browser.act(view, lambda: mu.press("ArrowRight")) == before
+    browser.act(view, lambda: mu.press("ArrowRight"))
+    drift = [[float(far) for far in row[1:]] for row in cells(page, "Drift")]
+    np.testing.assert_allclose(drift, list(walks["settings"]["3,2,2"]["drift"].values()), atol=5.01e-3)
+    assert browser.act(view, lambda: mu.press("ArrowLeft")) == before
+    page.get_by_label("heterogeneity").fill("0")  # some contours are nowhere in the plane
 
 
 def test_every_control_has_a_name_and_a_phone_shows_the_whole_width(page):
