@@ -62,7 +62,8 @@ def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
     for name in p.three_class_models:
         monkeypatch.setitem(models.MODELS, name, models.MODELS["tiny"])
     features = np.random.default_rng(1).random((len(scans), 3))  # there are no files to read headers from
-    monkeypatch.setattr(probes, "features", lambda _, scans, array: features[: len(scans)])
+    for name in probes.PROBES:
+        monkeypatch.setitem(probes.PROBES, name, lambda scans, _: features[: len(scans)])
     for task in TASKS:
         runs.run_grid(p, task, cohort)
         probes.fit(p, task, cohort)
