@@ -11,7 +11,7 @@ from ipmn_core.federated.client import (
     snapshot,
     train_epoch,
 )
-from ipmn_core.federated.device import autocast, device_of, one_thread, prepare, release_memory, uses_bfloat16
+from ipmn_core.federated.device import device_of, one_thread, prepare, release_memory, uses_bfloat16
 from ipmn_core.federated.equations import State, add_proximal_gradient, local_objective, weighted_average
 from ipmn_core.federated.rounds import (
     Epoch,

@@ -4,7 +4,6 @@ from ipmn_core.metrics.scores import (
     ARM,
     COLUMNS,
     GLOBAL,
-    REPEAT,
     RULES,
     RUN,
     PredictionsError,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
-from ipmn_core.metrics import calibration, inference, scores
+from ipmn_core.metrics import inference, scores
 from ipmn_core.metrics.scores import ARM, GLOBAL, RULES, y_and_prob
 
 
@@ -99,25 +99,7 @@ def at(selected: pd.DataFrame, center: str) -> pd.DataFrame:
     return selected if center == GLOBAL else selected[selected["center"] == center]
 
 
-def as_high_risk(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one task as the question of high risk against the rest, for two or three classes."""
-    y, prob = calibration.high_risk(rows)
-    return rows.assign(y_true=y.astype(int), prob_0=1 - prob, prob_1=prob, prob_2=np.nan, task="binary")
-
-
 def confusion(rows: pd.DataFrame) -> np.ndarray:
     """Cases by true class (rows) and most probable class (columns), (K, K), of one arm's rows."""
     y, prob = y_and_prob(rows)
     return confusion_matrix(y, prob.argmax(axis=1), labels=range(prob.shape[1]))
-
-
-def most_wrong(rows: pd.DataFrame, n: int = 8) -> pd.DataFrame:
-    """The `n` cases of one arm's rows with the lowest probability of the true class, the lowest first.
-
-    Columns case_id, center, modality, y_true, predicted (class), probability (of the true class).
-    """
-    y, prob = y_and_prob(rows)
-    worst = rows[["case_id", "center", "modality", "y_true"]].assign(
-        predicted=prob.argmax(axis=1), probability=prob[np.arange(len(y)), y]
-    )
-    return worst.sort_values("probability", kind="stable").head(n).reset_index(drop=True)

@@ -2,7 +2,6 @@
 
 from ipmn_core.names import TASKS
 from ipmn_core.runs.grid import (
-    CENTRALIZED,
     LOCAL_ONLY,
     Run,
     RunSettings,

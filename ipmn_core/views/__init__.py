@@ -32,4 +32,4 @@ from ipmn_core.views.scans import (
     show_slice,
     slices,
 )
-from ipmn_core.views.style import PALETTE, color, png, save, show, use_style
+from ipmn_core.views.style import color, save, show, use_style

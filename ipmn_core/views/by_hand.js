@@ -1,5 +1,5 @@
 // FedProx by hand: the walk of two centers in the plane of two weights, for precomputed settings.
-// state: { choices: [[name, values]], limits, clients, settings: { "0,1,2": paths }, planes: by heterogeneity }
+// state: { choices: [[name, values]], start, limits, clients, settings: { "0,1,2": paths }, planes: by heterogeneity }
 
 function by_hand(root, { choices, start, limits, clients, settings, planes }) {
   const [low, high] = limits;

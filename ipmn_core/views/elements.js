@@ -67,10 +67,9 @@ async function inflated(base64) {
 }
 
 async function numbers(arrays, buffers = []) {
-  const read = async ([name, type, packed], i) => {
-    const { buffer, byteOffset, byteLength } = buffers[i] ?? { buffer: packed && await inflated(packed) };
-    return [name, new TYPES[type](byteOffset === undefined ? buffer : buffer.slice(byteOffset, byteOffset + byteLength))];
-  };
+  const whole = ({ buffer, byteOffset, byteLength }) => buffer.slice(byteOffset, byteOffset + byteLength);
+  const read = async ([name, type, packed], i) =>
+    [name, new TYPES[type](buffers[i] ? whole(buffers[i]) : await inflated(packed))];
   return Object.fromEntries(await Promise.all(arrays.map(read)));
 }
 

@@ -137,23 +137,20 @@ function worst(cases, view, show) { // those with the lowest probability of thei
     "show");
   const cells = ({ id, center, y, p }) => [id, center, classes[y], classes[argmax(p)], three(p[y])];
   const rows = cases.toSorted((a, b) => a.p[a.y] - b.p[b.y]).slice(0, 8).map((one) =>
-    [...cells(one).map((words) => html("td", {}, words)), html("td", {}, ...(show.has(one.id, modality) ? [button(one.id)] : []))]);
+    [...cells(one).map((words) => html("td", {}, words)), html("td", {}, ...(show.known(one.id, modality) ? [button(one.id)] : []))]);
   const head = ["case", "center", "true class", "predicted class", "probability of the true class", "scan"];
   return table("The 8 cases most wrong", head, rows);
 }
 
 function opening(below, scans, ask) { // show(case, modality): in a viewer of the page, or in one of its own
-  if (scans && ask) {
-    const own = html("div", { hidden: "" });
-    below.append(own);
-    viewer(own, scans, ask);
-  }
-  const find = (id, modality) => viewers.find((one) => one.has(id, modality));
-  const show = (id, modality) => {
-    for (const child of below.children) child.hidden = false;
-    find(id, modality).open(id, modality);
+  const holds = (one, name) => placeOf(one.cases, ...name) >= 0;
+  const show = (...name) => {
+    const found = viewers.find((one) => holds(one, name));
+    if (found) found.visit(placeOf(found.cases, ...name));
+    else viewer(below, scans, ask, placeOf(scans.cases, ...name)); // from then on it is a viewer of the page
   };
-  return Object.assign(show, { has: (id, modality) => Boolean(find(id, modality)) });
+  const known = (...name) => [...viewers, ...(scans ? [scans] : [])].some((one) => holds(one, name));
+  return Object.assign(show, { known });
 }
 
 // ---- The view. state: { rules, metrics, views: one per task and modality, scans: a viewer's state or null }

@@ -18,10 +18,7 @@ from ipmn_core.views.results import overview
 from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
 
 TASKS = {"binary": "high risk or not", "three_class": "three classes"}
-METRICS = [
-    ["auc", "AUC", "mean over folds"],
-    ["acc", "accuracy", "all test cases"],
-]  # as `inference.intervals`
+METRICS = [["auc", "AUC", "mean over folds"], ["acc", "accuracy", "all test cases"]]  # as in `intervals`
 
 
 def center_explorer(

@@ -41,9 +41,7 @@ from ipmn_core.views.style import centers_in, png
 MIME = "application/vnd.ipmn.view+json"
 PARTS = ("elements", "viewer", "explorer", "by_hand")
 LAB = "export default { render };"
-PAGE = (
-    'for (const view of document.querySelectorAll(".ipmn-view")) await enliven(view);'  # viewers come first
-)
+PAGE = 'for (const view of document.querySelectorAll(".ipmn-view")) await enliven(view);'
 ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # what HTML reads as its own
 
 VOXELS = 2**18  # of an image on a page, at most: about 0.25 MB once packed
@@ -166,7 +164,7 @@ def _viewer(scans: pd.DataFrame, size: int, shown: pd.DataFrame, looks: dict[str
 
 
 def viewer_state(scans: pd.DataFrame, size: int) -> dict[str, Any]:
-    """Which cases a viewer lists, in the order of centers; it asks for each that is not in `held`."""
+    """Which cases a viewer lists, centers in order of appearance; it asks for each that is not in `held`."""
     return {
         "size": size,
         "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
@@ -185,25 +183,29 @@ def _palette() -> np.ndarray:
 
 
 def answering(scans: pd.DataFrame, size: int, looks: dict[str, Look] | None = None):
-    """What a viewer gets for a case, by its place in `scans`; the reason if it cannot be read."""
+    """What a viewer gets for a case, by its place in `scans`: `case_or_reason`."""
 
     def answer(place: int) -> tuple[dict[str, Any], Arrays]:
         scan = scans.iloc[place]
-        try:
-            return case_data(open_case(scan, size), (looks or {}).get(scan["case_id"]))
-        except ScanError as error:
-            return {"wrong": str(error)}, {}
+        return case_or_reason(scan, size, (looks or {}).get(scan["case_id"]))
 
     return answer
 
 
 def on_page(scan: pd.Series, size: int, look: Look | None = None) -> dict[str, Any]:
-    """The data of a case for a page, or the reason if it cannot be read."""
-    try:
-        about, arrays = case_data(open_case(scan, size), look, VOXELS)
-    except ScanError as error:
-        return {"wrong": str(error)}
+    """The same for a page, small enough to be part of it."""
+    about, arrays = case_or_reason(scan, size, look, VOXELS)
     return about | {"arrays": packed(arrays)}
+
+
+def case_or_reason(
+    scan: pd.Series, size: int, look: Look | None = None, most: int | None = None
+) -> tuple[dict[str, Any], Arrays]:
+    """The `case_data` of a cohort row, or why it cannot be read."""
+    try:
+        return case_data(open_case(scan, size), look, most)
+    except ScanError as error:
+        return {"wrong": str(error)}, {}
 
 
 def case_data(case: Case, look: Look | None = None, most: int | None = None) -> tuple[dict[str, Any], Arrays]:
@@ -227,9 +229,8 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
         arrays["inside"] = np.packbits(inside.ravel("F"), bitorder="little")
     if look is not None:
         _, heat, lesion, _ = gradcam.canonical(look)
-        arrays |= {"heat": windowed(heat, 0, 1)} | (
-            {} if lesion is None else {"lesion": windowed(lesion, 0, 1)}
-        )
+        maps = {"heat": heat, "lesion": lesion}
+        arrays |= {name: windowed(values, 0, 1) for name, values in maps.items() if values is not None}
     about = {
         "facts": list((header_facts(case) | _more_facts(case, cut, step) | _told(look)).items()),
         "whole": list(shape),

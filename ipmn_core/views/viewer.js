@@ -9,9 +9,10 @@ const PLANES = [ // as radiologists see them: against the indices, so right, fro
 const ENDS = ["RL", "AP", "HF"];
 const ORIGIN = ["left", "back", "foot end"]; // where an axis has its index 0
 const [OUTLINE, CROSS, LESION] = ["#E69F00", "#56B4E9", "#56B4E9"];
-const [NEAR, OPACITY] = [12, 0.75]; // mm around the pancreas in a close-up; of a heat map where it is 1
+const NEAR = 12; // mm around the pancreas in a close-up
 const scratch = document.createElement("canvas");
-const viewers = []; // of the page, for its explorers: { has, open }
+const viewers = []; // of the page, for its explorers: { cases, visit }
+const placeOf = (cases, id, modality) => cases.findIndex((one) => one[0] === id && one[2] === modality);
 
 function opened(item, { voxels, inside, cube, heat, lesion }, size) {
   const mm = item.spacing.map((width, axis) => width * item.step[axis]);
@@ -150,13 +151,14 @@ function fit(canvases, { mm }, frame, across, down) { // one scale for all; two 
   });
 }
 
-// ---- The view. state: { size, cases: [[case, center, modality, class]], held: { place in cases: case }, ... }
+// ---- The view. state: { size, cases: [[case, center, modality, class]], held: { place in cases: case }, ... };
+// it opens with the case `first`, or with the first of the lists.
 
-function viewer(root, { size, cases, held, modalities, classes, palette }, ask) {
+function viewer(root, { size, cases, held, modalities, classes, palette }, ask, first) {
   const colors = new Uint32Array(bytes(palette).buffer);
   const state = { outline: true, near: false, heat: true };
   const names = ["center", "modality", "class"]; // of the columns of `cases` after the first
-  const filters = names.map(() => select(list));
+  const filters = names.map(() => select(() => list()));
   const chosen = select((k) => open(Number(k)));
   const ticks = Object.entries({ outline: "outline", near: "close-up", heat: "Grad-CAM" })
     .map(([key, name]) => [key, tick(name, (value) => set({ [key]: value }))]);
@@ -234,11 +236,11 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
     letters(context, ENDS[plane.across], ENDS[plane.down]);
   }
 
-  function list() { // the cases of the chosen center, modality and class; opens the first
+  function list(k) { // the cases of the chosen center, modality and class; opens k, or the first
     const fits = (one) => filters.every((filter, i) => ["", String(one[i + 1])].includes(filter.value));
     const found = cases.map((one, k) => [k, one[0]]).filter(([k]) => fits(cases[k]));
-    options(chosen, found, found[0]?.[0]);
-    return found.length ? open(found[0][0]) : say("no such case");
+    options(chosen, found, k ?? found[0]?.[0]);
+    return found.length ? open(k ?? found[0][0]) : say("no such case");
   }
 
   function say(why) { // in place of any picture: another patient's would be beside this case's name
@@ -261,12 +263,15 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
   }
 
   async function open(k) {
+    body.style.visibility = "hidden"; // never another patient's picture beside this name
+    wrong.textContent = "loading";
     const [about, buffers] = await fetched(k);
     if (Number(chosen.value) !== k) return; // another was chosen meanwhile
     if (about.wrong) return say(about.wrong);
     const item = opened(about, await numbers(about.arrays, buffers), size);
     if (Number(chosen.value) !== k) return;
     body.hidden = false;
+    body.style.visibility = "";
     wrong.textContent = "";
     const [low, high] = item.window;
     const span = Math.max(high - low, 1e-6);
@@ -279,14 +284,11 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
     setTimeout(fetchNext, 300);
   }
 
-  async function visit(k) { // from elsewhere in the page
-    for (let box = root; (box = box.parentElement.closest("details"));) box.open = true;
+  function visit(k) { // from elsewhere in the page
     filters.forEach((filter, i) => { filter.value = i < 2 ? cases[k][i + 1] : ""; });
-    await list();
-    chosen.value = k;
     root.scrollIntoView();
     chosen.focus({ preventScroll: true });
-    return open(k);
+    return list(k);
   }
 
   function layOut() {
@@ -307,10 +309,9 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask) 
     root.append(row(...filters.map((filter, i) => field(names[i], filter)), field("case", chosen)), wrong, body);
   }
 
-  const find = (id, modality) => cases.findIndex((one) => one[0] === id && one[2] === modality);
-  viewers.push({ has: (...name) => find(...name) >= 0, open: (...name) => visit(find(...name)) });
+  viewers.push({ cases, visit });
   layOut();
-  return list();
+  return first === undefined ? list() : visit(first);
 }
 
 VIEWS.viewer = viewer;

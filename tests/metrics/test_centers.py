@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from frames import random_run, rows
-from sklearn.metrics import confusion_matrix, roc_auc_score
+from sklearn.metrics import confusion_matrix
 
 from ipmn_core import metrics
 from ipmn_core.metrics import centers, inference
@@ -145,14 +145,6 @@ def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(three_classes
     assert len(summary) == 2 * 2 * (5 + 2 * 2 * 4)  # metrics, rules, centers of the one arm, of the others
 
 
-def test_high_risk_against_the_rest_is_the_last_class(three_classes, binary_predictions):
-    last = metrics.select(three_classes, "last")
-    y, prob = metrics.y_and_prob(centers.as_high_risk(last))
-    assert metrics.auc(y, prob) == pytest.approx(roc_auc_score(last["y_true"] == 2, last["prob_2"]))
-    same = centers.as_high_risk(binary_predictions)
-    np.testing.assert_allclose(same["prob_1"], binary_predictions["prob_1"])
-
-
 def test_confusions_are_scikit_learns_and_square_for_one_class(three_classes, binary_predictions):
     last = metrics.select(three_classes, "last")
     predicted = last[["prob_0", "prob_1", "prob_2"]].to_numpy().argmax(axis=1)
@@ -160,11 +152,3 @@ def test_confusions_are_scikit_learns_and_square_for_one_class(three_classes, bi
     one_class = binary_predictions.query("modality == 't2' and arm == 'centralized'")
     matrix = centers.confusion(centers.at(one_class, "AHN"))
     assert matrix.shape == (2, 2) and matrix.sum() == 12 and not matrix[1].any()
-
-
-def test_the_worst_case_is_that_whose_truth_was_least_probable(three_classes):
-    last = metrics.select(three_classes, "last")
-    worst = centers.most_wrong(last, 5)
-    given = last[["prob_0", "prob_1", "prob_2"]].to_numpy()[np.arange(len(last)), last["y_true"]]
-    np.testing.assert_allclose(worst["probability"], np.sort(given)[:5])
-    assert worst["case_id"].iloc[0] == last["case_id"].iloc[given.argmin()]

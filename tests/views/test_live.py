@@ -43,11 +43,18 @@ def tables(binary_predictions):
     three["y_true"] = np.arange(len(three)) % 3
     prob = np.random.default_rng(1).multinomial(8, (0.3, 0.3, 0.4), len(three)) / 8  # with many ties
     three[["prob_0", "prob_1", "prob_2"]] = prob
-    wrong = centers.most_wrong(first[(first["modality"] == "t2") & (first["center"] == "NYU")])
+    wrong = most_wrong(first[(first["modality"] == "t2") & (first["center"] == "NYU")])
     predictions = pd.concat([binary_predictions, first.assign(arm="local_only"), three], ignore_index=True)
     predictions["case_id"] = predictions["case_id"].replace(wrong["case_id"].iloc[0], HOSTILE)
     selected = centers.by_rules(predictions)
     return selected, centers.summary(selected, n_resamples=50)
+
+
+def most_wrong(rows):
+    """The 8 cases of one arm with the lowest probability of their true class, as the explorer lists them."""
+    y, prob = metrics.y_and_prob(rows)
+    found = rows.assign(predicted=prob.argmax(axis=1), probability=prob[np.arange(len(y)), y])
+    return found.sort_values("probability", kind="stable").head(8).reset_index(drop=True)
 
 
 def rows_of(table, **wanted):
@@ -424,7 +431,7 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_one_opens_in_the_viewer
     for modality, where in (("t1", {}), ("t1", {"center": "NYU"}), ("t2", {"center": "NYU"})):
         choose(page, modality=modality, **where)
         here = {"task": "binary", "modality": modality, "arm": "centralized", "rule": "best_test"}
-        wrong = centers.most_wrong(rows_of(tables[0], **here, **where))
+        wrong = most_wrong(rows_of(tables[0], **here, **where))
         names = LABEL_NAMES[True]
         expected = [[w.case_id, w.center, names[w.y_true], names[w.predicted]] for w in wrong.itertuples()]
         found = cells(page, "cases most wrong")
