@@ -6,13 +6,13 @@ CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
 MODALITIES = ("t1", "t2")
 LABELS = ("no risk", "low risk", "high risk")
 LABEL_NAMES = {False: LABELS, True: ("not high risk", "high risk")}  # by whether the task is binary
-TASKS = ("three_class", "binary")
+TASKS = ("multiclass", "binary")
 MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")  # as table 2
 ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # as table 3; the last is ours
 
 
 def class_names(task: str) -> tuple[str, ...]:
-    """Names of the classes of a task, `three_class` or `binary`, in the order of its labels."""
+    """Names of the classes of a task, `multiclass` or `binary`, in the order of its labels."""
     return LABEL_NAMES[task == "binary"]
 
 

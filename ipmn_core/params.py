@@ -63,10 +63,10 @@ class Params(BaseModel):
     fold_rule: Literal["center", "patient"] = setting(
         "center", "center as in the paper; patient keeps T1 and T2 of a patient in one fold"
     )
-    three_class_folds: int = setting(5, "folds of the three-class task", ge=2)
+    multiclass_folds: int = setting(5, "folds of the task of all classes", ge=2)
     binary_folds: int = setting(4, "folds of the binary task", ge=2)
     inner_validation: float = setting(0.0, "share of training cases to choose an epoch on", ge=0, le=0.5)
-    three_class_models: Distinct[str] = setting(MODELS, "networks of the three-class task")
+    multiclass_models: Distinct[str] = setting(MODELS, "networks of the task of all classes")
     binary_model: str = setting("densenet121", "network of the binary task")
     arms: Distinct[str] = setting(ARMS, "arms of the binary task; local_only is not in the paper")
     epochs: Count = setting(100, "centralized epochs")
@@ -99,8 +99,8 @@ class Params(BaseModel):
         return project_root() / self.outputs / self.profile
 
     def folds(self, task: str) -> int:
-        """The number of folds of a task, `three_class` or `binary`."""
-        return {"three_class": self.three_class_folds, "binary": self.binary_folds}[task]
+        """The number of folds of a task, `multiclass` or `binary`."""
+        return {"multiclass": self.multiclass_folds, "binary": self.binary_folds}[task]
 
     @property
     def phantom_root(self) -> Path:

@@ -70,7 +70,7 @@ def _prepare(p: Params, fresh: bool) -> None:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:
         probes.unfinished(p, task, cohort)
-    runs.train(p, ("binary", "three_class"), cohort)  # the longer runs first: workers end together
+    runs.train(p, ("binary", "multiclass"), cohort)  # the longer runs first: workers end together
     for task in TASKS:
         probes.fit(p, task, cohort)
 

@@ -40,10 +40,10 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
     """The 3-class benchmark in percent, rounded to 2 decimals, in the paper's row order.
 
     Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
-    `metrics.over_folds` (its global three_class rows count); `complexity` gives each model's MACs (10^9) and
+    `metrics.over_folds` (its global multiclass rows count); `complexity` gives each model's MACs (10^9) and
     parameters (10^6). Raises KeyError naming a model without them.
     """
-    rows = summary[(summary["task"] == "three_class") & (summary["center"] == "global")]
+    rows = summary[(summary["task"] == "multiclass") & (summary["center"] == "global")]
     table = rows.rename(columns={"arm": "model"}).assign(
         macs_g=[round(complexity[model][0], 2) for model in rows["arm"]],
         params_m=[round(complexity[model][1], 2) for model in rows["arm"]],

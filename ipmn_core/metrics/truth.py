@@ -38,7 +38,7 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
 def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """AUC of the oracle and the guideline over all `scans`: columns task, modality, arm, auc."""
     cases = scans.assign(arm="", fold=0, seed=0, epoch=1)
-    tasks = {"binary": (scans["label"] == 2).astype(int), "three_class": scans["label"]}
+    tasks = {"binary": (scans["label"] == 2).astype(int), "multiclass": scans["label"]}
     both = pd.concat([cases.assign(task=task, y_true=y) for task, y in tasks.items()])
     known = by_fold(reference_arms(both, truth))
     return known.loc[known["center"] == GLOBAL, ["task", "modality", "arm", "auc"]].reset_index(drop=True)

@@ -76,7 +76,7 @@ def _of_file(path: Path, size: int) -> Trained:
     n_classes = len(layers[-1]) if layers else 0
     if n_classes not in (2, 3):
         raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
-    return Trained(path, "densenet121", "binary" if n_classes == 2 else "three_class", size)
+    return Trained(path, "densenet121", "binary" if n_classes == 2 else "multiclass", size)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from ipmn_core.views.live import LiveView, answering, viewer_state
 from ipmn_core.views.results import overview
 from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
 
-TASKS = {"binary": "high risk or not", "three_class": "three classes"}
+TASKS = {"binary": "high risk or not", "multiclass": "three classes"}
 METRICS = [["auc", "AUC", "mean over folds"], ["acc", "accuracy", "all test cases"]]  # as in `intervals`
 
 

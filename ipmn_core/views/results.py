@@ -18,7 +18,7 @@ from ipmn_core.metrics import centers
 from ipmn_core.names import class_names, display_name
 from ipmn_core.views.style import BLACK, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
-TASKS = {"binary": "High risk", "three_class": "Three classes"}
+TASKS = {"binary": "High risk", "multiclass": "Three classes"}
 
 
 def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
@@ -139,7 +139,7 @@ def against_paper(table: pd.DataFrame, metric: str = "auc") -> Figure:
     """Table 2 as a picture: a metric in percent for each model, ours filled, the paper's hollow."""
     sides = _over_folds(table, metric) | _over_folds(table, metric, "_paper", "paper_")
     table = table.rename(columns={"model": "center", "modality": "arm"})
-    table = table.assign(**sides, task="three_class", modality="")
+    table = table.assign(**sides, task="multiclass", modality="")
     xlabel = f"{metric.upper()} (%), mean ± standard deviation over folds"
     return forest(table, xlabel, "network", limits=None)
 

@@ -8,13 +8,13 @@ from ipmn_core import metrics
 from ipmn_core.metrics import calibration
 
 pytestmark = pytest.mark.filterwarnings("error")
-ARMS = {"binary": ("fedavg", "centralized"), "three_class": ("resnet34", "densenet121")}
+ARMS = {"binary": ("fedavg", "centralized"), "multiclass": ("resnet34", "densenet121")}
 
 
 def forecast(y, prob, center="NYU", task="binary", modality="t2", arm="fedavg", fold=0):
     """One run; prob (N,) of high risk, the rest going to the lower classes."""
     prob = np.asarray(prob, dtype=float)
-    lower = {"binary": [1 - prob], "three_class": [(1 - prob) / 2, (1 - prob) / 2]}[task]
+    lower = {"binary": [1 - prob], "multiclass": [(1 - prob) / 2, (1 - prob) / 2]}[task]
     return rows(y, np.column_stack([*lower, prob]), center, task, modality, arm, fold)
 
 
@@ -25,7 +25,7 @@ def selected():
     for task, arms in reversed(ARMS.items()):
         for modality in ("t2", "t1"):
             for fold in range(3):
-                y = rng.integers(0, 3 if task == "three_class" else 2, 50)
+                y = rng.integers(0, 3 if task == "multiclass" else 2, 50)
                 center = rng.choice(["EMC", "NYU", "AHN"], 50)
                 for arm in arms:
                     prob = np.clip(rng.normal(0.3 + 0.1 * y, 0.25), 0, 1).round(2)
@@ -47,10 +47,10 @@ def loop_bins(prob):
 
 
 def test_high_risk_is_the_highest_class_of_either_task():
-    both = pd.concat([forecast([0, 1], [0.2, 0.7]), forecast([0, 1, 2], [0.1, 0.3, 0.6], task="three_class")])
+    both = pd.concat([forecast([0, 1], [0.2, 0.7]), forecast([0, 1, 2], [0.1, 0.3, 0.6], task="multiclass")])
     y, prob = calibration.high_risk(both[both["task"] == "binary"])  # prob_2 is NaN here
     assert y.tolist() == [False, True] and prob.tolist() == [0.2, 0.7]
-    y, prob = calibration.high_risk(both[both["task"] == "three_class"])
+    y, prob = calibration.high_risk(both[both["task"] == "multiclass"])
     assert y.tolist() == [False, False, True] and prob.tolist() == [0.1, 0.3, 0.6]
     with pytest.raises(ValueError, match="several tasks"):
         calibration.high_risk(both)
@@ -108,7 +108,7 @@ def test_a_threshold_at_the_specificity_itself_counts_and_so_does_one_on_a_strai
 
 
 @pytest.mark.parametrize(("y", "reason"), [(0, "no high-risk case"), (1, "no other case")])
-@pytest.mark.parametrize(("task", "high"), [("binary", 1), ("three_class", 2)])
+@pytest.mark.parametrize(("task", "high"), [("binary", 1), ("multiclass", 2)])
 def test_a_center_of_one_class_says_why_its_sensitivity_is_undefined(task, high, y, reason):
     other = forecast([y * high, y * high], [0.3, 0.5], "AHN", task, fold=1)
     table = calibration.table(pd.concat([forecast([0, high], [0.2, 0.4], "NYU", task), other]))

@@ -24,7 +24,7 @@ def run(n=90, n_classes=2, folds=3, seed=0, signal=0.5, center_effect=0.0, **nam
     prob[i, y] += signal
     prob[:, -1] += center_effect * center
     prob = (prob / prob.sum(axis=1, keepdims=True)).round(2)
-    task = "binary" if n_classes == 2 else "three_class"
+    task = "binary" if n_classes == 2 else "multiclass"
     names = {"modality": "t1", "task": task, "arm": "centralized"} | names
     fold = i // (n_classes * len(CENTERS)) % folds
     return rows(y, prob, np.array(CENTERS)[center], fold=fold, **names)
@@ -229,11 +229,11 @@ def test_every_arm_is_compared_with_the_reference_case_by_case():
         assert sorted(table[f"{name}_holm"]) == pytest.approx([2 * low, max(2 * low, high)])
 
 
-def test_three_classes_have_the_corrected_t_alone_and_holm_is_over_all_tasks():
+def test_multiclasses_have_the_corrected_t_alone_and_holm_is_over_all_tasks():
     three = [run(n_classes=3, seed=seed, arm=arm) for seed, arm in enumerate(("centralized", "resnet34"))]
     two = [run(seed=seed, arm=arm, signal=0.1 + seed) for seed, arm in enumerate(("centralized", "fedavg"))]
     table = inference.compare_arms(pd.concat([*three, *two], ignore_index=True))
-    assert table["task"].tolist() == ["three_class", "binary"]
+    assert table["task"].tolist() == ["multiclass", "binary"]
     row = table.iloc[0]
     assert row["undefined"] == "DeLong is for two classes"
     assert row[["difference", "low", "high", "z", "p_delong", "p_delong_holm"]].isna().all()

@@ -27,7 +27,7 @@ def test_auc_agrees_with_scikit_learn_and_is_exactly_that_of_counted_pairs(seed)
     y, p = metrics.y_and_prob(random_run(2, epochs=1, seed=seed))
     assert metrics.auc(y, p) == pytest.approx(roc_auc_score(y, p[:, 1]), abs=1e-12)  # float64 sums
     assert metrics.auc(y, p) == pairwise_auc(y == 1, p[:, 1])
-    y, p = metrics.y_and_prob(random_run(3, epochs=1, seed=seed, task="three_class"))
+    y, p = metrics.y_and_prob(random_run(3, epochs=1, seed=seed, task="multiclass"))
     p /= p.sum(axis=1, keepdims=True)  # scikit-learn insists on rows that sum to one
     expected = roc_auc_score(y, p, multi_class="ovr", average="macro", labels=[0, 1, 2])
     assert metrics.auc(y, p) == pytest.approx(expected, abs=1e-12)
@@ -56,7 +56,7 @@ def test_a_diverged_run_is_refused_by_name():
 def test_global_accuracy_weights_centers_by_their_images_and_so_equals_the_pooled_accuracy():
     fold = rows([1, 1, 1, 0], [0.9, 0.9, 0.1, 0.9], center=["NYU", "NYU", "NYU", "AHN"])
     assert global_accuracy(fold) == (2 / 3 * 3 + 0 * 1) / 4
-    fold = random_run(3, epochs=1, n=137, task="three_class")
+    fold = random_run(3, epochs=1, n=137, task="multiclass")
     assert global_accuracy(fold) == pytest.approx(metrics.accuracy(*metrics.y_and_prob(fold)), abs=1e-12)
 
 
@@ -158,7 +158,7 @@ def test_every_absent_class_is_named():
     ("spoil", "message"),
     [
         (lambda f: f.drop(columns=["fold", "prob_1"]), "no column fold, prob_1"),
-        (lambda f: f.assign(task="three_class"), "no column prob_2"),
+        (lambda f: f.assign(task="multiclass"), "no column prob_2"),
         (
             lambda f: pd.concat([f, f.iloc[[7]]]),
             r"row 180 \(case case_7 of binary/t2/fedavg/fold0, epoch 1\)",

@@ -24,7 +24,7 @@ def test_oracle_and_guideline_answer_for_the_same_cases_in_the_same_folds(patien
         [*halves, run.assign(modality="t1"), run.assign(modality="t1", arm="centralized"), three]
     )
     known = metrics.check(truth.reference_arms(arms, patients))
-    sizes = {("binary", "guideline"): 120, ("binary", "oracle"): 120, ("three_class", "oracle"): 60}
+    sizes = {("binary", "guideline"): 120, ("binary", "oracle"): 120, ("multiclass", "oracle"): 60}
     assert known.groupby(["task", "arm"]).size().to_dict() == sizes
     columns = ["task", "modality", "fold", "case_id", "y_true"]
     theirs = arms[columns].drop_duplicates().sort_values(columns, ignore_index=True)
@@ -40,7 +40,7 @@ def test_the_ceiling_of_a_cohort_is_the_auc_of_its_true_probabilities(patients):
     ceiling = truth.ceiling(scans, patients).set_index(["task", "modality", "arm"])["auc"].sort_index()
     assert len(ceiling) == 6
     for modality in ("t1", "t2"):
-        high, three = ceiling["binary", modality], ceiling["three_class", modality]
+        high, three = ceiling["binary", modality], ceiling["multiclass", modality]
         assert high["oracle"] == pytest.approx(roc_auc_score(label == 2, prob[:, 2]), abs=1e-12)
         assert high["guideline"] == pytest.approx(roc_auc_score(label == 2, patients["guideline"]), abs=1e-12)
         assert three["oracle"] == pytest.approx(roc_auc_score(label, prob, multi_class="ovr"), abs=1e-12)

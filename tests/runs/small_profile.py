@@ -12,8 +12,8 @@ from ipmn_core import models, params
 from ipmn_core.data import Cohort
 
 PROFILE = {
-    **{"profile": "t", "size": 32, "modalities": ["t1"], "three_class_folds": 2, "binary_folds": 2},
-    **{"three_class_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized"]},
+    **{"profile": "t", "size": 32, "modalities": ["t1"], "multiclass_folds": 2, "binary_folds": 2},
+    **{"multiclass_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized"]},
     **{"epochs": 3, "rounds": 3, "threads": 1, "device": "cpu", "checkpoint_seconds": 0.0},
 }
 

@@ -47,7 +47,7 @@ def times(folder):
 def test_a_run_leaves_the_contract_and_is_not_repeated(trained, cohort):
     predictions = runs.predictions(trained, "binary")
     assert list(predictions.columns) == [*CONTRACT, "prob_0", "prob_1"]
-    assert list(runs.predictions(trained, "three_class").columns) == [*CONTRACT, "prob_0", "prob_1", "prob_2"]
+    assert list(runs.predictions(trained, "multiclass").columns) == [*CONTRACT, "prob_0", "prob_1", "prob_2"]
     assert not predictions.duplicated(["case_id", "arm", "fold", "epoch"]).any()
     assert predictions.groupby(["arm", "epoch"])["case_id"].nunique().eq(24).all()  # each case is tested once
     assert set(predictions["epoch"]) == {1, 2, 3}
@@ -231,7 +231,7 @@ def test_results_are_read_task_by_task(trained, copied):
     assert runs.histories(trained, "binary").groupby(["arm", "fold"])["epoch"].agg(list).map(len).eq(3).all()
     shutil.rmtree(copied.folder / "runs" / "binary")
     pd.testing.assert_frame_equal(runs.finished_predictions(copied)[0], both[0])
-    shutil.rmtree(copied.folder / "runs" / "three_class")
+    shutil.rmtree(copied.folder / "runs" / "multiclass")
     with pytest.raises(FileNotFoundError, match="no task is finished"):
         runs.finished_predictions(copied)
 
