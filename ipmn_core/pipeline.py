@@ -64,7 +64,7 @@ def _prepare(p: Params, fresh: bool) -> None:
         runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
     scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
-        data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+        data.assign_folds(scans, p.folds(task), p.fold_rule, task)
     cohort = data.load_cohort(p)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ipmn_core import data, federated, params
-from ipmn_core.names import class_names
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, load
 
@@ -53,7 +52,7 @@ def predict(
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
-    folds = names.join(pd.DataFrame(prob, columns=list(class_names(of.task))))
+    folds = names.join(pd.DataFrame(prob, columns=list(of.classes)))
     longest, warnings = float(np.max(np.multiply(roi.shape, roi.header.get_zooms()))), []
     if longest > LONGEST_MM:
         warnings = [f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"]

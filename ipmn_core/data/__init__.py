@@ -1,7 +1,17 @@
-"""From disk to cubes: the table of scans, folds, ROI cubes."""
+"""From disk to cubes: the cohort, its table of scans, folds, ROI cubes."""
 
-from ipmn_core.data.check import inspect, volume_problems
-from ipmn_core.data.cohort import Cohort, load_cohort, open_cohort, read, read_truth, subset, table1
+from ipmn_core.data.check import volume_problems
+from ipmn_core.data.cohort import (
+    PAPER,
+    Cohort,
+    classes_of,
+    inspect,
+    load_cohort,
+    open_cohort,
+    read_truth,
+    subset,
+    table1,
+)
 from ipmn_core.data.cubes import (
     ScanError,
     area_weights,
@@ -15,5 +25,5 @@ from ipmn_core.data.cubes import (
     scanner_facts,
     to_cube,
 )
-from ipmn_core.data.folds import assign_folds, inner_validation
+from ipmn_core.data.folds import assign_folds, inner_validation, targets
 from ipmn_core.data.releases import CohortError, case_name

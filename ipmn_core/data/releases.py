@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from ipmn_core.names import CENTERS, MODALITIES
 
-SCAN_COLUMNS = ["case_id", "patient_id", "center", "modality", "label", "image", "mask"]
+SCAN_COLUMNS = ["case_id", "patient_id", "center", "modality", "label"]
+SCAN_COLUMNS += ["fold_multiclass", "fold_binary", "image", "mask"]
 NA = ("", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none")  # cells that say "missing"
 
 # The words in a scan's name that give its center; CAD scans are Mayo Clinic Florida's.
@@ -105,7 +106,7 @@ def _list_scans(root, sheets, folders, listed):
 def _sheet_rows(path, wanted):
     """(row number in the spreadsheet, {what is wanted: cell}) of every row below the header."""
     try:
-        header, *rows = _workbook(path) or [()]
+        header, *rows = workbook(path) or [()]
     except Exception as error:  # a damaged workbook raises whatever its zip, XML or cells provoke
         raise CohortError(path, f"cannot be read ({error})", "save or download the sheet again") from error
     headers = ["" if _blank(cell) else str(cell).strip() for cell in header]
@@ -123,7 +124,7 @@ def _sheet_rows(path, wanted):
     return list(enumerate(cells, start=2))
 
 
-def _workbook(path):
+def workbook(path):
     """The rows of a workbook's first sheet; a formula is its last value or, if never computed, its text.
 
     Not `pandas.read_excel`, to which a formula never computed and an error such as #REF! are blank cells.
@@ -179,7 +180,7 @@ def _checked_scan(rows):
         found = " and ".join(sorted(centers)) or "no center"
         text = f"the name {name!r} gives {found}; known prefixes: {', '.join(CENTER_WORDS)}"
         raise CohortError(where, text, "rename the scan in the sheet and on disk")
-    return scan | {"label": int(label[0]), "center": centers.pop()}
+    return scan | {"label": int(label[0]), "center": centers.pop(), "fold_multiclass": "", "fold_binary": ""}
 
 
 def _index_files(folder):

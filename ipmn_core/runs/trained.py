@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
 from ipmn_core import models
-from ipmn_core.names import TASKS, class_names
+from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.runs.grid import LOCAL_ONLY
 
 
@@ -27,6 +28,7 @@ class Trained:
     weights: Path
     network: str
     task: str
+    classes: tuple[str, ...]
     size: int  # edge of its cubes, voxels
     modality: str | None = None
     arm: str | None = None
@@ -61,11 +63,13 @@ def _of_run(folder: Path) -> Trained:
     if not path.exists():
         raise PredictError(f"{folder} holds no finished run (no run.json); train it, or leave it out")
     try:
-        of = json.loads(path.read_text())["settings"]
+        record = json.loads(path.read_text())
+        of = record["settings"]
         models.factory(of["model"])
         if of["task"] not in TASKS:
             raise ValueError(f"unknown task {of['task']!r}")
-        known = [of[key] for key in ("model", "task", "size", "modality", "arm", "fold")]
+        known = [of["model"], of["task"], tuple(record["classes"])]
+        known += [of[key] for key in ("size", "modality", "arm", "fold")]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
     return Trained(folder / "model.pt", *known)
@@ -76,7 +80,8 @@ def _of_file(path: Path, size: int) -> Trained:
     n_classes = len(layers[-1]) if layers else 0
     if n_classes not in (2, 3):
         raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
-    return Trained(path, "densenet121", "binary" if n_classes == 2 else "multiclass", size)
+    task, names = ("binary", binary_names(LABELS[2:])) if n_classes == 2 else ("multiclass", LABELS)
+    return Trained(path, "densenet121", task, names, size)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -101,12 +106,13 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     """
     state, source = weights(trained.weights), str(trained.weights)
     if trained.arm == LOCAL_ONLY:
-        if center not in centers(state):
-            wrong, known = f", not {center}" if center else "", ", ".join(centers(state))
+        clients = centers(trained)
+        if center not in clients:
+            wrong, known = f", not {center}" if center else "", ", ".join(clients)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
-        mine, source = f"{center}.", f"{source}, {center}"
+        mine, source = f"{clients.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
-    network = models.build(trained.network, len(class_names(trained.task)))
+    network = models.build(trained.network, len(trained.classes))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:  # torch names what is missing, unexpected, of another shape
@@ -119,6 +125,8 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     return network.eval()
 
 
-def centers(state: dict[str, torch.Tensor]) -> list[str]:
-    """The centers whose networks a state dict of the arm `local_only` holds."""
-    return list(dict.fromkeys(key.partition(".")[0] for key in state))
+def centers(trained: Trained) -> list[str]:
+    """The centers whose networks the weights of the arm `local_only` hold, in order, by `splits.csv`."""
+    splits = pd.read_csv(trained.weights.with_name("splits.csv"), dtype=str, keep_default_na=False)
+    clients = set(splits.loc[splits["role"] == "train", "center"])
+    return [center for center in splits["center"].unique() if center in clients]
