@@ -1,4 +1,4 @@
-"""The reader of both releases and its errors, on tiny cohorts written to disk."""
+"""The reader of the releases and its errors, on tiny cohorts written to disk."""
 
 import re
 import shutil
@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import first_release, only_error, problems_of, save_sheet, save_volume, second_release
+from sklearn.model_selection import StratifiedKFold
+from tiny import (
+    first_release,
+    only_error,
+    problems_of,
+    save_sheet,
+    save_volume,
+    second_release,
+    third_release,
+)
 
 from ipmn_core import data
-from ipmn_core.data.releases import SCAN_COLUMNS
+from ipmn_core.data.releases import SCAN_COLUMNS, read_release
 
 T1_SHEET, ROI = "IPMN_labels_t1_total.xlsx", "t1_clean_ROI"
 
@@ -21,7 +30,7 @@ def test_a_case_name_has_no_suffix_and_no_trailing_channel_number():
     assert data.case_name("EMC_0000_002.nii.gz") == "EMC_0000_002"
 
 
-# The two layouts
+# The first and the second layout
 
 
 def test_a_name_gives_its_center(tmp_path):
@@ -56,7 +65,7 @@ def test_the_second_release_is_read_with_masks_and_the_row_as_patient(tmp_path):
     second_release(tmp_path, [("CAD_28_T1", "CAD_28_T2", 1), (None, "EMC_01_002", 0), ("IU_2", None, 2)])
     scans = data.read(tmp_path)
     assert scans["case_id"].tolist() == ["CAD_28_T1", "IU_2", "CAD_28_T2", "EMC_01_002"]
-    assert scans["patient_id"].tolist() == ["cad_28_t1", "iu_2", "cad_28_t1", "emc_01_002"]
+    assert scans["patient_id"].tolist() == ["cad_28", "iu_2", "cad_28", "emc_01_002"]
     assert scans["label"].tolist() == [1, 2, 1, 0]
     assert scans["mask"].tolist()[2] == str(tmp_path / "IPMN_images_masks/t2/masks/CAD_28_T2.nii.gz")
 
@@ -89,6 +98,232 @@ def test_a_first_release_with_one_modality_only_is_read_whole_labels_as_number_o
     (tmp_path / "IPMN_labels_t2_total.xlsx").unlink()
     (tmp_path / "t2_clean_ROI").rmdir()
     assert data.read(tmp_path)["label"].tolist() == [1] * 5
+
+
+def test_names_of_every_kind_in_the_data_set_give_center_and_folds_in_sheet_order(tmp_path):
+    kinds = {
+        "NYU": ["nyu_{:04}"],
+        "MCF": ["CAD_{:02}", "MCF_{:02}"],
+        "NU": ["NU_{:02}", "northwestern_{:04}"],
+    }
+    kinds |= {"AHN": ["AHN{:02}"], "MCA": ["mca_{:02}"], "IU": ["IU_{:02}"]}
+    kinds |= {"EMC": ["EMC{:03}", "EMC_{:02}_001"]}
+    rows = [
+        (kind.format(i), 2 * (i % 3 == 0)) for of in kinds.values() for kind in of for i in range(90, 102)
+    ]
+    scans = data.read(first_release(tmp_path, t1=rows))
+    assert scans.groupby("center", sort=False).size().to_dict() == {
+        c: 12 * len(of) for c, of in kinds.items()
+    }
+    folds = data.assign_folds(scans, 4, "center", binary=True)
+    for _, here in scans.groupby("center"):
+        for k, (_, test) in enumerate(StratifiedKFold(4).split(here, here["label"] == 2)):
+            assert (folds[here.index[test]] == k).all()
+
+
+@pytest.mark.parametrize(
+    ("t1", "t2"),
+    [
+        ("CAD_28_T1", "CAD_28_T2"),
+        ("nyu_7-t1", "NYU_7-t2"),
+        ("iu_3 T1", "iu_3 T2"),
+        ("EMC_01_002.t1.nii.gz", "EMC_01_002.t2.nii.gz"),
+        ("AHN05_T1W_0000", "ahn05_T2w_0000"),
+        ("T1_NU_04", "T2_NU_04"),
+        ("mca_T1_05", "mca_T2_05"),
+        ("nyu_7", "nyu_7_T2"),
+    ],
+)
+def test_names_that_differ_in_the_modality_are_one_patients(tmp_path, t1, t2):
+    scans, problems = data.inspect(first_release(tmp_path, t1=[(t1, 1)], t2=[(t2, 2)]))
+    assert len(scans) == 2 and scans["patient_id"].nunique() == 1
+    assert "different labels" in problems[problems["severity"] == "warning"]["problem"].iloc[0]
+    second_release(tmp_path / "2", [(t1, None, 1), (None, t2, 1)])
+    assert data.read(tmp_path / "2")["patient_id"].nunique() == 1
+
+
+def test_names_that_only_look_like_a_modality_stay_apart(tmp_path):
+    names = ["nyu_1", "nyu_t10", "nyu_1_t2", "nyu_set1", "nyu_2"]
+    scans = data.read(first_release(tmp_path, t1=[(name, 1) for name in names]))
+    assert scans["patient_id"].tolist() == names
+
+
+# Copies of one modality
+
+
+@pytest.mark.parametrize("other", ["t1", "t2"])
+@pytest.mark.parametrize("release", ["first", "second", "third"])
+def test_a_copy_of_one_modality_is_read_without_an_error(tmp_path, release, other):
+    if release == "first":
+        first_release(tmp_path, t1=[("nyu_1", 1)], t2=[("nyu_1", 1)])
+        shutil.rmtree(tmp_path / f"{other}_clean_ROI")
+    elif release == "second":
+        second_release(tmp_path, [("nyu_1", "nyu_1", 1)])
+        shutil.rmtree(tmp_path / f"IPMN_images_masks/{other}")
+    else:
+        third_release(tmp_path, [("nyu_1", "nyu_1", 1, None)])
+        shutil.rmtree(tmp_path / f"IPMN_images_masks/{other}")
+        shutil.rmtree(tmp_path / f"IPMN_Classification/{other}")
+    assert data.read(tmp_path)["modality"].tolist() == [{"t1": "t2", "t2": "t1"}[other]]
+    assert any(f"1 labelled {other} scans are left out" in note for note in problems_of(tmp_path, "note"))
+
+
+# The third layout
+
+THIRD = [("CAD_28_T1", "CAD_28_T2", 1, "no change in 5 years"), ("EMC_01_002", "EMC007", 0, None)]
+THIRD += [("IU_2", None, 2, "resected"), (None, "nyu_4", 2, "No change")]
+T1_VOLUMES, T1_ROI = "IPMN_images_masks/t1/images", "IPMN_Classification/t1"
+
+
+def test_the_third_release_is_read_from_images_and_masks_and_says_so(tmp_path):
+    scans = data.read(third_release(tmp_path, THIRD))
+    assert scans["case_id"].tolist() == ["CAD_28_T1", "EMC_01_002", "IU_2", "CAD_28_T2", "EMC007", "nyu_4"]
+    patients = ["cad_28", "emc_01_002", "iu_2", "cad_28", "emc_01_002", "nyu_4"]
+    assert scans["patient_id"].tolist() == patients and scans["label"].tolist() == [1, 0, 2, 1, 0, 2]
+    assert scans["image"][2] == str(tmp_path / T1_VOLUMES / "IU_2.nii.gz")
+    assert scans["mask"][2] == str(tmp_path / "IPMN_images_masks/t1/masks/IU_2.nii.gz")
+    assert set(scans["fold_binary"]) == set(scans["fold_multiclass"]) == {""}
+    assert not [warning for warning in problems_of(tmp_path, "warning") if "folds" not in warning]
+    note = f"3 t1 scans are read from {T1_VOLUMES} and IPMN_images_masks/t1/masks, not from {T1_ROI}"
+    assert any(note in said for said in problems_of(tmp_path, "note"))
+
+
+@pytest.mark.parametrize("sheets", [("t1", "t2", "both"), ("t1", "t2"), ("both",)])
+@pytest.mark.parametrize(("roi", "volumes"), [(True, False), (False, True)])
+def test_parts_of_the_third_release_are_read(tmp_path, sheets, roi, volumes):
+    scans = data.read(third_release(tmp_path, THIRD, sheets, roi, volumes))
+    assert len(scans) == 6 and all(scans["mask"] == "") == roi
+    assert scans["image"][2] == str(tmp_path / (T1_ROI if roi else T1_VOLUMES) / "IU_2.nii.gz")
+    by_row = "both" in sheets  # EMC_01_002 and EMC007 are one patient only there
+    assert scans["patient_id"].nunique() == (4 if by_row else 5)
+
+
+def test_few_cases_of_the_third_release_are_one_warning_and_half_a_case_is_an_error(tmp_path):
+    third_release(tmp_path, [(f"nyu_{i}", None, 1, None) for i in range(20)], roi=False)
+    folders = [tmp_path / "IPMN_images_masks/t1" / kind for kind in ("images", "masks")]
+    for i in range(3, 20):
+        for folder in folders:
+            (folder / f"nyu_{i}.nii.gz").unlink()
+    assert data.read(tmp_path)["case_id"].tolist() == ["nyu_0", "nyu_1", "nyu_2"]
+    (warning,) = [w for w in problems_of(tmp_path, "warning") if "no file" in w]
+    assert "17 of 20 labelled t1 scans" in warning and "nyu_3, nyu_4" in warning and "nyu_19" not in warning
+    (folders[1] / "nyu_2.nii.gz").unlink()
+    only_error(tmp_path, "row 4", "no mask of 'nyu_2'", folders[1])
+    for folder in folders:
+        for i in range(3):
+            (folder / f"nyu_{i}.nii.gz").unlink(missing_ok=True)
+        save_volume(folder / "nyu_99.nii.gz")
+    only_error(tmp_path, "20 of 20 labelled t1 scans", "download")
+
+
+def test_images_of_the_third_release_without_a_sheet_or_masks_are_an_error(tmp_path):
+    third_release(tmp_path / "1", THIRD, sheets=("t2",), roi=False)
+    only_error(
+        tmp_path / "1", "no label sheet for the t1 scans", "IPMN_labels_t1_total.xlsx", "IPMN_labels_total"
+    )
+    third_release(tmp_path / "2", THIRD, roi=False)
+    shutil.rmtree(tmp_path / "2/IPMN_images_masks/t1/masks")
+    only_error(tmp_path / "2", "IPMN_images_masks/t1/masks", "no such folder")
+
+
+def test_a_mix_of_releases_is_refused(tmp_path):
+    third_release(first_release(tmp_path), THIRD)
+    only_error(tmp_path, "parts of two releases, first and third")
+
+
+def test_labels_that_differ_between_the_sheets_of_the_third_release_are_a_warning(tmp_path):
+    third_release(tmp_path, THIRD)
+    sheet = tmp_path / T1_ROI / ".." / T1_SHEET
+    save_sheet(sheet, ["Name", "Risk"], [("CAD_28_T1", 2), ("EMC_01_002", None), ("IU_2", "2.0")])
+    labels = data.read(tmp_path).query("modality == 't1'")
+    assert labels["label"].tolist() == [2, 2] and labels["patient_id"].tolist() == ["cad_28", "iu_2"]
+    warnings = [w for w in problems_of(tmp_path, "warning") if "the first is used" in w]
+    assert "CAD_28_T1 has the label '2', but '1' in IPMN_labels_total.xlsx row 2" in warnings[0]
+    assert len(warnings) == 2 and f"{T1_SHEET} row 3 | EMC_01_002 has the label ''" in warnings[1]
+
+
+def test_unnamed_columns_of_the_third_release_are_those_of_the_authors_code_if_their_cells_fit(tmp_path):
+    third_release(tmp_path, THIRD, sheets=("t1",))
+    sheet = tmp_path / "IPMN_Classification" / T1_SHEET
+    rows = [("CAD_28_T1", 60, 1, 1, 1, 2), ("IU_2", 50, 0, 0, 0, 0)]
+    for headers in (["x", "Age", "c", "d", "e", "Grade"], ["ID", "Age", "Risk c", "d", "e", "Risk f"]):
+        save_sheet(sheet, headers, rows)
+        shutil.rmtree(tmp_path / "IPMN_Classification/t2", ignore_errors=True)
+        shutil.rmtree(tmp_path / "IPMN_images_masks/t2", ignore_errors=True)
+        assert data.read(tmp_path)["label"].tolist() == [2, 0]
+        (said,) = [w for w in problems_of(tmp_path, "warning") if "the label is read" in w]
+        assert f"column 6, {headers[5]!r}" in said
+    save_sheet(sheet, headers, [*rows, ("EMC_01_002", 40, 0, 0, 0, "low")])
+    only_error(tmp_path, T1_SHEET, "'Risk c' or 'Risk f'", "rename")
+
+
+def test_the_histology_cohort_is_without_those_followed_up_without_change(tmp_path):
+    third_release(tmp_path, THIRD)
+    problems = []
+    scans, _ = read_release(tmp_path, problems, cohort="histology")
+    assert [s["case_id"] for s in scans] == ["EMC_01_002", "IU_2", "EMC007", "nyu_4"]
+    assert sum("1 t1 scans are followed up" in problem[2] for problem in problems) == 1
+    first_release(tmp_path / "1", t1=[("nyu_1", 1)])
+    assert read_release(tmp_path / "1", problems, cohort="histology")[0] == []
+    assert problems[-1][0] == "error" and "follow-up" in problems[-1][2] and "all" in problems[-1][3]
+
+
+# The third release's folds
+
+SPLIT = [("nyu_0", 0), ("nyu_1", 1), ("CAD_2", 2), ("IU_3", 3), ("nyu_4", 0), ("nyu_5", 1)]
+SPLIT_FILES = {
+    "names and folds": "label,Fold,name\n" + "".join(f"{f % 3},{f},{n}\n" for n, f in SPLIT),
+    "by content": ",a,b,c\n" + "".join(f"{i},x/{n}.nii.gz,{f % 2},{f}\n" for i, (n, f) in enumerate(SPLIT)),
+    "semicolons": "patient;path;fold\n" + "".join(f"{n}.nii.gz;t1/{n}.nii.gz;fold_{f}\n" for n, f in SPLIT),
+    "rows of train and test": "fold,case,split\n"
+    + "".join(f"{k},{n},{'test' if f == k else 'train'}\n" for k in range(4) for n, f in SPLIT),
+    "a column of train and val per fold": "ID,fold0,fold1,fold2,fold3\n"
+    + "".join(f"{n},{','.join('val' if f == k else 'train' for k in range(4))}\n" for n, f in SPLIT),
+    "a column of names per fold": "test 0,train 0,test 1,test 2,test 3\n"
+    "nyu_0,nyu_1,nyu_1,CAD_2,IU_3\nnyu_4,CAD_2,NYU_5,,\n",
+}
+
+
+@pytest.mark.parametrize("form", SPLIT_FILES)
+def test_official_folds_are_found_by_content(tmp_path, form):
+    rows = [(name, None, 0, None) for name, _ in SPLIT[:5]] + [("nyu_9", None, 2, None)]
+    files = {"2-class/t1.csv": SPLIT_FILES[form], "2-class/t2.csv": "any,thing\n1,2\n"}
+    scans = data.read(third_release(tmp_path, rows, splits=files))
+    assert scans["fold_binary"].tolist() == ["0", "1", "2", "3", "0", ""]
+    assert set(scans["fold_multiclass"]) == {""}
+    (note,) = [n for n in problems_of(tmp_path, "note") if "no fold" in n]
+    assert "2-class/t1.csv | 1 of 6 t1 scans have no fold: nyu_9" in note
+
+
+def test_a_case_in_two_official_folds_is_named_and_has_none(tmp_path):
+    split = "name,fold\n" + "".join(f"{n},{f}\n" for n, f in [*SPLIT, ("NYU_1.nii.gz", 2), ("CAD_2", 2)])
+    third_release(tmp_path, [(n, None, 0, None) for n, _ in SPLIT], splits={"3-class/t1.csv": split})
+    assert data.read(tmp_path)["fold_multiclass"].tolist() == ["0", "", "2", "3", "0", "1"]
+    (warning,) = [w for w in problems_of(tmp_path, "warning") if "fold" in w and "3-class" in w]
+    assert "1 of 6 t1 scans are in two folds: nyu_1 |" in warning and "official" in warning
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "name,fold\n",
+        "name,label\nnyu_0,1\nnyu_1,0\n",
+        "a,b\n1,2\n",
+        "nyu_0,0\nnyu_1,1\n",
+        "name,outer fold,inner fold\nnyu_0,0,1\nnyu_1,1,0\n",
+        "T1,T2,fold\nnyu_0,CAD_0,0\nnyu_1,CAD_1,1\n",
+        "name,use\nnyu_0,train\nnyu_1,test\n",
+        "a,b\nnyu_0,nyu_1\n",
+    ],
+)
+def test_a_split_file_that_is_unclear_is_shown_and_gives_no_fold(tmp_path, content):
+    rows = [("nyu_0", None, 0, None), ("nyu_1", None, 0, None)]
+    third_release(tmp_path, rows, splits={"2-class/t1.csv": content})
+    assert data.read(tmp_path)["fold_binary"].tolist() == ["", ""]
+    (warning,) = [w for w in problems_of(tmp_path, "warning") if "unclear" in w]
+    header = content.partition("\n")[0]
+    assert "2-class/t1.csv" in warning and str(header.split(",") if header else []) in warning
 
 
 # Columns
@@ -139,10 +374,10 @@ def empty(sheet):
     [
         (lambda root: second_release(root, []), ["two releases", "in its own"]),
         (lambda root: shutil.rmtree(root), ["no label sheets", T1_SHEET, "IPMN_labels_total.xlsx"]),
-        (lambda root: (root / T1_SHEET).unlink(), [T1_SHEET, "cannot be read"]),
+        (lambda root: (root / T1_SHEET).unlink(), ["no label sheet for the t1 scans", T1_SHEET]),
         (lambda root: (root / T1_SHEET).write_bytes(b"no workbook"), [T1_SHEET, "cannot be read"]),
         (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),
-        (lambda root: (root / ROI).rename(root / "x"), [ROI, "no such folder"]),
+        (lambda root: (root / ROI).rename(root / "x"), ["no labelled scan has its files"]),
         (lambda root: (root / ROI / "nyu_2.nii.gz").unlink(), [f"{T1_SHEET} row 3", "nyu_2.nii.gz", ROI]),
         (lambda root: save_volume(root / ROI / "nyu_2_0000.nii.gz"), ["row 3", "nyu_2_0000", "keep one"]),
     ],
