@@ -59,8 +59,8 @@ def read_release(root, problems, cohort="all"):
     scans, unlabelled = [], dict.fromkeys(MODALITIES, 0)
     with _noting_errors(problems):
         release = _release(root)
-        here = {sheet: wanted for sheet, wanted in SHEETS[release].items() if (root / sheet).exists()}
-        sheets = {sheet: _sheet_rows(root / sheet, wanted, problems) for sheet, wanted in here.items()}
+        here = [sheet for sheet in SHEETS[release] if (root / sheet).exists()]
+        sheets = {sheet: _sheet_rows(root / sheet, SHEETS[release][sheet], problems) for sheet in here}
         left_out = _followed_up(root, sheets) if cohort == "histology" else set()
         for m, rows in _listed(release, sheets, problems).items():
             unlabelled[m] = sum(is_blank(scan["label"]) for same_name in rows.values() for scan in same_name)
@@ -208,8 +208,8 @@ def _found_scans(root, release, m, rows, problems):
             elif scan:
                 paths = [_file_of(scan, folder, index[folder].get(key, [])) for folder in folders]
                 scans.append(scan | {"image": paths[0], "mask": "".join(paths[1:])})
-    if missing:
-        text = f"{len(missing)} of {n} labelled {m} scans have no file here: {_first(missing)}"
+    if missing:  # the first ten by name
+        text = f"{len(missing)} of {n} labelled {m} scans have no file here: {', '.join(missing[:10])}"
         remedy = "none needed if you downloaded a part of them; otherwise download them again"
         problems.append(("warning" if scans else "error", folders[0], text, remedy))
     if release == "third":
@@ -260,10 +260,6 @@ def _file_of(scan, folder, files):
     return str(folder / files[0])
 
 
-def _first(names):
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-
-
 # Official folds
 
 
@@ -274,17 +270,16 @@ def _add_folds(root, task, m, scans, problems):
     if path and scans:
         with _noting_errors(problems, "warning"):
             folds = _split_file(path, read_table(path, (), problems), n_folds)
-            of_scan = {s["case_id"]: sorted(folds.get(s["case_id"].casefold(), ())) for s in scans}
-            for severity, text, names in (
-                ("note", "have no fold", [name for name, found in of_scan.items() if not found]),
-                ("warning", "are in two folds", [name for name, found in of_scan.items() if len(found) > 1]),
-            ):
+            of_scan = {scan["case_id"]: folds.get(scan["case_id"].casefold(), ()) for scan in scans}
+            for few, text in ((True, "have no fold"), (False, "are in two folds")):
+                names = [name for name, found in of_scan.items() if len(found) != 1 and few == (not found)]
                 if names:
-                    text = f"{len(names)} of {len(scans)} {m} scans {text}: {_first(names)}"
-                    problems.append((severity, path, text, "none needed unless `fold_rule` is official"))
+                    text = f"{len(names)} of {len(scans)} {m} scans {text}: {', '.join(names[:10])}"
+                    remedy = "none needed unless `fold_rule` is official: then correct the file"
+                    problems.append(("note" if few else "warning", path, text, remedy))
     for scan in scans:
         found = folds.get(scan["case_id"].casefold(), ())
-        scan[f"fold_{task}"] = next(iter(found)) if len(found) == 1 else ""
+        scan[f"fold_{task}"] = "".join(found) if len(found) == 1 else ""
 
 
 def _split_file(path, table, n_folds):

@@ -7,6 +7,7 @@ read, because the paper's code reads them and a filter is easily forgotten, with
 import csv
 import io
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,9 @@ class _Sheet(NamedTuple):
 def read_table(path, patterns, problems) -> Table:
     """The table of a workbook or CSV file whose header has a column for each of `patterns`.
 
-    Cells of a CSV file are text; those of a workbook are what Excel stores (`text` gives their text). Choices
-    are appended to `problems`. Raises CohortError if the file cannot be read or the worksheet is unclear.
+    Patterns are searched for in headers in lower case. Cells of a CSV file are text, those of a workbook what
+    Excel stores (`text` gives their text); blank rows are left out. Choices are appended to `problems` as
+    (severity, where, problem, remedy). Raises CohortError for a file that cannot be read or is unclear.
     """
     path = Path(path)
     try:
@@ -89,7 +91,9 @@ def column(table, pattern, what, problems, fallback=None):
     chosen, others = found[0], [table.header[i] for i in matching if i != found[0]]
     if found != matching or chosen in table.hidden:
         name = repr(table.header[chosen]) + (" (hidden)" if chosen in table.hidden else "")
-        problem = f"the {what} is read from column {chosen + 1}, {name}; other headers that fit: {others}"
+        problem = (
+            f"the {what} is read from column {chosen + 1}, {name}; other headers that fit: {others or 'none'}"
+        )
         problems.append(("warning", table.where, problem, "rename the headers if it is another"))
     return chosen
 
@@ -147,8 +151,9 @@ def _worksheets(path):
     import openpyxl
 
     def load(data_only):
-        with open(path, "rb") as file:
-            return openpyxl.load_workbook(file, data_only=data_only).worksheets
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of drawings and validation rules, which are not read
+            return openpyxl.load_workbook(file, data_only=data_only, keep_links=False).worksheets
 
     sheets = []
     for computed, typed in zip(load(data_only=True), load(data_only=False), strict=True):
@@ -168,6 +173,7 @@ def _csv_rows(path, patterns):
         content = file.read()
     top = content.splitlines()[:HEADER_ROWS] or [""]
     cells = {d: [[cell.strip(' "') for cell in line.split(d)] for line in top] for d in ",;\t"}
-    fitting = [d for d in cells if patterns and _header_row(cells[d], patterns) is not None]
-    delimiter = [*fitting, max(cells, key=lambda d: len(cells[d][0]))][0]
+    fitting = {d: _header_row(cells[d], patterns) for d in cells if patterns}
+    fitting = {d: row for d, row in fitting.items() if row is not None}
+    delimiter = min(fitting or cells, key=lambda d: (fitting.get(d, 0), -len(cells[d][0])))
     return list(map(tuple, csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)))

@@ -1,5 +1,6 @@
 """Random sheets and volumes: an answer or an error for people, and nothing is lost."""
 
+import csv
 import datetime
 import gzip
 import pickle
@@ -28,6 +29,7 @@ from ipmn_core.data import (
     to_cube,
     volume_problems,
 )
+from ipmn_core.data.sheets import read_table
 from ipmn_core.names import CENTERS
 
 
@@ -101,6 +103,19 @@ def test_every_labelled_row_is_a_scan_or_named_in_a_problem(tmp_path_factory, ro
     assert not scans["case_id"].str.casefold().duplicated().any()
     blank = sum(is_blank(label) for name, label in rows if not is_blank(name))
     assert scans.attrs["unlabelled"]["t1"] == blank
+
+
+@fixed
+@given(
+    rows=st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=5)] * 2), max_size=4),
+    separator=st.sampled_from(",;\t"),
+)
+def test_cells_of_a_csv_file_are_what_was_written(tmp_path_factory, rows, separator):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator, quoting=csv.QUOTE_ALL).writerows([("name", "risk"), *rows])
+    written = [(n, row) for n, row in enumerate(rows, start=2) if any(cell.strip() for cell in row)]
+    assert read_table(path, ("name", "risk"), []) == ("a.csv", ("name", "risk"), written, frozenset())
 
 
 # Volumes
