@@ -91,9 +91,9 @@ def _release(root):
     """The release in `root`: "first", "second" or "third"."""
     own = {"first": [*FIRST, "t1_clean_ROI", "t2_clean_ROI"], "second": SECOND}
     own["third"] = ["IPMN_Classification"]
-    if root.resolve().name in ("IPMN_Classification", "IPMN_images_masks"):
-        raise CohortError(root, "is a part of a release", "give the folder above it")
     found = [release for release, names in own.items() if any((root / name).exists() for name in names)]
+    if len(found) != 1 and root.resolve().name in ("IPMN_Classification", "IPMN_images_masks"):
+        raise CohortError(root, "is a part of a release", "give the folder above it")
     if len(found) != 1:
         text = f"has parts of two releases, {' and '.join(found)}" if found else "has no label sheets"
         parts = ", ".join(f"{next(iter(names))} ({release} release)" for release, names in own.items())
