@@ -72,6 +72,9 @@ class Params(BaseModel):
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
     phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
+    cohort: Literal["all", "histology"] = setting(
+        "all", "real data set: all, or the cases that are not only followed up"
+    )
     max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
     modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)

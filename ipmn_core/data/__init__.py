@@ -8,6 +8,7 @@ from ipmn_core.data.cohort import (
     inspect,
     load_cohort,
     open_cohort,
+    read,
     read_truth,
     subset,
     table1,

@@ -100,8 +100,10 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     """
     p, root, problems = p or Params(), Path(root), []
     of_release = root.suffix.lower() not in manifest.SUFFIXES
-    read = releases.read_release if of_release else manifest.read
-    found, unlabelled = read(root, problems)
+    if of_release:
+        found, unlabelled = releases.read_release(root, problems, p.cohort)
+    else:
+        found, unlabelled = manifest.read(root, problems)
     labels = {str(scan["label"]) for scan in found}
     try:
         naming, classes, positive = classes_of(p, PAPER if of_release else manifest.naming(labels))
@@ -145,8 +147,7 @@ def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> p
 def open_cohort(p: Params) -> Cohort:
     """The labelled scans of a profile's cohort, of its `modalities`; cubes are not loaded.
 
-    A phantom that is not there is written first. CohortError if there is no cohort, no scan, or an error that
-    `inspect` finds, of which it lists ten.
+    A phantom that is not there is written first. CohortError as `read`, or if a modality has no scan.
     """
     root = p.cohort_root
     if p.data == "phantom" and not root.exists():
@@ -157,18 +158,23 @@ def open_cohort(p: Params) -> Cohort:
     if not root.exists():
         remedy = "set `data` to a manifest, the folder of the real data set (`ipmn fetch`), or phantom"
         raise CohortError(root, "no such file or folder, so no cohort", remedy)
+    cohort = read(root, p)
+    found = cohort.scans["modality"].unique()
+    if missing := [m for m in p.modalities if m not in found]:
+        text = f"no labelled scan of {' and '.join(missing)}, but of {' and '.join(found) or 'none'}"
+        raise CohortError(root, text, f"set `modalities: [{', '.join(found)}]`")
+    return cohort.where(cohort.scans["modality"].isin(p.modalities))
+
+
+def read(root, p: Params | None = None) -> Cohort:
+    """The cohort at `root` as `inspect`; CohortError lists what that calls errors, at most ten."""
     cohort, problems = inspect(root, p)
     errors = problems[problems["severity"] == "error"]
-    if len(errors):
-        first = [f"{row.where}: {row.problem}: {row.remedy}" for row in errors.head(10).itertuples()]
-        title = f"{len(errors)} error(s) in this cohort; `ipmn check {p.data}` lists all, these are the first"
-        raise CohortError(root, "\n  ".join([title, *first]))
-    found = ", ".join(cohort.scans["modality"].unique())
-    cohort = cohort.where(cohort.scans["modality"].isin(p.modalities))
-    if not len(cohort):
-        text = f"no labelled {' or '.join(p.modalities)} scan; there is {found or 'none'}"
-        raise CohortError(root, text, f"set `modalities: [{found}]`")
-    return cohort
+    if errors.empty:
+        return cohort
+    first = [f"{row.where}: {row.problem}: {row.remedy}" for row in errors.head(10).itertuples()]
+    title = f"{len(errors)} error(s) in this cohort; `ipmn check {root}` lists all, these are the first"
+    raise CohortError(root, "\n  ".join([title, *first]))
 
 
 def load_cohort(p: Params) -> Cohort:

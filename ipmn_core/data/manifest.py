@@ -8,11 +8,11 @@
 Other columns are ignored.
 """
 
-import csv
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from ipmn_core.data.releases import NA, CohortError, case_name, workbook
+from ipmn_core.data.releases import case_name
+from ipmn_core.data.sheets import CohortError, column, is_blank, read_table, text
 
 NEEDED, OPTIONAL = ("image", "label", "center"), ("mask", "patient_id", "modality", "case_id", "fold")
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm")
@@ -35,7 +35,7 @@ def read(path: Path, problems: list) -> tuple[list[dict], dict[str, int]]:
     """
     scans, unlabelled = [], defaultdict(int)
     try:
-        rows = _rows(path)
+        rows = list(_rows(path, problems))
     except CohortError as error:
         problems.append(("error", *error.args))
         return [], {}
@@ -50,46 +50,22 @@ def read(path: Path, problems: list) -> tuple[list[dict], dict[str, int]]:
     counts = Counter((scan["modality"], scan["case_id"].casefold()) for scan in scans)
     for scan in scans:
         if counts[scan["modality"], scan["case_id"].casefold()] > 1:
-            text = f"{scan['modality']} case {scan['case_id']!r} is given twice"
-            problems.append(("error", scan["where"], text, "keep one row per scan, or give each a `case_id`"))
+            words = f"{scan['modality']} case {scan['case_id']!r} is given twice"
+            problems.append(
+                ("error", scan["where"], words, "keep one row per scan, or give each a `case_id`")
+            )
     return scans, dict(unlabelled)
 
 
-def _rows(path):
+def _rows(path, problems):
     """(row number, {column: text}) of every row that holds anything."""
-    try:
-        header, *rows = workbook(path) if path.suffix.lower().startswith(".xl") else _csv(path)
-    except Exception as error:  # a damaged workbook raises whatever its zip, XML or cells provoke
-        raise CohortError(path, f"cannot be read ({error})", "save it again, CSV as UTF-8") from error
-    names = [_text(cell).casefold() for cell in header]
-    for column in (*NEEDED, *OPTIONAL):
-        if (n := names.count(column)) > 1 or (column in NEEDED and not n):
-            text = f"{n or 'no'} columns `{column}` among the headers {', '.join(map(repr, names))}"
-            raise CohortError(path, text, f"have one, in row 1; needed are {', '.join(NEEDED)}")
-    places = {column: names.index(column) for column in (*NEEDED, *OPTIONAL) if column in names}
-    for number, row in enumerate(rows, start=2):
-        cells = {
-            c: _text(row[places[c]]) if places.get(c, len(row)) < len(row) else ""
-            for c in (*NEEDED, *OPTIONAL)
-        }
-        if any(cells.values()):
-            yield number, cells
-
-
-def _csv(path):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t", key=first.count)
-        return list(csv.reader(file, delimiter=delimiter))
-
-
-def _text(cell):
-    """A cell as text, "" for one that says that something is missing; 1.0 of a spreadsheet is 1."""
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    text = str("" if cell is None else cell).strip()
-    return "" if text.casefold() in NA else text
+    table = read_table(path, [f"^{name}$" for name in NEEDED], problems)
+    headers = [header.casefold() for header in table.header]
+    wanted = [name for name in (*NEEDED, *OPTIONAL) if name in NEEDED or name in headers]
+    places = {name: column(table, f"^{name}$", f"column `{name}`", problems) for name in wanted}
+    for number, row in table.rows:
+        cells = {name: "" if is_blank(row[i]) else text(row[i]) for name, i in places.items()}
+        yield number, dict.fromkeys(OPTIONAL, "") | cells
 
 
 def _scan(folder, where, cells):
@@ -102,14 +78,14 @@ def _scan(folder, where, cells):
                 where, f"no {kind} {files[kind]}", "correct the path: it is relative to the manifest"
             )
     case = cells["case_id"] or case_name(Path(cells["image"]).name)
-    for column in ("image", "center"):
-        if not cells[column]:
+    for needed in ("image", "center"):
+        if not cells[needed]:
             raise CohortError(
-                where, f"`{column}` of {case or 'a row'} is blank", "fill it in, or take the row out"
+                where, f"`{needed}` of {case or 'a row'} is blank", "fill it in, or take the row out"
             )
     if cells["center"].casefold() in TAKEN:
-        text = f"a center cannot be called {cells['center']!r}, the name of all centers together"
-        raise CohortError(where, text, "call it otherwise")
+        words = f"a center cannot be called {cells['center']!r}, the name of all centers together"
+        raise CohortError(where, words, "call it otherwise")
     folds = {f"fold_{task}": cells["fold"] for task in ("multiclass", "binary")}
     named = {
         "case_id": case,
