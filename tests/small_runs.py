@@ -7,10 +7,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import paper_cohort
 from torch import nn
 
 from ipmn_core import models, params, runs
-from ipmn_core.data import Cohort, load_cubes
+from ipmn_core.data import load_cubes
 
 PROFILE = {
     **{"profile": "t", "size": 32, "modalities": ["t2"], "multiclass_folds": 2, "binary_folds": 2},
@@ -52,7 +53,9 @@ def train_small(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "quick", quick)
         p = params.validate({"outputs": str(folder), **PROFILE}, "test")
-        runs.train(p, ["binary", "multiclass"], Cohort(scans, *load_cubes(scans, p.size, folder / "cache")))
+        runs.train(
+            p, ["binary", "multiclass"], paper_cohort(scans, *load_cubes(scans, p.size, folder / "cache"))
+        )
     return p.folder / "runs", scans
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from made_up import paper_cohort
 
 from ipmn_core import models, params, pipeline, runs
-from ipmn_core.data import Cohort
 from ipmn_core.names import CENTERS, LABELS, MODALITIES, TASKS
 from ipmn_core.runs import probes
 
@@ -58,7 +58,7 @@ def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
     (tmp_path / "review.yaml").write_text(yaml.safe_dump(values))
     p, scans = params.load(tmp_path / "review.yaml"), six_of_each_class()
     noise = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
-    cohort = Cohort(scans, noise, "noise")
+    cohort = paper_cohort(scans, noise, "noise")
     for name in p.multiclass_models:
         monkeypatch.setitem(models.MODELS, name, models.MODELS["tiny"])
     features = np.random.default_rng(1).random((len(scans), 3))  # there are no files to read headers from

@@ -99,7 +99,8 @@ def arms(selected: pd.DataFrame):
 
 def places(rows: pd.DataFrame):
     """Name and rows of each center, in order of appearance, and of all together ("global")."""
-    return [*rows.groupby("center", sort=False), (GLOBAL, rows)]
+    parts = dict(list(rows.groupby("center", sort=False)))
+    return list((parts | {GLOBAL: rows}).items())
 
 
 def accuracy(y, prob) -> float:

@@ -77,8 +77,8 @@ def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
 @pytest.mark.parametrize(
     ("y", "center", "fold", "defined", "reason"),
     [
-        ([0, 0, 0, 0], "NYU", 0, [], "no high-risk case"),
-        ([1, 1, 1, 1], "NYU", 0, [], "no other case"),
+        ([0, 0, 0, 0], "NYU", 0, [], "no positive case"),
+        ([1, 1, 1, 1], "NYU", 0, [], "no negative case"),
         (
             [1, 1, 0, 0],
             "NYU",
@@ -104,8 +104,8 @@ def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
     assert row["undefined"] == "no pairs within a center"
     table = centers.within_by_center(frame).set_index("center")
     assert table["within"].isna().all()
-    assert table.loc["NYU", "undefined"] == "no high-risk case"
-    assert table.loc["IU", "undefined"] == "no low-risk and no high-risk case"
+    assert table.loc["NYU", "undefined"] == "no case of class 2"
+    assert table.loc["IU", "undefined"] == "no case of class 1 and no case of class 2"
     assert table["pairs"].tolist() == [2, 0, 0]
 
 

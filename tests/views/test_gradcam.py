@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import paper_cohort
 from torch import nn
 
 from ipmn_core import data, models, params, phantom, runs, views
@@ -133,7 +134,7 @@ def setting(phantom_root, phantom_scans, tmp_path, monkeypatch):
     chosen = phantom_scans[phantom_scans["center"].isin(["NYU", "IU"])]
     scans = chosen.groupby(["modality", "center"]).head(1).reset_index(drop=True)
     cubes = data.load_cubes(scans, S, tmp_path / "cache")
-    return p, data.Cohort(scans, *cubes)
+    return p, paper_cohort(scans, *cubes)
 
 
 def finished_run(p, run, scans, network):
