@@ -38,7 +38,7 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("epochs", 4.0),
         ("epochs", True),
         ("epochs", 0),
-        ("modalities", ["t3"]),
+        ("modalities", ["t1/t3"]),
         ("modalities", "t1"),
         ("arms", []),
         ("multiclass_models", ["densenet121", "densenet121"]),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -33,6 +32,7 @@ class Trained:
     modality: str | None = None
     arm: str | None = None
     fold: int | None = None
+    centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ def _of_run(folder: Path) -> Trained:
         if of["task"] not in TASKS:
             raise ValueError(f"unknown task {of['task']!r}")
         known = [of["model"], of["task"], tuple(record["classes"])]
-        known += [of[key] for key in ("size", "modality", "arm", "fold")]
+        known += [of[key] for key in ("size", "modality", "arm", "fold")] + [tuple(record["centers"])]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
     return Trained(folder / "model.pt", *known)
@@ -106,11 +106,10 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     """
     state, source = weights(trained.weights), str(trained.weights)
     if trained.arm == LOCAL_ONLY:
-        clients = centers(trained)
-        if center not in clients:
-            wrong, known = f", not {center}" if center else "", ", ".join(clients)
+        if center not in trained.centers:
+            wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
-        mine, source = f"{clients.index(center)}.", f"{source}, {center}"
+        mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
     network = models.build(trained.network, len(trained.classes))
     try:
@@ -123,10 +122,3 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         if not value.isfinite().all():
             raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
     return network.eval()
-
-
-def centers(trained: Trained) -> list[str]:
-    """The centers whose networks the weights of the arm `local_only` hold, in order, by `splits.csv`."""
-    splits = pd.read_csv(trained.weights.with_name("splits.csv"), dtype=str, keep_default_na=False)
-    clients = set(splits.loc[splits["role"] == "train", "center"])
-    return [center for center in splits["center"].unique() if center in clients]
