@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from glob import escape
+from itertools import product
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -67,16 +68,15 @@ def fetch(
         return len(chosen)
     total, to_come = (sum(f.size for f in files) for files in (map(listing.get, chosen), missing))
     free = shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
-    license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
-    facts = (
-        f"{PAGE}, revision {info.sha[:12]}\nlicense: {_printable(license)}\n"
-        f"{', '.join(parts)}: {len(chosen)} files, {_size(total)}\n"
-        f"to download: {len(missing)} files, {_size(to_come)}; free: {_size(free)}\nDownload to {root}?"
-    )
     if to_come > free:
         remedy = "make room, choose another folder, or fetch less (--only, --modality, --cases)"
         raise FetchError(f"{root}: {_size(free)} free, {_size(to_come)} to download; {remedy}")
-    if not ask(facts):
+    license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
+    if not ask(
+        f"{PAGE}, revision {info.sha[:12]}\nlicense: {_printable(license)}\n"
+        f"{', '.join(parts)}: {len(chosen)} files, {_size(total)}\n"
+        f"to download: {len(missing)} files, {_size(to_come)}; free: {_size(free)}\nDownload to {root}?"
+    ):
         raise FetchError("download cancelled")
     with _explained(root):
         names = [escape(file.path) for file in missing]
@@ -92,25 +92,19 @@ def _chosen(listing, parts, modality, cases):
     """The paths asked for; FetchError for a part without any and for a name that may leave the folder."""
     if cases is not None and cases < 1:
         raise FetchError(f"--cases {cases}: give a number from 1")
-    found, names = {}, {}
-    for part in dict.fromkeys(parts):
-        matches = [(path, re.fullmatch(PARTS[part], path)) for path in listing]
-        of_part = {
-            path: match[1] for path, match in matches if match and match[1] in ("", modality or match[1])
-        }
-        if not of_part:
+    found = {}
+    for path, part in product(listing, parts):
+        if (match := re.fullmatch(PARTS[part], path)) and match[1] in ("", modality or match[1]):
+            found[path] = match[1], case_name(path.split("/")[-1]).casefold()
+    for part in parts:
+        if not any(re.fullmatch(PARTS[part], path) for path in found):
             raise FetchError(f"{PAGE} lists no {part} {modality or ''}: see there whether the layout changed")
-        found |= of_part
-    for path, m in found.items():
+    for path in found:
         if re.search(r"(^|/)\.{0,2}(/|$)|[\\:]", path) or not path.isprintable():
             raise FetchError(f"the hub lists {path!r}, a name that may leave the folder: report it")
-        names.setdefault(m, {})[_case(path)] = None
-    kept = {(m, name) for m in names for name in list(names[m])[: cases if m else None]}
-    return [path for path, m in found.items() if (m, _case(path)) in kept]
-
-
-def _case(path):
-    return case_name(path.split("/")[-1]).casefold()
+    volumes = {m: dict.fromkeys(name for k, name in found.values() if k == m) for m in ("t1", "t2")}
+    first = {m: list(names)[:cases] for m, names in volumes.items()}
+    return [path for path, (m, name) in found.items() if not m or name in first[m]]
 
 
 def _require_own(root, listing):
@@ -128,14 +122,15 @@ def _differing(root, files, why):
     """Paths of files without the hub's size and checksum: sha256 of large files, git's of small ones."""
     wrong = []
     for file in tqdm(files, why, leave=False, disable=None):
-        path, same = root / file.path, False
+        path = root / file.path
         if path.is_file() and path.stat().st_size == file.size:
             digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
             with open(path, "rb") as content:
                 while piece := content.read(1 << 20):
                     digest.update(piece)
-            same = digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id)
-        wrong += [] if same else [file.path]
+            if digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id):
+                continue
+        wrong.append(file.path)
     return wrong
 
 
@@ -154,7 +149,7 @@ def _explained(root):
             text = f"the hub no longer has {_printable(unquote(response.url.path))}"
         elif getattr(error, "errno", None):
             text, remedy = (
-                f"{root} cannot be written ({error.strerror})",
+                f"{root} cannot be written: {error.strerror}",
                 "make room, or choose another folder",
             )
         else:
