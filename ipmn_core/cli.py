@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
 
     argument = add(fetch)
-    argument("root", type=Path, help="the folder to put it in")
+    argument("root", type=Path, help="the folder to put it in; `data` of a profile takes it as it is")
+    text = "fetch this part only; may be given several times (default: images with masks, labels, splits)"
+    argument("--only", action="append", choices=("roi", "images", "labels", "splits"), help=text)
+    argument("--modality", choices=("t1", "t2"), help="volumes of this modality only (default: both)")
+    argument("--cases", type=int, metavar="N", help="volumes of the first N cases per modality only")
     argument("--yes", action="store_true", help="do not ask before downloading")
 
     argument = add(predict)
@@ -128,16 +132,16 @@ def check(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """Download the real data set from OSF, verify, unpack and check it."""
-    from ipmn_core.data import osf
+    """Download the real data set or parts of it from Hugging Face, verify and check it."""
+    from ipmn_core import fetch
 
     def confirmed(question: str) -> bool:
-        print(question)
+        print(question, flush=True)
         return options.yes or input("[y/N] ").strip().lower() in ("y", "yes")
 
-    options.root, unverified = osf.fetch(options.root, confirmed)
-    for name in unverified:
-        print(f"not verified, OSF gives no checksum: {name}")
+    parts = options.only or fetch.DEFAULT
+    files = fetch.fetch(options.root, confirmed, parts, options.modality, options.cases)
+    print(f"{options.root}: {files} files, size and checksum as on the hub", flush=True)
     return check(options)
 
 
