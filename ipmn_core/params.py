@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +29,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 T = TypeVar("T")
 Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # "~" is the user's home
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
@@ -50,8 +52,8 @@ class Params(BaseModel):
         "name; results go to outputs/<profile>/; not phantom, cache or reference, which are folders there",
         pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
-    outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
-    data: str = setting("phantom", "phantom, or the folder of the real data set", min_length=1)
+    outputs: Place = setting("outputs", "folder for everything that is written")
+    data: Place = setting("phantom", "phantom, or the folder of the real data set")
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
     phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
@@ -130,7 +132,7 @@ def load(path: str | Path) -> Params:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ParamsError(f"{path}: no such file; profiles are in params/, for instance params/demo.yaml")
+        raise ParamsError(f"{path}: no such file; `ipmn init .` puts profiles into params/ here")
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)

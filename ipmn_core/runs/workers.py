@@ -9,9 +9,11 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -19,13 +21,13 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from ipmn_core import data
+from ipmn_core import data, federated
 from ipmn_core.data import Cohort
 from ipmn_core.params import Params
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
-from ipmn_core.runs.grid import Run, folder_of, named, protocols
-from ipmn_core.runs.run import execute
+from ipmn_core.runs.grid import CENTRALIZED, Run, folder_of, grid, named, protocols, run_settings
+from ipmn_core.runs.run import execute, with_roles
 
 
 class RunsFailedError(RuntimeError):
@@ -43,9 +45,10 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
 
     Workers are joblib's, so that `joblib.parallel_config` chooses another backend. With `p.threads` set the
     result does not depend on the number of jobs. Raises StaleRunError before any training if a run on disk,
-    finished or not, was made with other settings or data, CohortError for a center that cannot be split, and
-    RunsFailedError after all others.
+    finished or not, was made with other settings or data, CohortError for a center that cannot be split,
+    ValueError for one that cannot train (`check_clients`), and RunsFailedError after all others.
     """
+    check_clients(p, cohort)
     missing = []
     for task in tasks:
         data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
@@ -71,6 +74,16 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
             f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept, "
             "the same command repeats only these:\n  " + "\n  ".join(failed)
         )
+
+
+def check_clients(p: Params, cohort: Cohort) -> None:
+    """Raise ValueError naming a center that cannot train by itself in a fold of the binary task."""
+    cohort = replace(cohort, cubes=np.zeros(len(cohort)))  # roles need none
+    runs = {(run.modality, run.fold): run for run in grid(p, "binary") if run.arm != CENTRALIZED}
+    for run in runs.values():  # folds are the same for all arms
+        scans = with_roles(cohort, run_settings(p, run)).scans
+        n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
+        federated.check_n_train(n_train.to_dict(), f", binary {run.modality} fold {run.fold}")
 
 
 def _attempt(p: Params, run: Run, cohort: Cohort, parent: int) -> str:
