@@ -105,7 +105,7 @@ def _prepare(p: Params, fresh: bool) -> None:
     for task in TASKS:
         data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
     cohort = data.load_cohort(p)
-    runs.check_clients(p, cohort)
+    runs.check_folds(p, TASKS, cohort)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:
@@ -128,7 +128,11 @@ def try_notebooks(p: Params) -> None:
     trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import ipmn_core")])
     try:
         with _own_kernel() as options:
-            NotebookClient(trial, **options).execute(cwd=str(project_root()))
+            client = NotebookClient(trial, **options)
+            with client.setup_kernel(
+                cwd=str(project_root())
+            ):  # `execute` would leave its own signal handlers
+                client.execute_cell(trial.cells[0], 0)
     except Exception as error:
         remedy = f"see that `{sys.executable} -m ipykernel_launcher` starts and TMPDIR is a local folder"
         raise NotebookError(

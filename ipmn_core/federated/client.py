@@ -156,9 +156,10 @@ def evaluate(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Se
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
     most = max(2 * settings.batch_size, 2**19 // cases.x[0].numel())  # no gradients are kept: more cases fit
-    pieces = indices.to(cases.y.device).split(most)
+    some = indices if len(indices) else torch.zeros(1, dtype=torch.long)  # not every network takes none
+    pieces = some.to(cases.y.device).split(most)
     prob = [forward(model, cases.x[piece].float(), settings).softmax(1) for piece in pieces]
-    return torch.cat(prob).double().cpu().numpy()
+    return torch.cat(prob)[: len(indices)].double().cpu().numpy()
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:

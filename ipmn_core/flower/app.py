@@ -242,7 +242,8 @@ def _rounds(
         if len(told) == len(names) and all("prob" in values for values in told):
             prob = np.concatenate([np.reshape(values["prob"], (-1, 2)) for values in told])
         elif len(told) == len(names):  # a site shares no scores
-            centers = [(name, *(tested[name][key] for key in ("n", "acc", "auc"))) for name in names]
+            having = [name for name in names if tested[name]["n"]]  # a fold may test nobody of a site
+            centers = [(name, *(tested[name][key] for key in ("n", "acc", "auc"))) for name in having]
         for name in names:
             if name not in tested:
                 left_out[name] = f"{left_out.get(name, 'away')}; round not tested"

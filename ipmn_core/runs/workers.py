@@ -21,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from ipmn_core import data, federated
+from ipmn_core import federated
 from ipmn_core.data import Cohort
 from ipmn_core.params import Params
 from ipmn_core.process import end_with
@@ -46,12 +46,11 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     Workers are joblib's, so that `joblib.parallel_config` chooses another backend. With `p.threads` set the
     result does not depend on the number of jobs. Raises StaleRunError before any training if a run on disk,
     finished or not, was made with other settings or data, CohortError for a center that cannot be split,
-    ValueError for one that cannot train (`check_clients`), and RunsFailedError after all others.
+    ValueError for a fold that cannot be used (`check_folds`), and RunsFailedError after all others.
     """
-    check_clients(p, cohort)
+    check_folds(p, tasks, cohort)
     missing = []
     for task in tasks:
-        data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
         missing += store.unfinished(p, protocols(p, task), cohort.key)
     if not missing:
         return
@@ -76,14 +75,22 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
         )
 
 
-def check_clients(p: Params, cohort: Cohort) -> None:
-    """Raise ValueError naming a center that cannot train by itself in a fold of the binary task."""
+def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
+    """Raise ValueError for a fold that tests no case, or in which a center has too few to train by itself.
+
+    Raises CohortError for a center that cannot be split.
+    """
     cohort = replace(cohort, cubes=np.zeros(len(cohort)))  # roles need none
-    runs = {(run.modality, run.fold): run for run in grid(p, "binary") if run.arm != CENTRALIZED}
-    for run in runs.values():  # folds are the same for all arms
-        scans = with_roles(cohort, run_settings(p, run)).scans
-        n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
-        federated.check_n_train(n_train.to_dict(), f", binary {run.modality} fold {run.fold}")
+    for task in tasks:
+        runs = {(run.modality, run.fold): run for run in grid(p, task)}  # folds are the same for all arms
+        for run in runs.values():
+            where = f"{task} {run.modality} fold {run.fold}"
+            scans = with_roles(cohort, run_settings(p, run)).scans
+            if not (scans["role"] == "test").any():
+                raise ValueError(f"{where} has no case to test; take fewer folds")
+            if task == "binary" and set(p.arms) != {CENTRALIZED}:
+                n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
+                federated.check_n_train(n_train.to_dict(), f", {where}")
 
 
 def _attempt(p: Params, run: Run, cohort: Cohort, parent: int) -> str:

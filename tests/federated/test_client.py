@@ -37,6 +37,12 @@ def test_one_training_case_is_refused_with_its_reason():
         Learner("AHN", small_net(), torch.arange(1), settings())
 
 
+def test_nobody_to_test_is_no_fault():
+    net = small_net()
+    net.register_forward_pre_hook(lambda _, x: 1 / len(x[0]))  # as a ResNet fails on an empty batch
+    assert client.evaluate(net, torch.arange(0), cases(), settings()).shape == (0, 2)
+
+
 def test_the_protocol_reaches_optimizer_and_schedule():
     _, epochs = trained(lr_step=2, epochs=4, batches_per_epoch=2)
     optimizer = epochs[-1].learners["all"].optimizer
