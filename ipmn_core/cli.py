@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     profile = {"type": Path, "help": "a profile, for instance params/demo.yaml"}
     new_folder = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
+    argument = add(init)
+    argument("folder", type=Path, help="where to put params/ and notebooks/")
+
     argument = add(run)
     argument("params", **profile)
     argument("--fresh", action="store_true", help="discard this profile's finished training runs first")
@@ -85,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     add(params)
     cli.add(commands)
     return parser
+
+
+def init(options: argparse.Namespace) -> int:
+    """Copy the notebooks and profiles into a folder, to work on."""
+    from ipmn_core import pipeline
+
+    files = pipeline.init(options.folder)
+    print(f"{len(files)} files in {options.folder}/params and {options.folder}/notebooks. There:")
+    print("  ipmn run params/demo.yaml    # tables, figures and report, in minutes\n  jupyter lab notebooks")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,6 +41,7 @@ T = TypeVar("T")
 Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
 Plain = Annotated[str, Field(pattern=r"^\w[\w .+-]*\Z")]  # also the name of a folder
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # "~" is the user's home
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
@@ -62,10 +64,8 @@ class Params(BaseModel):
         "name; results go to outputs/<profile>/; not phantom, cache or reference, which are folders there",
         pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
-    outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
-    data: str = setting(
-        "phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)", min_length=1
-    )
+    outputs: Place = setting("outputs", "folder for everything that is written")
+    data: Place = setting("phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)")
     classes: Naming | None = setting(None, "classes in order, or {label: class}; null: the data's")
     positive: Distinct[str] | None = setting(None, "positive classes of the binary task; null: the last")
     center_names: Naming | None = setting(None, "centers in order, or {name in the data: name}; null: as met")
@@ -149,7 +149,7 @@ def load(path: str | Path) -> Params:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ParamsError(f"{path}: no such file; profiles are in params/, for instance params/demo.yaml")
+        raise ParamsError(f"{path}: no such file; `ipmn init .` puts profiles into params/ here")
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)

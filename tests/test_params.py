@@ -57,6 +57,12 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(key, value):
         params.validate({key: value}, "a.yaml")
 
 
+def test_the_home_is_meant_by_a_tilde_in_data_and_outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p = params.validate({"profile": "mine", "data": "~/scans", "outputs": "~/results"}, "test")
+    assert (p.cohort_root, p.folder) == (tmp_path / "scans", tmp_path / "results" / "mine")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -76,7 +82,7 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, text, message):
 
 
 def test_a_missing_file_says_where_profiles_lie(tmp_path):
-    with pytest.raises(ParamsError, match=r"no such file.*params/"):
+    with pytest.raises(ParamsError, match=r"no such file.*ipmn init.*params/"):
         params.load(tmp_path / "none.yaml")
 
 
