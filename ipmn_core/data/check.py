@@ -5,13 +5,16 @@ Errors are what keeps a scan, or the cohort, from being used.
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ipmn_core.data import headers, releases
-from ipmn_core.data.cubes import FILES, ScanError, in_threads, load_roi
+from ipmn_core.data import releases
+from ipmn_core.data.cubes import FILES, copies, in_threads, mixed_axes
 from ipmn_core.data.folds import class_counts, task_label
 from ipmn_core.data.releases import SCAN_COLUMNS
+from ipmn_core.data.scan import ScanError, read_scan
+from ipmn_core.params import Preprocessing
 
 PROBLEM_COLUMNS = ["severity", "where", "problem", "remedy"]
 SEVERITIES = ["error", "warning", "note"]
@@ -53,22 +56,25 @@ def fold_problems(scans: pd.DataFrame, n_folds: int, binary: bool) -> list[tuple
     return problems
 
 
-def volume_problems(scans: pd.DataFrame) -> list[tuple[str, str, str, str]]:
-    """Problems of the volumes of `scans`, read by the code that training reads them with.
+def volume_problems(scans: pd.DataFrame, how: Preprocessing | None = None) -> list[tuple[str, str, str, str]]:
+    """Problems of the volumes of `scans`, as `read_scan` judges them, and of all of them together.
 
-    Errors: what training refuses. Warnings: spacing unknown, image and mask in different places.
+    Errors: what training refuses with the settings `how`; None: with any.
     """
-    found = in_threads(-1, _scan_problems, scans[FILES].to_numpy())
-    found = tqdm(found, "reading volumes", len(scans), unit="scan")
-    return [problem for of_scan in found for problem in of_scan]
 
+    def judged(image, mask, case):
+        try:
+            scan = read_scan(image, mask, case, how)
+        except ScanError as error:
+            return [("error", *error.args[1:])], None, None
+        return scan.remarks, scan.axes, scan.digest
 
-def _scan_problems(image, mask, case):
-    try:
-        load_roi(image, mask, case)
-    except ScanError as error:
-        return [("error", *error.args[1:])]
-    return [("warning", *remark) for remark in headers.remarks(image, mask)]
+    found = in_threads(-1, judged, scans[FILES].to_numpy())
+    found = list(tqdm(found, "reading volumes", len(scans), unit="scan"))
+    usable = scans[np.array([axes is not None for _, axes, _ in found], bool)]
+    of_usable = [row for row in found if row[1] is not None]
+    problems = [problem for of_scan, _, _ in found for problem in of_scan]
+    return problems + copies(usable, of_usable) + mixed_axes(usable, of_usable)
 
 
 def _disagreements(scans):

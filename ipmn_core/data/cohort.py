@@ -63,7 +63,7 @@ def load_cohort(p) -> Cohort:
     Raises CohortError, or ScanError naming the first case that cannot be used.
     """
     scans = subset(open_cohort(p), p.max_per_cell)
-    cubes, key = load_cubes(scans, p.size, p.folder.parent / "cache", p.jobs)
+    cubes, key = load_cubes(scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
     rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
     return Cohort(scans, cubes, hashlib.sha256((key + rows).encode()).hexdigest())
 
