@@ -10,7 +10,6 @@ from ipmn_core.data.scan import (
     ScanError,
     bounding_box,
     crop,
-    load_image,
     load_roi,
     read_scan,
     resample,

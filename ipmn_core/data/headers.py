@@ -91,7 +91,7 @@ def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool
 
 def axes_of(affine: np.ndarray) -> str:
     """Where the voxels' axes point to, for instance LPS: to the patient's left, back and head."""
-    return "".join(nib.aff2axcodes(placing(affine)))
+    return "".join(nib.aff2axcodes(affine))
 
 
 def _unpacked(content):

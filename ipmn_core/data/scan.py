@@ -89,16 +89,8 @@ def read_scan(
     return Scan(whole, organ, roi, remarks, axes, digest)
 
 
-def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
-    """The volume at `path`, with a new header: affine and shape, none of the text that the file's may hold.
-
-    Raises ScanError unless it is 3D (axes of one voxel behind these are left out), real and finite.
-    """
-    return _load(path, case)[0]
-
-
 def _load(path, case):
-    """The volume at `path`, see `load_image`, and remarks on its file."""
+    """The volume at `path`, with a new header that holds none of the file's text, and remarks on the file."""
     try:
         data, affine, doubts = headers.read(path)
     except Exception as error:  # nibabel and zlib each raise their own kinds

@@ -21,7 +21,6 @@ from ipmn_core.data import (
     case_name,
     inspect,
     load_cubes,
-    load_image,
     load_roi,
     read,
     scanner_facts,
@@ -187,7 +186,7 @@ def test_a_file_with_a_byte_changed_or_cut_off_is_read_or_refused(tmp_path_facto
     raw[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(raw[:end] if packed else gzip.compress(raw[:end]))
     try:
-        voxels = np.asanyarray(load_image(path, "AHN01").dataobj)
+        voxels = np.asanyarray(load_roi(path, None, "AHN01").dataobj)
     except ScanError as error:
         assert str(error).startswith(f"AHN01: {path} ")
         return

@@ -9,7 +9,7 @@ from monai.transforms import CropForeground
 from nibabel.processing import resample_from_to
 from volumes import AFFINE, LOST, save, volume, voxels
 
-from ipmn_core.data import ScanError, bounding_box, load_image, load_roi, read_scan
+from ipmn_core.data import ScanError, bounding_box, load_roi, read_scan
 from ipmn_core.params import Preprocessing
 
 CANONICAL, FINE = Preprocessing(orientation="canonical"), Preprocessing(spacing=1.1)
@@ -169,7 +169,6 @@ def test_an_roi_saved_as_nifti_is_where_it_was_in_the_image(tmp_path):
 def test_a_volume_of_eight_bytes_a_voxel_is_read_as_any_other(tmp_path, dtype):
     expected = np.arange(24 * 20 * 8).reshape(24, 20, 8)
     nib.save(nib.Nifti1Image(expected, AFFINE, dtype=np.dtype(dtype)), tmp_path / "i.nii.gz")
-    assert np.array_equal(voxels(load_image(tmp_path / "i.nii.gz", "")), expected)
     assert np.array_equal(voxels(load_roi(tmp_path / "i.nii.gz")), expected)
 
 
