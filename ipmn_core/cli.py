@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
     argument("--center", help="which center's model to use; for the arm local_only")
-    argument("--size", type=int, default=96, help="edge of the cube, for bare weights (default: 96)")
+    for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
+        argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
     argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
 
@@ -130,8 +131,8 @@ def check(options: argparse.Namespace) -> int:
     """Print what is wrong with a cohort, and its table 1; exit 1 on errors."""
     from ipmn_core import data, params
 
-    p = params.load(options.root) if options.root.suffix == ".yaml" else params.Params()
-    root = p.cohort_root if options.root.suffix == ".yaml" else options.root
+    p = params.load(options.root) if options.root.suffix == ".yaml" else None
+    root = p.cohort_root if p else options.root
     cohort, problems = data.inspect(root, p, volumes=True)
     for row in problems.itertuples():
         line = f"{row.severity}: {row.where}: {row.problem}; {row.remedy}"
@@ -160,14 +161,20 @@ def fetch(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Print a case's probabilities by each model, mean and spread, and warnings; not for clinical use."""
-    from ipmn_core import data, predict, views
+    from dataclasses import fields
 
-    given = options.image, options.mask, options.models, options.center, options.size, options.device
+    from ipmn_core import predict, views
+    from ipmn_core.params import Preprocessing
+
+    asked = {field.name: getattr(options, field.name) for field in fields(Preprocessing)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    how = Preprocessing(**asked) if asked else None
+    given = options.image, options.mask, options.models, options.center, how, options.device
     result = predict.predict(*given)
     if options.picture:
-        roi = data.load_roi(options.image, options.mask, result.case)
-        views.prediction(result, roi).savefig(options.picture)
+        views.prediction(result, result.scan.roi).savefig(options.picture)
     print(predict.table(result).to_markdown(index=False, floatfmt=".3f"))
+    print(f"\naxes as stored: {result.scan.axes}; cube: {predict.in_words(result.how)}")
     print("", *result.warnings, predict.NOTICE, sep="\n")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -49,6 +50,16 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a scan becomes a cube: the settings of these names; the defaults are the paper's."""
+
+    size: int = 96  # voxels
+    spacing: float | None = None  # mm
+    intensity: str = "minmax"
+    orientation: str = "stored"
+
+
 class Params(BaseModel):
     """The settings of one profile, flat. The defaults are those of the paper and of its released code.
 
@@ -78,6 +89,15 @@ class Params(BaseModel):
     max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
     modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
+    spacing: float | None = setting(
+        None, "edge of the voxels before masking, mm; null as stored, as in the paper", ge=0.25, le=10
+    )
+    intensity: Literal["minmax", "zscore", "none"] = setting(
+        "minmax", "scale of an ROI: minmax to 0-1 as in the paper, zscore inside the mask, or none"
+    )
+    orientation: Literal["stored", "canonical"] = setting(
+        "stored", "axes of the voxels: stored as in the paper, or canonical: to right, front and head"
+    )
     fold_rule: Literal["center", "patient", "given", "official"] = setting(
         "center",
         "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's",
@@ -116,6 +136,11 @@ class Params(BaseModel):
     def folder(self) -> Path:
         """The folder of everything that this profile writes: `<outputs>/<profile>`."""
         return project_root() / self.outputs / self.profile
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a scan becomes a cube."""
+        return Preprocessing(self.size, self.spacing, self.intensity, self.orientation)
 
     def folds(self, task: str) -> int:
         """The number of folds of a task, `multiclass` or `binary`."""

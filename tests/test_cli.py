@@ -97,7 +97,7 @@ def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):
     for where, problem, remedy in (
         ("IPMN_labels_total.xlsx row 3", "the label 7", "correct it"),
         ("IPMN_labels_total.xlsx row", "no image of 'AHN01'", "clear the label"),
-        ("t1/images/IU_3.nii.gz", "cannot be read", "download it again"),
+        ("t1/images/IU_3.nii.gz", "cannot be read", "replace it"),
     ):
         assert any(where in line and problem in line and remedy in line for line in lines), (where, problem)
     assert f"{len(lines)} error(s)" in said.splitlines()[-1]

@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cases:
-    """All cases of one modality on one device: cubes `x` (N, 1, S, S, S) in [0, 1], labels `y` (N,)."""
+    """All cases of one modality on one device: cubes `x` (N, 1, S, S, S), labels `y` (N,)."""
 
     x: torch.Tensor
     y: torch.Tensor

@@ -9,6 +9,7 @@ from tiny import COUNTS, PAPER_TABLE1, first_release, paper_scans, scans_of, sec
 
 import ipmn_core
 from ipmn_core import data
+from ipmn_core.params import Preprocessing
 
 
 def test_problems_come_errors_first_then_warnings_then_notes(tmp_path):
@@ -49,8 +50,8 @@ def test_a_subset_keeps_the_attributes_and_takes_both_scans_of_a_patient():
 def profile(root, **changes):
     settings = {"data": str(root), "cohort_root": root, "modalities": ("t1", "t2")}
     settings |= {"phantom_seed": 3, "phantom_max_per_cell": 7, "phantom_shortcut": 0.5}
-    settings |= {"jobs": 2, "max_per_cell": 2}
-    return types.SimpleNamespace(**settings | {"folder": root / "profile", "size": 32} | changes)
+    settings |= {"jobs": 2, "max_per_cell": 2, "preprocessing": Preprocessing(32)}
+    return types.SimpleNamespace(**settings | {"folder": root / "profile"} | changes)
 
 
 def test_a_profile_opens_a_folder_with_its_modalities(tmp_path):
