@@ -14,10 +14,10 @@ import pandas as pd
 
 from ipmn_core import metrics, predict, runs
 from ipmn_core.metrics import inference, tables
-from ipmn_core.names import class_names, display_name
+from ipmn_core.names import display_name
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
-from ipmn_core.runs.trained import PredictError, Trained, centers, find, load, weights
+from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -66,7 +66,7 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
             hashed.to_csv(folder / "splits.csv", index=False)
             (copied,) = find(folder)
             of_centers = one.arm == runs.LOCAL_ONLY
-            for center in centers(weights(copied.weights)) if of_centers else [None]:
+            for center in copied.centers if of_centers else [None]:
                 load(copied, center)
         (partial / "README.md").write_text(text)
         os.replace(partial, target)
@@ -96,7 +96,7 @@ def model_card(arm_folder: str | Path) -> str:
         "License and citation": LICENSE,
     }
     names = dict.fromkeys(display_name(settings[key]) for key in ("model", "arm", "modality"))
-    classes = ", ".join(f"{k} {name}" for k, name in enumerate(class_names(settings["task"])))
+    classes = ", ".join(f"{k} {name}" for k, name in enumerate(found[0]["classes"]))
     head = f"# {', '.join(names)}\n\n**{predict.NOTICE}**\n\n"
     head += f"Risk of pancreatic cysts (IPMN) in MRI: {classes}."
     return "\n\n".join([head, *(f"## {name}\n\n{text}" for name, text in sections.items())]) + "\n"
@@ -189,7 +189,7 @@ def _limits(found: list[dict[str, Any]], selected: pd.DataFrame) -> list[str]:
         said.append(f"{len(found)} of {settings['folds']} folds are here: not every case was tested.")
     if settings["arm"] == runs.LOCAL_ONLY:
         said.append("One model per center, each tested on the cases of its own center only.")
-    high = (selected["y_true"] == len(class_names(settings["task"])) - 1).groupby(selected["center"])
+    high = (selected["y_true"] == len(found[0]["classes"]) - 1).groupby(selected["center"])
     fewest, cases = high.sum().idxmin(), high.size()
     count = f"{high.sum()[fewest]} high-risk case(s) among {cases[fewest]} tested"
     return [*said, f"Small centers: {fewest} has {count}; one case more or less moves its figures."]

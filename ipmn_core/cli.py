@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("params", **profile)
 
     argument = add(check)
-    argument("root", type=Path, help="the folder that holds the label sheets")
+    argument("root", type=Path, help="a release's folder, a manifest, or a profile (.yaml)")
 
     argument = add(phantom)
     argument("root", **new_folder)
@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
 
     argument = add(fetch)
-    argument("root", type=Path, help="the folder to put it in")
+    argument("root", type=Path, help="the folder to put it in; `data` of a profile takes it as it is")
+    text = "fetch this part only; may be given several times (default: images with masks, labels, splits)"
+    argument("--only", action="append", choices=("roi", "images", "labels", "splits"), help=text)
+    argument("--modality", choices=("t1", "t2"), help="volumes of this modality only (default: both)")
+    argument("--cases", type=int, metavar="N", help="volumes of the first N cases per modality only")
     argument("--yes", action="store_true", help="do not ask before downloading")
 
     argument = add(predict)
@@ -95,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         for path in pipeline.run(p):
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
         page = pipeline.write_report(p)
-    print(f"\n{(p.folder / 'tables' / 'table3_beside_paper.md').read_text()}")
+    print(f"\n{max((p.folder / 'tables').glob('table3*.md')).read_text()}")
     print(f"tables, figures and notebooks are in {p.folder}/, the report is {page}")
     return 0
 
@@ -111,32 +115,34 @@ def report(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what is wrong with a copy of the data set, and its table 1; exit 1 on errors."""
-    from ipmn_core import data
+    """Print what is wrong with a cohort, and its table 1; exit 1 on errors."""
+    from ipmn_core import data, params
 
-    scans, problems = data.inspect(options.root, volumes=True)
+    p = params.load(options.root) if options.root.suffix == ".yaml" else None
+    root = p.cohort_root if p else options.root
+    cohort, problems = data.inspect(root, p, volumes=True)
     for row in problems.itertuples():
         line = f"{row.severity}: {row.where}: {row.problem}; {row.remedy}"
         print("".join(c if c.isprintable() else "?" for c in line))  # the name of a file may hold anything
     errors = int((problems["severity"] == "error").sum())
     if not errors:
-        print(f"\n{data.table1(scans).to_markdown(index=False)}")
+        print(f"\n{data.table1(cohort).to_markdown(index=False)}")
     remarks = len(problems) - errors
-    print(f"\n{options.root}: {len(scans)} labelled scans, {errors} error(s), {remarks} other remark(s)")
+    print(f"\n{root}: {len(cohort)} labelled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """Download the real data set from OSF, verify, unpack and check it."""
-    from ipmn_core.data import osf
+    """Download the real data set or parts of it from Hugging Face, verify and check it."""
+    from ipmn_core import fetch
 
     def confirmed(question: str) -> bool:
-        print(question)
+        print(question, flush=True)
         return options.yes or input("[y/N] ").strip().lower() in ("y", "yes")
 
-    options.root, unverified = osf.fetch(options.root, confirmed)
-    for name in unverified:
-        print(f"not verified, OSF gives no checksum: {name}")
+    parts = options.only or fetch.DEFAULT
+    files = fetch.fetch(options.root, confirmed, parts, options.modality, options.cases)
+    print(f"{options.root}: {files} files, size and checksum as on the hub", flush=True)
     return check(options)
 
 

@@ -1,20 +1,17 @@
-"""Names of centers, modalities, classes, models and arms: order and display name, once."""
+"""Names of the paper's centers and classes, of models and arms: order and display name, once.
+
+Only what reads the paper's data set, writes the phantom or shows the paper's numbers may use the first three;
+everything else takes centers, modalities and classes from the cohort.
+"""
 
 import re
 
 CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
 MODALITIES = ("t1", "t2")
 LABELS = ("no risk", "low risk", "high risk")
-LABEL_NAMES = {False: LABELS, True: ("not high risk", "high risk")}  # by whether the task is binary
-TASKS = ("three_class", "binary")
+TASKS = ("multiclass", "binary")  # all classes; the positive ones against the rest
 MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")  # as table 2
 ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # as table 3; the last is ours
-
-
-def class_names(task: str) -> tuple[str, ...]:
-    """Names of the classes of a task, `three_class` or `binary`, in the order of its labels."""
-    return LABEL_NAMES[task == "binary"]
-
 
 DISPLAY = {
     "resnet34": "ResNet-34",
@@ -30,12 +27,20 @@ DISPLAY = {
     "histogram_only": "Histogram only",
     "oracle": "Oracle",
     "guideline": "Guideline",
+    "multiclass": "All classes",
+    "binary": "Positive against the rest",
     "t1": "T1",
     "t2": "T2",
     "global": "Global",
 }
 
 
+def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:
+    """Names of the classes of the binary task, from those of the positive classes."""
+    name = " or ".join(positive)
+    return f"not {name}", name
+
+
 def display_name(name: str) -> str:
-    """Name of a model, method, modality or center as the paper prints it; an unknown name as it is."""
+    """Name of a task, model, method or modality as people read it; another, such as a center's, as it is."""
     return DISPLAY.get(name, re.sub(r"^fedprox_(.+)$", r"FedProx (μ=\1)", name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ipmn_core.names import ARMS, MODELS
 
@@ -26,8 +26,20 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _naming(values: Any) -> Any:
+    """A list of names as {name: name}; keys that YAML reads as numbers as text."""
+    values = {value: value for value in values} if isinstance(values, (list, tuple)) else values
+    if not isinstance(values, dict) or any(
+        isinstance(name, bool) for pair in values.items() for name in pair
+    ):
+        raise ValueError("write a list of names, or `in the data: shown`; quote words such as no and yes")
+    return {str(key): str(value) for key, value in values.items()}
+
+
+Naming = Annotated[dict[str, str], BeforeValidator(_naming), Field(min_length=1)]
 T = TypeVar("T")
 Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
+Plain = Annotated[str, Field(pattern=r"^\w[\w .+-]*\Z")]  # also the name of a folder
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -62,14 +74,20 @@ class Params(BaseModel):
         pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
     outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
-    data: str = setting("phantom", "phantom, or the folder of the real data set", min_length=1)
+    data: str = setting(
+        "phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)", min_length=1
+    )
+    classes: Naming | None = setting(None, "classes in order, or {label: class}; null: the data's")
+    positive: Distinct[str] | None = setting(None, "positive classes of the binary task; null: the last")
+    center_names: Naming | None = setting(None, "centers in order, or {name in the data: name}; null: as met")
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
     phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
-    max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
-    modalities: Distinct[Literal["t1", "t2"]] = setting(
-        ("t1", "t2"), "modalities, each with networks of its own"
+    cohort: Literal["all", "histology"] = setting(
+        "all", "real data set: all, or the cases that are not only followed up"
     )
+    max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
+    modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
     spacing: float | None = setting(
         None, "edge of the voxels before masking, mm; null as stored, as in the paper", ge=0.25, le=10
@@ -80,13 +98,14 @@ class Params(BaseModel):
     orientation: Literal["stored", "canonical"] = setting(
         "stored", "axes of the voxels: stored as in the paper, or canonical: to right, front and head"
     )
-    fold_rule: Literal["center", "patient"] = setting(
-        "center", "center as in the paper; patient keeps T1 and T2 of a patient in one fold"
+    fold_rule: Literal["center", "patient", "given", "official"] = setting(
+        "center",
+        "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's",
     )
-    three_class_folds: int = setting(5, "folds of the three-class task", ge=2)
+    multiclass_folds: int = setting(5, "folds of the task of all classes", ge=2)
     binary_folds: int = setting(4, "folds of the binary task", ge=2)
     inner_validation: float = setting(0.0, "share of training cases to choose an epoch on", ge=0, le=0.5)
-    three_class_models: Distinct[str] = setting(MODELS, "networks of the three-class task")
+    multiclass_models: Distinct[str] = setting(MODELS, "networks of the task of all classes")
     binary_model: str = setting("densenet121", "network of the binary task")
     arms: Distinct[str] = setting(ARMS, "arms of the binary task; local_only is not in the paper")
     epochs: Count = setting(100, "centralized epochs")
@@ -124,8 +143,8 @@ class Params(BaseModel):
         return Preprocessing(self.size, self.spacing, self.intensity, self.orientation)
 
     def folds(self, task: str) -> int:
-        """The number of folds of a task, `three_class` or `binary`."""
-        return {"three_class": self.three_class_folds, "binary": self.binary_folds}[task]
+        """The number of folds of a task, `multiclass` or `binary`."""
+        return {"multiclass": self.multiclass_folds, "binary": self.binary_folds}[task]
 
     @property
     def phantom_root(self) -> Path:

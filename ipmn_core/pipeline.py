@@ -64,13 +64,13 @@ def _prepare(p: Params, fresh: bool) -> None:
         runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
     scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
-        data.assign_folds(scans, p.folds(task), p.fold_rule, binary=task == "binary")
+        data.assign_folds(scans, p.folds(task), p.fold_rule, task)
     cohort = data.load_cohort(p)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:
         probes.unfinished(p, task, cohort)
-    runs.train(p, ("binary", "three_class"), cohort)  # the longer runs first: workers end together
+    runs.train(p, ("binary", "multiclass"), cohort)  # the longer runs first: workers end together
     for task in TASKS:
         probes.fit(p, task, cohort)
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ipmn_core import data, federated, params
-from ipmn_core.names import class_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, load
@@ -61,7 +60,7 @@ def predict(
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
-    folds = names.join(pd.DataFrame(prob, columns=list(class_names(of.task))))
+    folds = names.join(pd.DataFrame(prob, columns=list(of.classes)))
     warnings = [f"{Path(where).name}: {problem}; {remedy}" for _, where, problem, remedy in scan.remarks]
     warnings += _case_warnings(case, trained, center)
     return Prediction(case, of.task, folds, tuple(warnings), scan, of.how)

@@ -7,14 +7,15 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import paper_cohort
 from torch import nn
 
 from ipmn_core import models, params, runs
-from ipmn_core.data import Cohort, load_cubes
+from ipmn_core.data import load_cubes
 
 PROFILE = {
-    **{"profile": "t", "size": 32, "modalities": ["t2"], "three_class_folds": 2, "binary_folds": 2},
-    **{"three_class_models": ["quick"], "binary_model": "quick", "arms": ["centralized", "local_only"]},
+    **{"profile": "t", "size": 32, "modalities": ["t2"], "multiclass_folds": 2, "binary_folds": 2},
+    **{"multiclass_models": ["quick"], "binary_model": "quick", "arms": ["centralized", "local_only"]},
     **{"epochs": 2, "rounds": 2, "inner_validation": 0.3, "threads": 1, "device": "cpu"},
 }
 AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0, 6.0, 30], [0, 0, 0, 1]], float)
@@ -53,7 +54,9 @@ def train_small(folder):
         patch.setitem(models.MODELS, "quick", quick)
         p = params.validate({"outputs": str(folder), **PROFILE}, "test")
         runs.train(
-            p, ["binary", "three_class"], Cohort(scans, *load_cubes(scans, p.preprocessing, folder / "cache"))
+            p,
+            ["binary", "multiclass"],
+            paper_cohort(scans, *load_cubes(scans, p.preprocessing, folder / "cache")),
         )
     return p.folder / "runs", scans
 

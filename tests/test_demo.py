@@ -33,7 +33,7 @@ def demo(tmp_path_factory):
     """The profile, and `metrics.over_folds` of its fresh runs and of the oracle."""
     values = params.load(ROOT / "params" / "demo.yaml").model_dump(mode="json")
     values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
-    values |= {"three_class_models": ["densenet121"], "arms": ["centralized", "fedavg"]}
+    values |= {"multiclass_models": ["densenet121"], "arms": ["centralized", "fedavg"]}
     p = params.validate(values, "demo.yaml")
     everyone = phantom.patients(p.phantom_seed)
     labelled = everyone[everyone["label_t2"].notna()]
@@ -50,7 +50,7 @@ def demo(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "arm", "least"), [("binary", "centralized", 0.70), ("three_class", "densenet121", 0.65)]
+    ("task", "arm", "least"), [("binary", "centralized", 0.70), ("multiclass", "densenet121", 0.65)]
 )
 def test_the_demo_learns_and_stays_below_the_oracle(demo, task, arm, least):
     auc = demo.query("center == 'global' and task == @task").set_index("arm")["auc_mean"]

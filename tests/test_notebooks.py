@@ -133,7 +133,7 @@ def test_the_tables_hold_a_row_for_each_model_and_arm_that_ran(smoke):
     folder = smoke.folder / "tables"
     table1, table2, table3 = (pd.read_csv(folder / f"table{n}.csv") for n in (1, 2, 3))
     assert list(table1.columns) == ["center", "modality", "no_risk", "low_risk", "high_risk", "total"]
-    ran = {"model": SMOKE["three_class_models"], "method": SMOKE["arms"], "modality": SMOKE["modalities"]}
+    ran = {"model": SMOKE["multiclass_models"], "method": SMOKE["arms"], "modality": SMOKE["modalities"]}
     for ours, n, keys in ((table2, 2, ["model", "modality"]), (table3, 3, ["center", "method", "modality"])):
         theirs = tables.paper(n)
         for key in set(keys) & set(ran):

@@ -22,8 +22,8 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
     p = params.load(next(path for path in PROFILES if path.stem == "paper"))
     assert (p.size, p.epochs, p.rounds, p.local_epochs, p.batch_size) == (96, 100, 100, 1, 16)
     assert (p.lr, p.weight_decay, p.lr_step, p.lr_gamma, p.augment_prob) == (1e-3, 0.01, 30, 0.1, 0.1)
-    assert (p.three_class_folds, p.binary_folds, p.fold_rule) == (5, 4, "center")
-    assert (p.three_class_models, p.arms) == (MODELS, ARMS)
+    assert (p.multiclass_folds, p.binary_folds, p.fold_rule) == (5, 4, "center")
+    assert (p.multiclass_models, p.arms) == (MODELS, ARMS)
     assert p.modalities == ("t1", "t2") and p.inner_validation == 0
     assert p.max_per_cell is None and p.batches_per_epoch is None and p.epochs_by_model == {}
     assert p.data != "phantom" and p.precision == "float32"
@@ -38,10 +38,10 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("epochs", 4.0),
         ("epochs", True),
         ("epochs", 0),
-        ("modalities", ["t3"]),
+        ("modalities", ["t1/t3"]),
         ("modalities", "t1"),
         ("arms", []),
-        ("three_class_models", ["densenet121", "densenet121"]),
+        ("multiclass_models", ["densenet121", "densenet121"]),
         ("profile", "../demo"),
         ("profile", "demo\n"),
         ("profile", "Reference"),  # a folder of the project in outputs

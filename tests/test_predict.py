@@ -40,7 +40,7 @@ def scan(tmp_path):
     return write_scan(tmp_path, "EMC_01_002")
 
 
-@pytest.mark.parametrize("which", ["binary/t2/centralized", "binary/t2/local_only", "three_class/t2/quick"])
+@pytest.mark.parametrize("which", ["binary/t2/centralized", "binary/t2/local_only", "multiclass/t2/quick"])
 def test_a_runs_own_test_case_gets_the_probability_that_the_run_stored(trained, which):
     root, scans = trained
     stored = metrics.select(pd.read_parquet(root / which / "fold1" / "predictions.parquet"))
@@ -55,7 +55,7 @@ def test_a_runs_own_test_case_gets_the_probability_that_the_run_stored(trained, 
 
 
 def test_an_arm_gives_one_row_per_fold_then_their_mean_and_deviation(trained, scan):
-    arm = trained[0] / "three_class" / "t2" / "quick"
+    arm = trained[0] / "multiclass" / "t2" / "quick"
     result = predict.predict(*scan, arm)
     table = predict.table(result)
     assert list(table["model"]) == ["quick fold 0", "quick fold 1", "mean", "std"]
@@ -65,7 +65,7 @@ def test_an_arm_gives_one_row_per_fold_then_their_mean_and_deviation(trained, sc
     np.testing.assert_allclose(mean, (one + two) / 2)
     np.testing.assert_allclose(std, abs(one - two) / 2)  # ddof = 0
     assert (std > 0).all()
-    assert (result.case, result.task) == ("EMC_01_002", "three_class")
+    assert (result.case, result.task) == ("EMC_01_002", "multiclass")
     again = predict.predict(*scan, [arm / "fold0", str(arm / "fold1" / "model.pt"), arm])
     pd.testing.assert_frame_equal(predict.table(again), table)  # the same bits, each model once
 
@@ -93,7 +93,7 @@ def test_a_center_is_chosen_where_each_has_its_model_and_only_there(arm, scan):
 
 @pytest.mark.parametrize(
     "change",
-    [{"task": "three_class"}, {"modality": "t1"}, {"size": 48}, {"spacing": 1.5}, {"intensity": "zscore"}],
+    [{"task": "multiclass"}, {"modality": "t1"}, {"size": 48}, {"spacing": 1.5}, {"intensity": "zscore"}],
 )
 def test_models_of_two_kinds_are_not_averaged(arm, fold, scan, change):
     (value,) = change.values()

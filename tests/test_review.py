@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from made_up import paper_cohort
 
 from ipmn_core import models, params, pipeline, runs
-from ipmn_core.data import Cohort
 from ipmn_core.names import CENTERS, LABELS, MODALITIES, TASKS
 from ipmn_core.runs import probes
 
@@ -54,12 +54,12 @@ def test_the_review_of_the_smoke_run_is_clean(smoke):
 def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
     values = {"profile": "review", "outputs": str(tmp_path), "data": str(tmp_path), "device": "cpu"}
     values |= {"size": 32, "epochs": 2, "rounds": 2, "inner_validation": 0.2, "threads": 1, "jobs": 1}
-    values |= {"three_class_folds": 3, "binary_folds": 3}
+    values |= {"multiclass_folds": 3, "binary_folds": 3}
     (tmp_path / "review.yaml").write_text(yaml.safe_dump(values))
     p, scans = params.load(tmp_path / "review.yaml"), six_of_each_class()
     noise = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
-    cohort = Cohort(scans, noise, "noise")
-    for name in p.three_class_models:
+    cohort = paper_cohort(scans, noise, "noise")
+    for name in p.multiclass_models:
         monkeypatch.setitem(models.MODELS, name, models.MODELS["tiny"])
     features = np.random.default_rng(1).random((len(scans), 3))  # there are no files to read headers from
     for name in probes.PROBES:
@@ -70,6 +70,6 @@ def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
     notebook = params.project_root() / "notebooks" / NAME
     pipeline.execute(notebook, p.folder / "notebooks" / NAME, {"profile": str(tmp_path / "review.yaml")})
     text = shown(p.folder)
-    assert all(name in text for name in (*p.arms, *p.three_class_models, *probes.PROBES))
+    assert all(name in text for name in (*p.arms, *p.multiclass_models, *probes.PROBES))
     assert "no inner validation" not in text and "no high-risk case" in text
     assert not re.search(r">\s*(oracle|guideline)\s*<", text)  # real data have neither

@@ -1,45 +1,153 @@
-"""The table of scans, one row per labelled scan, and the cohort: that table with a cube for each row."""
+"""The cohort: the table of scans, one row per labelled scan, its classes, and a cube for each row."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ipmn_core.data.check import inspect
+from ipmn_core.data import check, folds, manifest, releases
 from ipmn_core.data.cubes import load_cubes
-from ipmn_core.data.releases import CohortError
-from ipmn_core.names import CENTERS, LABELS, MODALITIES
+from ipmn_core.data.releases import SCAN_COLUMNS, CohortError
+from ipmn_core.names import CENTERS, LABELS, TASKS, binary_names
+from ipmn_core.params import Params
+
+PAPER = dict(zip("012", LABELS, strict=True))  # label in the sheets of the real data set -> class
+PROBLEM_COLUMNS = ["severity", "where", "problem", "remedy"]
+Names = tuple[str, ...]
+SEVERITIES = ["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Scans (columns `releases.SCAN_COLUMNS`, index from 0) and their cubes (N, S, S, S), row by row.
+    """Scans, their classes in order, and their cubes (N, S, S, S), row by row (None: not loaded).
 
-    `key` is a SHA-256 over files, recipe and rows as loaded; a narrowed cohort keeps it.
+    `scans` has the columns `releases.SCAN_COLUMNS`, `label` as the place of the class in `classes`, `class`,
+    its name, and `positive`: whether it is one of the `positive` ones; index from 0; modality by modality,
+    centers in the cohort's order. `is_paper`: centers and classes are the paper's. `key` is a SHA-256 over
+    files, recipe and rows as loaded; a narrowed cohort keeps it.
     """
 
+    name: str
+
     scans: pd.DataFrame
-    cubes: np.ndarray
-    key: str
+    classes: tuple[str, ...]
+    positive: tuple[str, ...]
+    is_paper: bool = False
+    cubes: np.ndarray | None = None
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.scans)
 
+    @property
+    def centers(self) -> tuple[str, ...]:
+        """The centers, in their order."""
+        return tuple(self.scans["center"].unique())
+
+    @property
+    def about(self) -> str:
+        """Which cohort this is, for the head of a chapter."""
+        counts = ", ".join(f"{n} {m}" for m, n in self.scans["modality"].value_counts(sort=False).items())
+        classes = ", ".join(f"{k} {name}" for k, name in enumerate(self.classes))
+        return (
+            f"cohort {self.name}: {len(self)} labelled scans ({counts})\n"
+            f"{len(self.centers)} centers: {', '.join(self.centers)}\n"
+            f"classes: {classes}; positive: {', '.join(self.positive)}"
+        )
+
     def where(self, keep) -> "Cohort":
         """The scans for which the boolean array `keep` (N,) is true, with their cubes."""
         keep = np.asarray(keep)
-        return Cohort(self.scans[keep].reset_index(drop=True), self.cubes[keep], self.key)
+        cubes = None if self.cubes is None else self.cubes[keep]
+        return replace(self, scans=self.scans[keep].reset_index(drop=True), cubes=cubes)
 
     def of(self, modality: str) -> "Cohort":
         """The scans of one modality, with their cubes."""
         return self.where(self.scans["modality"] == modality)
 
+    def names(self, task: str) -> tuple[str, ...]:
+        """Names of the classes of a task, `multiclass` or `binary`, in the order of its labels."""
+        return binary_names(self.positive) if task == "binary" else self.classes
 
-def open_cohort(p) -> pd.DataFrame:
-    """All labelled scans of a profile's cohort, of its `modalities`, from the folder `p.cohort_root`.
 
-    A phantom that is not there is written first. CohortError if there is no folder or no scan.
+def classes_of(
+    p: Params, known: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """Class of each label, all classes in order, the positive ones: a profile's, or those of `known` labels.
+
+    Two labels may be one class. Raises CohortError unless some classes, but not all, are positive.
+    """
+    naming = p.classes or dict(known)
+    classes = tuple(dict.fromkeys(naming.values()))
+    positive = p.positive or classes[-1:]
+    if not set(positive) < set(classes) or len(classes) < 2:
+        text = f"positive {', '.join(positive) or 'none'} of the classes {', '.join(classes) or 'none'}"
+        raise CohortError("classes", text, "have two classes or more, and set `positive` to some of them")
+    return naming, classes, tuple(name for name in classes if name in positive)
+
+
+def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohort, pd.DataFrame]:
+    """What can be used of the cohort at `root`, and its problems (`PROBLEM_COLUMNS`), errors first.
+
+    `root` is the folder of a release or a manifest; `p` says how classes and centers are called and how cases
+    are split (default: as the paper). Errors are what keeps a scan, or the cohort, from being used. Scans
+    without a label are left out and counted in `scans.attrs["unlabelled"]`. If `volumes`, every volume is
+    read, too (`check.volume_problems`).
+    """
+    how, p, root, problems = p and p.preprocessing, p or Params(), Path(root), []
+    of_release = root.suffix.lower() not in manifest.SUFFIXES
+    if of_release:
+        found, unlabelled = releases.read_release(root, problems, p.cohort)
+    else:
+        found, unlabelled = manifest.read(root, problems)
+    labels = {str(scan["label"]) for scan in found}
+    try:
+        naming, classes, positive = classes_of(p, PAPER if of_release else manifest.naming(labels))
+    except CohortError as error:
+        problems.append(("error", *error.args))
+        naming, classes, positive = {label: label for label in labels}, tuple(sorted(labels)), ()
+    unknown = [scan for scan in found if str(scan["label"]) not in naming]
+    for scan in unknown:
+        text = f"label {scan['label']!r} of {scan['case_id']} is none of {', '.join(naming)}"
+        problems.append(("error", scan["where"], text, "correct it, clear it, or list it in `classes`"))
+    scans = _table([scan for scan in found if scan not in unknown], p, naming, classes, of_release)
+    scans["class"] = scans["label"].map(dict(enumerate(classes)))
+    scans["positive"] = scans["class"].isin(positive)
+    scans.attrs["unlabelled"] = unlabelled
+    is_paper = of_release and not (p.classes or p.positive or p.center_names)
+    cohort = Cohort(root.name if p.data != "phantom" else "phantom", scans, classes, positive, is_paper)
+    problems += check.disagreements(cohort)
+    for task in TASKS if positive else ():
+        problems += folds.problems(cohort, p.folds(task), p.fold_rule, task)
+    if any(unlabelled.values()):
+        counts = " and ".join(f"{n} {m} scans" for m, n in unlabelled.items())
+        problems.append(("note", root, f"{counts} have no label", "none needed: they are left out"))
+    problems += check.volume_problems(scans, how) if volumes else []
+    table = pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str).drop_duplicates()
+    worst_first = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
+    return cohort, table.loc[worst_first].reset_index(drop=True)
+
+
+def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> pd.DataFrame:
+    """Scans as the cohort's table: labels as places in `classes`, centers as they are called and in order."""
+    scans = pd.DataFrame(found, columns=SCAN_COLUMNS)
+    scans["label"] = [classes.index(naming[str(label)]) for label in scans["label"]]
+    called = p.center_names or {name: name for name in (CENTERS if of_release else ())}
+    order = list(dict.fromkeys([*called.values(), *(called.get(name, name) for name in scans["center"])]))
+    scans["center"] = scans["center"].map(lambda name: called.get(name, name))
+    places = {name: k for k, name in enumerate([*scans["modality"].unique(), *order])}
+    by = scans["modality"].map(places) * len(places) + scans["center"].map(places)
+    return scans.loc[by.sort_values(kind="stable").index].reset_index(drop=True).astype({"label": int})
+
+
+def open_cohort(p: Params) -> Cohort:
+    """The labelled scans of a profile's cohort, of its `modalities`; cubes are not loaded.
+
+    A phantom that is not there is written first. CohortError as `read`, or if a modality has no scan.
     """
     root = p.cohort_root
     if p.data == "phantom" and not root.exists():
@@ -47,57 +155,61 @@ def open_cohort(p) -> pd.DataFrame:
 
         options = {"max_per_cell": p.phantom_max_per_cell, "shortcut": p.phantom_shortcut}
         phantom.write(root, seed=p.phantom_seed, jobs=p.jobs, **options)
-    if not root.is_dir():
-        remedy = "set `data` to its folder (get it from https://osf.io/74vfs) or to phantom (synthetic)"
-        raise CohortError(root, "no such folder, so no cohort", remedy)
-    scans = read(root)
-    scans = scans[scans["modality"].isin(p.modalities)].reset_index(drop=True)
-    if scans.empty:
-        raise CohortError(root, f"no labelled {' or '.join(p.modalities)} scan", "choose other `modalities`")
-    return scans
+    if not root.exists():
+        remedy = "set `data` to a manifest, the folder of the real data set (`ipmn fetch`), or phantom"
+        raise CohortError(root, "no such file or folder, so no cohort", remedy)
+    cohort = read(root, p)
+    found = cohort.scans["modality"].unique()
+    if missing := [m for m in p.modalities if m not in found]:
+        text = f"no labelled scan of {' and '.join(missing)}, but of {' and '.join(found) or 'none'}"
+        raise CohortError(root, text, f"set `modalities: [{', '.join(found)}]`")
+    return cohort.where(cohort.scans["modality"].isin(p.modalities))
 
 
-def load_cohort(p) -> Cohort:
-    """The scans that a profile trains on: its cohort, cut to `max_per_cell`, with cubes from the cache.
-
-    Raises CohortError, or ScanError naming the first case that cannot be used.
-    """
-    scans = subset(open_cohort(p), p.max_per_cell)
-    cubes, key = load_cubes(scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
-    rows = scans[["case_id", "patient_id", "center", "modality", "label"]].to_csv(index=False)
-    return Cohort(scans, cubes, hashlib.sha256((key + rows).encode()).hexdigest())
-
-
-def read(root) -> pd.DataFrame:
-    """The labelled scans of a cohort on disk; CohortError lists what `inspect` calls errors, at most ten."""
-    scans, problems = inspect(root)
+def read(root, p: Params | None = None) -> Cohort:
+    """The cohort at `root` as `inspect`; CohortError lists what that calls errors, at most ten."""
+    cohort, problems = inspect(root, p)
     errors = problems[problems["severity"] == "error"]
     if errors.empty:
-        return scans
+        return cohort
     first = [f"{row.where}: {row.problem}: {row.remedy}" for row in errors.head(10).itertuples()]
     title = f"{len(errors)} error(s) in this cohort; `ipmn check {root}` lists all, these are the first"
     raise CohortError(root, "\n  ".join([title, *first]))
 
 
-def subset(scans: pd.DataFrame, max_per_cell: int | None) -> pd.DataFrame:
-    """The first `max_per_cell` scans of each modality, center and label, in sheet order (None: all scans)."""
+def load_cohort(p: Params) -> Cohort:
+    """The scans that a profile trains on: its cohort, cut to `max_per_cell`, with cubes from the cache.
+
+    Raises CohortError, or ScanError naming the first case that cannot be used.
+    """
+    cohort = subset(open_cohort(p), p.max_per_cell)
+    cubes, key = load_cubes(cohort.scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
+    rows = cohort.scans.drop(columns=["image", "mask"]).to_csv(index=False)
+    key = hashlib.sha256((key + rows + json.dumps(cohort.classes)).encode()).hexdigest()
+    return replace(cohort, cubes=cubes, key=key)
+
+
+def subset(cohort: Cohort, max_per_cell: int | None) -> Cohort:
+    """The first `max_per_cell` scans of each modality, center and class, in the table's order (None: all)."""
     if max_per_cell is None:
-        return scans
-    rank = scans.groupby(["modality", "center", "label"]).cumcount()
-    return scans[rank < max_per_cell].reset_index(drop=True)
+        return cohort
+    return cohort.where(cohort.scans.groupby(["modality", "center", "label"]).cumcount() < max_per_cell)
 
 
-def table1(scans: pd.DataFrame) -> pd.DataFrame:
-    """Table 1, scans per center and modality: `center, modality, no_risk, low_risk, high_risk, total`."""
+def table1(cohort: Cohort) -> pd.DataFrame:
+    """Table 1, scans per center and modality: `center, modality`, each class with _ for blanks, `total`."""
+    scans = cohort.scans
     counts = pd.crosstab([scans["center"], scans["modality"]], scans["label"])
-    counts = counts.reindex(columns=range(len(LABELS)), fill_value=0)
-    counts.columns = [name.replace(" ", "_") for name in LABELS]
+    counts = counts.reindex(columns=range(len(cohort.classes)), fill_value=0)
+    counts.columns = [name.replace(" ", "_") for name in cohort.classes]
     counts["total"] = counts.sum(axis="columns")
-    present = [(c, m) for c in CENTERS for m in MODALITIES if (c, m) in counts.index]
+    names = {key: scans[key].unique() for key in ("center", "modality")}
+    present = [(c, m) for c in names["center"] for m in names["modality"] if (c, m) in counts.index]
     return counts.loc[present].reset_index()
 
 
-def read_truth(p) -> pd.DataFrame:
+def read_truth(p: Params) -> pd.DataFrame:
     """The phantom's `truth.csv`, one row per patient: findings, true probabilities; empty for real data."""
-    path = p.cohort_root / "truth.csv"
+    root = p.cohort_root
+    path = (root if root.is_dir() else root.parent) / "truth.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame()

@@ -1,67 +1,122 @@
-"""Folds of cross-validation and the inner split."""
+"""Folds of cross-validation and the inner split. Scans of one patient and modality are never in two folds."""
+
+from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ipmn_core.data.releases import CohortError
-from ipmn_core.names import LABEL_NAMES
+
+if TYPE_CHECKING:
+    from ipmn_core.data.cohort import Cohort
 
 
-def assign_folds(scans: pd.DataFrame, n_folds: int, rule="center", binary=False) -> pd.Series:
-    """The fold (0 ... n_folds-1) in which each scan is tested, on the index of `scans`.
+def targets(scans: pd.DataFrame, task: str) -> pd.Series:
+    """The class of each scan in a task: of all classes, or (binary) 1 for a positive one, else 0; int64."""
+    return (scans["positive"] if task == "binary" else scans["label"]).astype(np.int64)
 
-    `rule="center"` is the paper's: unshuffled `StratifiedKFold` on the label (binary: on label == 2) within
-    each modality and center. `rule="patient"`: Departs from the paper: the same within each center over
-    patients, by the larger of a patient's labels, so that T1 and T2 of one pancreas are never on both sides
-    of a split. Raises CohortError for a center without a class of `n_folds` members.
+
+def assign_folds(cohort: Cohort, n_folds: int, rule: str = "center", task: str = "multiclass") -> pd.Series:
+    """The fold (0 ... n_folds-1) in which each scan is tested, on the index of `cohort.scans`.
+
+    `rule="center"` is the paper's: unshuffled `StratifiedKFold` on the task's class within each modality and
+    center, over patients, by the largest of a patient's classes there. `rule="patient"`: Departs from the
+    paper: the same within each center for all modalities together, so that T1 and T2 of one pancreas are
+    never on both sides of a split. `rule="given"` or "official": the folds that the manifest, or the release,
+    gives. Raises CohortError for a center without a class of `n_folds` patients, and for given folds that
+    cannot be used.
     """
-    if rule not in ("center", "patient"):
-        raise ValueError(f"rule is {rule!r}; it is 'center' or 'patient'")
-    by_scan = rule == "center"
-    cell = scans["center"] + " " + (scans["modality"] if by_scan else "patients")
-    unit = pd.Series(range(len(scans)), scans.index) if by_scan else scans["patient_id"]
-    y = task_label(scans, binary)
+    scans = cohort.scans
+    if rule in ("given", "official"):
+        return _given_folds(scans, n_folds, task)
+    patient = ["patient_id"] if rule == "patient" else ["modality", "patient_id"]
+    home = scans.groupby(patient)["center"].transform("first")
+    cell = home + " " + ("patients" if rule == "patient" else scans["modality"])
+    y = targets(scans, task)
     fold = pd.Series(-1, scans.index, name="fold")
     for where, rows in scans.groupby(cell, sort=False).indices.items():
-        y_of_unit = y.iloc[rows].groupby(unit.iloc[rows], sort=False).max()
-        fold.iloc[rows] = unit.iloc[rows].map(_stratified_folds(y_of_unit, n_folds, binary, where))
+        unit = scans["patient_id"].iloc[rows]
+        y_of_patient = y.iloc[rows].groupby(unit, sort=False).max()
+        fold.iloc[rows] = unit.map(_stratified_folds(y_of_patient, n_folds, cohort.names(task), where))
     return fold
 
 
+def problems(cohort: Cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str, str, str]]:
+    """Problems of a task's folds: refused ones (warnings), classes with fewer cases than folds (notes)."""
+    found = []
+    try:
+        assign_folds(cohort, n_folds, rule, task)
+    except CohortError as error:
+        found.append(("warning", *error.args))
+    for where, here in cohort.scans.groupby(
+        cohort.scans["center"] + " " + cohort.scans["modality"], sort=False
+    ):
+        counts = _counts(targets(here, task), cohort.names(task))
+        if small := ", ".join(f"{n} {name}" for name, n in counts.items() if n < n_folds):
+            remedy = "none needed: measures that need the class are n/a there"
+            found.append(("note", where, f"{small}: too few for one in each of {n_folds} folds", remedy))
+    return found
+
+
 def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
-    """The index of the training `scans` held out to choose the epoch on: `share` of every center and label.
+    """The index of the training `scans` held out to choose the epoch on: `share` of every center and class.
 
-    Departs from the paper: its released code chooses on the test fold. With a share of 0 nothing is held out.
+    Whole patients are held out. Departs from the paper: its released code chooses on the test fold. With a
+    share of 0 nothing is held out.
     """
+    patients = scans.drop_duplicates("patient_id")
     rng = np.random.default_rng(seed)
-    return scans.groupby(["center", "label"]).sample(frac=share, random_state=rng).index
+    held_out = patients.groupby(["center", "label"]).sample(frac=share, random_state=rng)["patient_id"]
+    if len(patients) == len(scans):
+        return held_out.index
+    return scans.index[scans["patient_id"].isin(held_out)]
 
 
-def task_label(scans, binary):
-    """The class of each scan in the three-class task or, if binary, whether it is high risk."""
-    return (scans["label"] == 2).astype(int) if binary else scans["label"]
-
-
-def class_counts(y, binary):
+def _counts(y, names):
     """Cases by class name."""
-    return {name: int((y == k).sum()) for k, name in enumerate(LABEL_NAMES[binary])}
+    return {name: int((y == k).sum()) for k, name in enumerate(names)}
 
 
-def _stratified_folds(y, n_folds, binary, where):
+def _stratified_folds(y, n_folds, names, where):
     """The test fold of each label, on the index of y."""
     from sklearn.model_selection import StratifiedKFold
 
-    counts = class_counts(y, binary)
+    counts = _counts(y, names)
     if max(counts.values()) < n_folds:  # scikit-learn refuses the same, but cannot say where
         cases = ", ".join(f"{n} {name}" for name, n in counts.items())
         text = f"cannot be split into {n_folds} folds ({cases})"
         raise CohortError(where, text, "take fewer folds, or more cases of one class")
     fold = pd.Series(-1, y.index)
     with warnings.catch_warnings():
-        # The paper's cohort has classes below n_folds; `check.fold_problems` reports them.
+        # The paper's cohort has classes below n_folds; `problems` reports them.
         warnings.filterwarnings("ignore", message="The least populated class")
         for k, (_, test) in enumerate(StratifiedKFold(n_folds).split(y, y)):
             fold.iloc[test] = k
     return fold
+
+
+def _given_folds(scans, n_folds, task):
+    """The given folds as numbers, in the order of their names (numbers by value)."""
+    given = scans[f"fold_{task}"].astype(str).str.strip()
+    patient = given.groupby([scans["modality"], scans["patient_id"]])
+    for wrong, text in (
+        (given == "", "no fold is given for"),
+        (patient.transform("nunique") > 1, "two folds are given for scans of one patient and modality:"),
+    ):
+        if wrong.any():
+            cases = scans.loc[wrong, "modality"] + " " + scans.loc[wrong, "case_id"]
+            more = f" and {len(cases) - 10} more" if len(cases) > 10 else ""
+            text = f"{text} {', '.join(cases[:10])}{more}"
+            raise CohortError(
+                f"folds of {task}", text, "give each patient one, or choose another `fold_rule`"
+            )
+    names = sorted(
+        given.unique(), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+    )
+    if len(names) != n_folds:
+        text = f"{len(names)} folds are given ({', '.join(names)}), {n_folds} are asked for"
+        raise CohortError(f"folds of {task}", text, f"set `{task}_folds: {len(names)}`")
+    return given.map(names.index).rename("fold")

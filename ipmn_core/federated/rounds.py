@@ -113,7 +113,7 @@ def _update(name: str, model: nn.Module, w_global: State, learner: Learner, *how
 
 
 def fit_local_only(
-    models: nn.ModuleDict,
+    models: nn.ModuleList,
     train: dict[str, torch.Tensor],
     test: dict[str, torch.Tensor],
     cases: Cases,
@@ -126,14 +126,15 @@ def fit_local_only(
     from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
     first round.
     """
-    learners = {name: Learner(name, models[name], indices, settings) for name, indices in train.items()}
+    mine = dict(zip(train, models, strict=True))
+    learners = {name: Learner(name, mine[name], indices, settings) for name, indices in train.items()}
     n_k = [len(indices) for indices in train.values()]
     for epoch in range(restore(models, learners, checkpoint), settings.epochs + 1):
         losses, probs = [], []
         for k, (name, learner) in enumerate(learners.items()):
             seed = [*settings.seed, epoch, k, 0]
-            losses.append(client.train_epoch(models[name], learner, cases, settings, seed))
-            probs.append(client.evaluate(models[name], test[name], cases, settings))
+            losses.append(client.train_epoch(mine[name], learner, cases, settings, seed))
+            probs.append(client.evaluate(mine[name], test[name], cases, settings))
         yield Epoch(epoch, float(np.average(losses, weights=n_k)), np.concatenate(probs), learners)
 
 

@@ -26,12 +26,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from ipmn_core import federated, runs
+from ipmn_core import data, federated, runs
 from ipmn_core.disk import atomic
 from ipmn_core.federated import Epoch, State, Update
 from ipmn_core.flower import site
 from ipmn_core.flower.deployment import Federation, FederationError
-from ipmn_core.names import CENTERS
 from ipmn_core.runs import store
 
 client_app = ClientApp()
@@ -102,7 +101,7 @@ class Sites:
 
     def __init__(self, grid: Grid, federation: Federation, run: runs.Run, nodes: dict[str, int]):
         self.grid, self.federation, self.run = grid, federation, run
-        self.nodes = {center: nodes[center] for center in CENTERS if center in nodes}
+        self.nodes = {site: nodes[site] for site in federation.sites if site in nodes}
         self.folder = runs.folder_of(federation.profile, run)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "token"  # the name of the run at the sites, kept until it is whole
@@ -190,10 +189,12 @@ def execute(sites: Sites) -> Path:
     key, settings = hashlib.sha256(keys.encode()).hexdigest(), runs.run_settings(p, run)
     store.finished(sites.folder, settings.protocol(), key)
     settings, progress = runs.on_this_machine(p, settings), store.resume(sites.folder)
-    model = runs.build(settings, federated.device_of(p), list(hellos))
+    model = runs.build(settings, federated.device_of(p), 2, list(hellos))
     rows = pd.concat([_numbered(name, hello, run) for name, hello in hellos.items()], ignore_index=True)
     rounds = _rounds(sites, settings, hellos, model, progress.learning)
-    folder = runs.record(p, run, settings, key, rows, model, rounds, progress)
+    _, classes, positive = data.classes_of(p, data.PAPER)
+    cases = data.Cohort("federation", rows, classes, positive, key=key)
+    folder = runs.record(p, run, settings, cases, model, rounds, progress)
     (folder / "token").unlink()
     return folder
 
@@ -201,10 +202,10 @@ def execute(sites: Sites) -> Path:
 def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
     """A site's cases as the server has them: numbers, roles and, if it shares them, labels of test cases."""
     role = np.repeat(["train", "test"], [hello["n_train"], hello["n_test"]])
-    rows = pd.DataFrame({"role": role, "center": center, "modality": run.modality, "label": 0})
+    rows = pd.DataFrame({"role": role, "center": center, "modality": run.modality, "positive": False})
     number = rows.groupby("role").cumcount().astype(str)
     rows["case_id"] = f"{center} fold {run.fold} " + rows["role"] + " " + number
-    rows.loc[rows["role"] == "test", "label"] = 2 * np.array(hello.get("y_true", 0))  # high risk is label 2
+    rows.loc[rows["role"] == "test", "positive"] = np.array(hello.get("y_true", 0), dtype=bool)
     return rows
 
 

@@ -55,7 +55,7 @@ class Site:
     def cases(self) -> Cases:
         """Cubes and targets of `cohort`."""
         x, device = torch.tensor(self.cohort.cubes).unsqueeze(1), federated.device_of(self.p)
-        y = torch.tensor(runs.targets(self.cohort.scans["label"].to_numpy(), self.settings.task))
+        y = torch.tensor(data.targets(self.cohort.scans, self.settings.task).to_numpy())
         return Cases(x.to(device), y.to(device))
 
     @cached_property
@@ -74,7 +74,7 @@ class Site:
 
     def model(self) -> torch.nn.Module:
         """The run's network, untrained, on the site's device."""
-        return runs.build(self.settings, federated.device_of(self.p), [self.center])
+        return runs.build(self.settings, federated.device_of(self.p), 2, [self.center])
 
 
 def introduce(site: Site) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def introduce(site: Site) -> dict[str, Any]:
     key = hmac.new(site.token.encode(), site.cohort.key.encode(), hashlib.sha256).hexdigest()
     hello = {"center": site.center, "n_train": n_train, "n_test": len(site.test), "data": key}
     if site.share == "scores":
-        y = runs.targets(site.test["label"].to_numpy(), site.settings.task)
+        y = data.targets(site.test, site.settings.task).to_numpy()
         hello["y_true"] = y[site.order].tolist()
     return hello
 

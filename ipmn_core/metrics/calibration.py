@@ -1,4 +1,4 @@
-"""Does a predicted probability of high risk mean what it says, and is it good to act on it?
+"""Does a predicted probability of the positive class mean what it says, and is it good to act on it?
 
 Functions of predictions with one epoch per run (see `metrics.select`; ValueError if a run has several). The
 test folds are pooled: each case counts once, forecast by the network that never saw it.
@@ -17,8 +17,8 @@ SPECIFICITY = 0.9
 TREAT_ALL, TREAT_NONE = "treat all", "treat none"
 
 
-def high_risk(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Which cases are of high risk, the highest class, (N,) bool, and its predicted probability (N,)."""
+def positive(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Which cases are of the last class (binary: positive), (N,) bool, and its probability (N,)."""
     y, prob = scores.y_and_prob(frame)
     high = prob.shape[1] - 1
     return y == high, prob[:, high]
@@ -33,12 +33,12 @@ def bins(y: np.ndarray, prob: np.ndarray) -> pd.DataFrame:
 
 
 def reliability(selected: pd.DataFrame) -> pd.DataFrame:
-    """Predicted probability of high risk against its observed share, in bins of equal width.
+    """Predicted probability of the positive class against its observed share, in bins of equal width.
 
-    Columns task, modality, arm, bin (from 1), n, predicted (mean probability), observed (share of high risk),
+    Columns task, modality, arm, bin (from 1), n, predicted (mean probability), observed (share of positives),
     low, high (its Wilson 95 % interval). Bins without a case are left out.
     """
-    found = {arm: bins(*high_risk(rows)) for arm, rows in scores.arms(selected)}
+    found = {arm: bins(*positive(rows)) for arm, rows in scores.arms(selected)}
     curve = pd.concat(found, names=ARM).reset_index(ARM).reset_index(drop=True)
     curve["low"], curve["high"] = proportion_confint(curve["positives"], curve["n"], method="wilson")
     return curve[[*ARM, "bin", "n", "predicted", "observed", "low", "high"]]
@@ -49,14 +49,14 @@ def table(selected: pd.DataFrame) -> pd.DataFrame:
 
     Columns task, modality, arm, center (with "global"), n, positives, brier (mean squared error of the
     probability; Brier, Mon Weather Rev 1950;78:1), brier_prevalence (that of always answering the share of
-    high risk found there), ece (expected calibration error, Guo et al., ICML 2017, Eq. (3), there for the top
+    positives found there), ece (expected calibration error, Guo et al., ICML 2017, Eq. (3), there for the top
     class; few cases raise it), sensitivity (the highest of a threshold that keeps a specificity of 90 %;
     chosen on the cases it is reported on, so an upper bound), undefined (why the sensitivity is NaN).
     """
     rows = []
     for arm, frame in scores.arms(selected):
         for center, part in scores.places(frame):
-            y, prob = high_risk(part)
+            y, prob = positive(part)
             share, undefined, found = y.mean(), scores.absent_classes(y, 2), bins(y, prob)
             errors = brier_score_loss(y, prob, pos_label=True), share * (1 - share)
             ece = np.average((found["observed"] - found["predicted"]).abs(), weights=found["n"])
@@ -73,7 +73,7 @@ def _sensitivity(y: np.ndarray, prob: np.ndarray) -> float:
 
 
 def decision_curve(selected: pd.DataFrame, thresholds=np.linspace(0.01, 0.6, 60)) -> pd.DataFrame:  # noqa: B008
-    """Net benefit of acting on every case whose probability of high risk reaches a threshold.
+    """Net benefit of acting on every case whose probability of the positive class reaches a threshold.
 
     Columns task, modality, arm (also "treat all", "treat none"), threshold, net_benefit: TP/n - FP/n * t /
     (1 - t), in true positives per case (Vickers and Elkin, Med Decis Making 2006;26:565). Raises ValueError
@@ -82,9 +82,9 @@ def decision_curve(selected: pd.DataFrame, thresholds=np.linspace(0.01, 0.6, 60)
     t = np.asarray(thresholds, dtype=float)
     if not ((t > 0) & (t < 1)).all():
         raise ValueError("A threshold is strictly between 0 and 1: its odds weigh the harm.")
-    curves = {arm: _net_benefit(*high_risk(rows), t) for arm, rows in scores.arms(selected)}
+    curves = {arm: _net_benefit(*positive(rows), t) for arm, rows in scores.arms(selected)}
     for (task, modality), rows in selected.groupby(["task", "modality"], sort=False):
-        y, _ = high_risk(rows.drop_duplicates(["fold", "case_id"]))  # the cases of all arms, each once
+        y, _ = positive(rows.drop_duplicates(["fold", "case_id"]))  # the cases of all arms, each once
         curves[task, modality, TREAT_ALL] = _net_benefit(y, np.ones(len(y)), t)
         curves[task, modality, TREAT_NONE] = _net_benefit(y, np.zeros(len(y)), t)
     found = {arm: pd.DataFrame({"threshold": t, "net_benefit": curve}) for arm, curve in curves.items()}

@@ -38,7 +38,7 @@ def decompose(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def within_by_center(selected: pd.DataFrame) -> pd.DataFrame:
-    """AUC of every arm over the pairs of each center, one epoch per run; centers in the order of `CENTERS`.
+    """AUC of every arm over the pairs of each center, one epoch per run; centers in order of appearance.
 
     Columns task, modality, arm, center, within, pairs, undefined, as in `decompose`.
     """

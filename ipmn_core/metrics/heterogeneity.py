@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from ipmn_core.metrics import inference, scores
-from ipmn_core.names import CENTERS
 
 ROUND = ["modality", "arm", "fold", "round"]
 OTHERS = ("centralized", "local_only")  # ways to train that are not federated
@@ -34,7 +33,7 @@ def cosines(updates: pd.DataFrame) -> pd.DataFrame:
     pairs["cosine"] = pairs["inner_product"] / lengths.where(lengths > 0)
     keys = ["modality", "arm", "client", "other"]
     mean = pairs.groupby(keys, as_index=False)["cosine"].mean()
-    clients = pd.CategoricalDtype(CENTERS)
+    clients = pd.CategoricalDtype(updates["client"].unique())
     order = mean.astype({"client": clients, "other": clients}).sort_values(keys).index
     return mean.loc[order].reset_index(drop=True)
 

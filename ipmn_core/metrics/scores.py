@@ -7,12 +7,9 @@ Every function is a pure function of the predictions: one row per test case and 
 import numpy as np
 import pandas as pd
 
-from ipmn_core.names import CENTERS
-
 ARM = ["task", "modality", "arm"]  # what the folds of one arm share
 RUN = [*ARM, "fold"]  # what identifies one run
 GLOBAL = "global"  # the paper's name for all centers together
-PLACES = (*CENTERS, GLOBAL)
 COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
 REPEAT = "delete the run's folder and repeat the run, or restore the file"
 RULES = {
@@ -32,10 +29,7 @@ def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictio
     Raises PredictionsError naming a missing column or the first invalid row. `not_tested` are the case ids
     that the same run was trained on.
     """
-    needed = [*COLUMNS, "prob_0", "prob_1"]
-    if "task" in predictions and (predictions["task"] != "binary").any():
-        needed += ["prob_2"]
-    missing = [name for name in needed if name not in predictions]
+    missing = [name for name in (*COLUMNS, "prob_0", "prob_1") if name not in predictions]
     if missing:
         raise PredictionsError(f"{source}: no column {', '.join(missing)}; {REPEAT}")
     prob = predictions.filter(regex=r"^prob_\d+$").to_numpy(dtype=float)
@@ -49,7 +43,8 @@ def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictio
         "its probabilities are not all between 0 and 1": ~((filled >= 0) & (filled <= 1)).all(axis=1),
         # softmax in float32 is off by up to 1e-6
         "its probabilities do not sum to 1": ~(np.abs(filled.sum(axis=1) - 1) < 1e-5),
-        "its label is no class": ~predictions["y_true"].isin(range(3)) | (predictions["y_true"] >= n_classes),
+        "its label is no class": ~predictions["y_true"].isin(range(prob.shape[1]))
+        | (predictions["y_true"] >= n_classes),
         "this case is given twice in the same run and epoch": twice,
         "this case is tested in two folds of the arm": predictions["fold"] != first["fold"],
         "this case has another label in an earlier row": predictions["y_true"] != first["y_true"],
@@ -103,9 +98,9 @@ def arms(selected: pd.DataFrame):
 
 
 def places(rows: pd.DataFrame):
-    """Name and rows of each center, in the order of CENTERS, and of all together ("global")."""
-    parts = dict(list(rows.groupby("center"))) | {GLOBAL: rows}
-    return [(center, parts[center]) for center in sorted(parts, key=PLACES.index)]
+    """Name and rows of each center, in order of appearance, and of all together ("global")."""
+    parts = dict(list(rows.groupby("center", sort=False)))
+    return list((parts | {GLOBAL: rows}).items())
 
 
 def accuracy(y, prob) -> float:
@@ -187,8 +182,8 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and AUC of every run at each center and globally, from one epoch per run (see `select`).
 
     Columns task, modality, arm, fold, center, n, positives, acc, auc, undefined: `positives` counts the
-    highest class (high risk), `center` includes "global", AUC is NaN where a class is absent and `undefined`
-    then names the class. Raises ValueError if a run has several epochs.
+    last class (binary: the positive one), `center` includes "global", AUC is NaN where a class is absent and
+    `undefined` then names the class. Raises ValueError if a run has several epochs.
     """
     rows = []
     for arm, frame in arms(selected):
@@ -203,10 +198,14 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def absent_classes(y, n_classes: int) -> str:
-    """Why labels (N,) have no AUC, for a reader: "no high-risk case"; "" if every class has a case."""
-    names = ("other", "high-risk") if n_classes == 2 else ("no-risk", "low-risk", "high-risk")
+    """Why labels (N,) have no AUC, for a reader: "no positive case"; "" if every class has a case."""
+    names = (
+        ("negative case", "positive case")
+        if n_classes == 2
+        else [f"case of class {k}" for k in range(n_classes)]
+    )
     absent = [name for k, name in enumerate(names) if k not in y]
-    return f"no {' and no '.join(absent)} case" if absent else ""
+    return f"no {' and no '.join(absent)}" if absent else ""
 
 
 def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
@@ -226,7 +225,7 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_folds(rows: pd.DataFrame) -> str:
-    """Why and in which folds an AUC is undefined: "no high-risk case in fold 0, 2"; "" if in none."""
+    """Why and in which folds an AUC is undefined: "no positive case in fold 0, 2"; "" if in none."""
     reasons = rows[rows["undefined"] != ""].groupby("undefined", sort=False)["fold"]
     return "; ".join(f"{reason} in fold {', '.join(map(str, sorted(folds)))}" for reason, folds in reasons)
 

@@ -12,7 +12,6 @@ from ipmn_core.names import display_name
 KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
 NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
 COMPLEXITY = {"macs_g": "MACs (G)", "params_m": "Params (M)"}
-COUNTS = ["no_risk", "low_risk", "high_risk", "total"]
 UNDEFINED = "n/a"
 FOLDER = Path(__file__).parents[1] / "paper"
 PAPER = "_paper"  # suffix of the paper's columns
@@ -40,10 +39,10 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
     """The 3-class benchmark in percent, rounded to 2 decimals, in the paper's row order.
 
     Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
-    `metrics.over_folds` (its global three_class rows count); `complexity` gives each model's MACs (10^9) and
+    `metrics.over_folds` (its global multiclass rows count); `complexity` gives each model's MACs (10^9) and
     parameters (10^6). Raises KeyError naming a model without them.
     """
-    rows = summary[(summary["task"] == "three_class") & (summary["center"] == "global")]
+    rows = summary[(summary["task"] == "multiclass") & (summary["center"] == "global")]
     table = rows.rename(columns={"arm": "model"}).assign(
         macs_g=[round(complexity[model][0], 2) for model in rows["arm"]],
         params_m=[round(complexity[model][1], 2) for model in rows["arm"]],
@@ -81,7 +80,7 @@ def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """
     ours, theirs, order = table.set_index(KEYS[n]), paper(n).set_index(KEYS[n]), _order(table, n)
     both = ours.reindex(order).join(theirs[list(ours)].reindex(order).add_suffix(PAPER)).reset_index()
-    return both.astype({column: "Int64" for column in both if column.removesuffix(PAPER) in COUNTS})
+    return both.astype({column: "Int64" for column in both if n == 1 and column not in KEYS[1]})
 
 
 def as_printed(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,8 +99,11 @@ def as_printed(table: pd.DataFrame) -> pd.DataFrame:
             printed[heading + headings[side]] = _fixed(per_model[column + side], 2)
     for modality in sorted(table["modality"].unique()):
         rows = table[table["modality"] == modality].set_index(keys)
-        for name, side in product(COUNTS if "total" in table else ("acc", "auc"), sides):
-            if name in COUNTS:
+        counts = [
+            name for name in rows if "total" in rows and name != "modality" and not name.endswith(PAPER)
+        ]
+        for name, side in product(counts or ("acc", "auc"), sides):
+            if counts:
                 heading, text = name.replace("_", " "), _fixed(rows[name + side], 0)
             else:  # table 2 is in percent, table 3 in fractions
                 heading, text = name.upper(), _mean_std(rows, name, side, 2 if "model" in table else 4)
@@ -122,12 +124,18 @@ def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Ser
     return (mean + " ± " + std).where(mean != UNDEFINED, UNDEFINED)
 
 
-def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
-    """Write `<stem>.csv` (machine columns), `<stem>.md` and `<stem>.tex` (as printed); return their paths.
+def write(table: pd.DataFrame, n: int, folder, is_paper: bool) -> pd.DataFrame:
+    """Write table `n`, and for the paper's cohort also `table<n>_beside_paper`; return the last as printed.
 
-    For table 1, 2 or 3, with or without the paper's columns. An undefined number is "n/a" in all three. Each
-    file is replaced atomically.
+    Each as .csv (machine columns), .md and .tex (as printed); an undefined number is "n/a" in all three.
     """
+    if is_paper:
+        _write(table, f"table{n}", folder)
+        return _write(beside_paper(table, n), f"table{n}_beside_paper", folder)
+    return _write(table, f"table{n}", folder)
+
+
+def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
     printed = as_printed(table)
     texts = {
         "csv": table.to_csv(index=False, na_rep=UNDEFINED),
@@ -136,11 +144,10 @@ def write(table: pd.DataFrame, stem: str, folder) -> list[Path]:
         "tex": _latex(printed),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / f"{stem}.{suffix}" for suffix in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        with disk.atomic(path) as tmp:
+    for suffix, text in texts.items():
+        with disk.atomic(Path(folder) / f"{stem}.{suffix}") as tmp:
             tmp.write_text(text, encoding="utf-8")
-    return paths
+    return printed
 
 
 def _latex(printed: pd.DataFrame) -> str:

@@ -3,19 +3,22 @@
 import numpy as np
 import pandas as pd
 
+from ipmn_core.data import Cohort, targets
 from ipmn_core.metrics.scores import ARM, GLOBAL, by_fold
+from ipmn_core.names import TASKS
 
 CHANCE = 0.5
 
 
-def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
     """The arms `oracle` and `guideline`, predictions of the same test cases in the same folds.
 
-    The oracle answers with each patient's true class probabilities, the guideline for high risk (binary task)
-    with its class 0, 1, 2, as 0, 1/2, 1. `truth` has one row per patient (`data.read_truth`). Empty if
-    `truth` is, as for real data. Raises ValueError naming cases that it lacks.
+    The oracle answers with each patient's true class probabilities, the guideline for the positive classes
+    (binary task) with its class 0, 1, 2, as 0, 1/2, 1. `truth` has one row per patient (`data.read_truth`).
+    Empty unless it is of the cohort's classes: real data have none. Raises ValueError naming cases it lacks.
     """
-    if truth.empty:
+    columns = [f"prob_{k}" for k in range(len(cohort.classes))]
+    if list(truth.filter(regex=r"^prob_\d+$")) != columns:
         return selected.iloc[:0]
     cases = selected.drop_duplicates(["task", "modality", "fold", "case_id"]).reset_index(drop=True)
     patients = truth.set_index(truth["patient_id"].str.casefold())
@@ -27,20 +30,23 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
             "pass the truth.csv that was written with this cohort."
         )
     binary = cases["task"] == "binary"
-    three = cases.assign(arm="oracle", **known[["prob_0", "prob_1", "prob_2"]])[~binary]
+    several = cases.assign(arm="oracle", **known[columns])[~binary]
+    positive = [name for name, of in zip(columns, cohort.classes, strict=True) if of in cohort.positive]
     two = [
         cases.assign(arm=arm, prob_0=1 - high, prob_1=high)[binary]
-        for arm, high in (("oracle", known["prob_2"]), ("guideline", known["guideline"] / 2))
+        for arm, high in (
+            ("oracle", known[positive].sum(axis="columns")),
+            ("guideline", known["guideline"] / 2),
+        )
     ]
-    return pd.concat([three, *two], ignore_index=True).assign(epoch=1)
+    return pd.concat([several, *two], ignore_index=True).assign(epoch=1)
 
 
-def ceiling(scans: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """AUC of the oracle and the guideline over all `scans`: columns task, modality, arm, auc."""
-    cases = scans.assign(arm="", fold=0, seed=0, epoch=1)
-    tasks = {"binary": (scans["label"] == 2).astype(int), "three_class": scans["label"]}
-    both = pd.concat([cases.assign(task=task, y_true=y) for task, y in tasks.items()])
-    known = by_fold(reference_arms(both, truth))
+def ceiling(cohort: Cohort, truth: pd.DataFrame) -> pd.DataFrame:
+    """AUC of the oracle and the guideline over all scans: columns task, modality, arm, auc."""
+    cases = cohort.scans.assign(arm="", fold=0, seed=0, epoch=1)
+    both = pd.concat([cases.assign(task=task, y_true=targets(cases, task)) for task in TASKS])
+    known = by_fold(reference_arms(both, truth, cohort))
     return known.loc[known["center"] == GLOBAL, ["task", "modality", "arm", "auc"]].reset_index(drop=True)
 
 

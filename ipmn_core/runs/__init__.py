@@ -18,7 +18,6 @@ from ipmn_core.runs.run import (
     learn,
     predictions_of,
     record,
-    targets,
     with_roles,
 )
 from ipmn_core.runs.store import (

@@ -64,11 +64,11 @@ def grid(p: Params, task: str) -> list[Run]:
     """
     if task not in TASKS:
         raise ValueError(f"{task}: unknown task; known are {', '.join(TASKS)}")
-    for name in (*p.three_class_models, *p.epochs_by_model, p.binary_model):
+    for name in (*p.multiclass_models, *p.epochs_by_model, p.binary_model):
         models.factory(name)
     for arm in set(p.arms) - {CENTRALIZED, LOCAL_ONLY}:
         federated.strategy(arm)
-    arms = p.three_class_models if task == "three_class" else p.arms
+    arms = p.multiclass_models if task == "multiclass" else p.arms
     # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
 
@@ -93,7 +93,7 @@ def keeps_model(p: Params, run: Run) -> bool:
 def run_settings(p: Params, run: Run) -> RunSettings:
     """The settings of a run of a profile, whatever machine trains it (see `on_this_machine`)."""
     model, epochs, strategy = p.binary_model, p.epochs, None
-    if run.task == "three_class":
+    if run.task == "multiclass":
         model, epochs = run.arm, p.epochs_by_model.get(run.arm, p.epochs)
     elif run.arm == LOCAL_ONLY:
         epochs = p.rounds * p.local_epochs

@@ -7,7 +7,7 @@ one that told the hospitals of chest radiographs apart (Zech et al., PLoS Medici
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,16 +20,15 @@ from tqdm import tqdm
 
 from ipmn_core import data
 from ipmn_core.data import Cohort, headers
-from ipmn_core.names import CENTERS, class_names
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import Run, folder_of
-from ipmn_core.runs.run import targets
 
 
 def center_one_hot(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
-    """Which of `CENTERS` each scan is from, (N, 7)."""
-    return (scans["center"].to_numpy()[:, None] == np.array(CENTERS)).astype(float)
+    """Which of the C centers each scan is from, (N, C)."""
+    center = scans["center"].to_numpy()
+    return (center[:, None] == scans["center"].unique().to_numpy()).astype(float)
 
 
 def header(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
@@ -109,22 +108,22 @@ def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
     there is no epoch to choose. Raises StaleRunError as `runs.train`.
     """
     todo = unfinished(p, task, cohort)
-    fold = data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary").to_numpy()
+    fold = data.assign_folds(cohort, p.folds(task), p.fold_rule, task).to_numpy()
     bar = tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1)
     for (modality, name), runs in groupby(bar, lambda run: (run.modality, run.arm)):
         mine = cohort.of(modality)
         scans = mine.scans.assign(fold=fold[cohort.scans["modality"] == modality])
         x = PROBES[name](scans, mine.cubes)
         for run in runs:
-            _fit(p, run, cohort.key, scans, x)
+            _fit(p, run, replace(mine, scans=scans), x)
     return predictions(p, task)
 
 
-def _fit(p: Params, run: Run, key: str, scans: pd.DataFrame, x: np.ndarray) -> None:
-    started = time.perf_counter()
+def _fit(p: Params, run: Run, cohort: Cohort, x: np.ndarray) -> None:
+    started, scans, names = time.perf_counter(), cohort.scans, cohort.names(run.task)
     test = (scans["fold"] == run.fold).to_numpy()
-    y = targets(scans["label"].to_numpy(), run.task)
-    prob = predict(run.arm, x, y, test, len(class_names(run.task)), p.seed)
+    y = data.targets(scans, run.task).to_numpy()
+    prob = predict(run.arm, x, y, test, len(names), p.seed)
     frame = scans.loc[test, ["case_id", "center", "modality"]].assign(
         task=run.task, arm=run.arm, fold=run.fold, seed=p.seed, epoch=1, y_true=y[test]
     )
@@ -132,7 +131,7 @@ def _fit(p: Params, run: Run, key: str, scans: pd.DataFrame, x: np.ndarray) -> N
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     store.write_table(folder / "predictions.parquet", frame)
-    about = {"settings": protocols(p, run.task)[run], "data": key}
+    about = {"settings": protocols(p, run.task)[run], "data": cohort.key, "classes": names}
     roles = scans.assign(role=np.where(test, "test", "train"))
     store.seal(folder, about, roles, time.perf_counter() - started)
 

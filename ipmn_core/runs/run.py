@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ipmn_core import data, federated, metrics, models
 from ipmn_core.data import Cohort
 from ipmn_core.federated import Cases, Epoch
-from ipmn_core.names import CENTERS, class_names
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import (
@@ -47,9 +46,10 @@ def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     settings = on_this_machine(p, run_settings(p, run))
     cases = with_roles(cohort, settings)
     progress = store.resume(folder_of(p, run))
-    model = build(settings, federated.device_of(p), centers=list(indices(cases.scans, "train")))
+    clients = list(indices(cases.scans, "train"))
+    model = build(settings, federated.device_of(p), len(cohort.names(run.task)), clients)
     epochs = learn(model, cases, settings, progress)
-    folder = record(p, run, settings, cohort.key, cases.scans, model, epochs, progress)
+    folder = record(p, run, settings, cases, model, epochs, progress)
     federated.release_memory()
     return folder
 
@@ -59,7 +59,7 @@ def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
 
     Folds are those of the whole cohort: the rule by patient looks at both modalities.
     """
-    fold = data.assign_folds(cohort.scans, settings.folds, settings.fold_rule, settings.task == "binary")
+    fold = data.assign_folds(cohort, settings.folds, settings.fold_rule, settings.task)
     tested = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
     cohort = replace(cohort, scans=tested).of(settings.modality)
     trained = cohort.scans[cohort.scans["role"] == "train"]
@@ -68,11 +68,13 @@ def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
     return cohort
 
 
-def build(settings: RunSettings, device: torch.device, centers: list[str]) -> torch.nn.Module:
-    """The untrained network of a run on its device; of the arm `local_only` one per center, all alike."""
-    make = partial(models.build, settings.model, len(class_names(settings.task)), settings.seed[0])
+def build(
+    settings: RunSettings, device: torch.device, n_classes: int, clients: Sequence[str]
+) -> torch.nn.Module:
+    """The untrained network of a run on its device; of the arm `local_only` one per client, all alike."""
+    make = partial(models.build, settings.model, n_classes, settings.seed[0])
     local = settings.arm == LOCAL_ONLY
-    model = torch.nn.ModuleDict({center: make() for center in centers}) if local else make()
+    model = torch.nn.ModuleList([make() for _ in clients]) if local else make()
     model = model.to(device)
     return model.to(memory_format=torch.channels_last_3d) if settings.channels_last else model
 
@@ -82,7 +84,7 @@ def learn(
 ) -> Iterator[Epoch]:
     """The epochs of a run that are still to come, each of which leaves its weights in `model`."""
     device = next(model.parameters()).device
-    y = targets(cases.scans["label"].to_numpy(), settings.task)
+    y = data.targets(cases.scans, settings.task).to_numpy()
     tensors = Cases(torch.tensor(cases.cubes).unsqueeze(1).to(device), torch.tensor(y, device=device))
     train, held_out = indices(cases.scans, "train"), indices(cases.scans, "test", "validation")
     if settings.strategy:
@@ -96,22 +98,20 @@ def record(
     p: Params,
     run: Run,
     settings: RunSettings,
-    key: str,
-    scans: pd.DataFrame,
+    cases: Cohort,
     model: torch.nn.Module,
     epochs: Iterator[Epoch],
     progress: Progress,
 ) -> Path:
     """Note each epoch, keep the best weights, save checkpoints, write the run; return its folder.
 
-    `scans` are the cases with their `role`, `key` is the fingerprint of the data; probabilities of an Epoch
-    follow the cases not trained on, center by center.
+    `cases` have their `role`; probabilities of an Epoch follow those not trained on, center by center.
     """
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"settings": settings.record(), "data": key, "cohort": Path(p.data).name}
-    tested = scans[scans["role"] != "train"]
-    tested = tested.sort_values("center", key=lambda c: c.map(CENTERS.index), kind="stable")
+    about = {"settings": settings.record(), "data": cases.key, "cohort": cases.name}
+    about |= {"classes": cases.names(run.task), "centers": list(indices(cases.scans, "train"))}
+    tested = cases.scans.loc[np.concatenate(list(indices(cases.scans, "test", "validation").values()))]
     saved = time.perf_counter()
     started, cost = saved - progress.seconds, 0.0  # cost: seconds that the last checkpoint took
     for epoch in epochs:
@@ -131,19 +131,15 @@ def record(
             store.save_checkpoint(folder, about, progress, federated.checkpoint_of(model, epoch))
             saved = time.perf_counter()
             cost = saved - now
-    store.write(folder, about, progress, scans, federated.device_of(p))
+    store.write(folder, about, progress, cases.scans, federated.device_of(p))
     return folder
 
 
 def indices(scans: pd.DataFrame, *roles: str) -> dict[str, torch.Tensor]:
-    """Positions in the cubes of each center's cases of these roles, the centers in their usual order."""
+    """Positions in the cubes of each center's cases of these roles, the centers in the order of `scans`."""
     places = scans[scans["role"].isin(roles)].groupby("center").groups
-    return {center: torch.tensor(places[center].to_numpy()) for center in CENTERS if center in places}
-
-
-def targets(labels: np.ndarray, task: str) -> np.ndarray:
-    """Class indices (N,) int64: the three risks, or high risk (1) against the rest (0)."""
-    return (labels == 2).astype(np.int64) if task == "binary" else labels.astype(np.int64)
+    order = scans["center"].unique()
+    return {center: torch.tensor(places[center].to_numpy()) for center in order if center in places}
 
 
 def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> float:
@@ -178,6 +174,6 @@ def predictions_of(
         fold=settings.fold,
         seed=settings.seed[0],
         epoch=number,
-        y_true=targets(tested["label"].to_numpy(), settings.task),
+        y_true=data.targets(tested, settings.task),
     )
     return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipmn_core import models
-from ipmn_core.names import TASKS, class_names
+from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
 
@@ -28,10 +28,12 @@ class Trained:
     weights: Path
     network: str
     task: str
+    classes: tuple[str, ...]
     how: Preprocessing  # of the scans it was trained on
     modality: str | None = None
     arm: str | None = None
     fold: int | None = None
+    centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
 
     @property
     def name(self) -> str:
@@ -65,12 +67,14 @@ def _of_run(folder: Path) -> Trained:
     if not path.exists():
         raise PredictError(f"{folder} holds no finished run (no run.json); train it, or leave it out")
     try:
-        of = json.loads(path.read_text())["settings"]
+        record = json.loads(path.read_text())
+        of = record["settings"]
         models.factory(of["model"])
         if of["task"] not in TASKS:
             raise ValueError(f"unknown task {of['task']!r}")
         how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
-        known = [of["model"], of["task"], how, of["modality"], of["arm"], of["fold"]]
+        known = [of["model"], of["task"], tuple(record["classes"]), how]
+        known += [of[key] for key in ("modality", "arm", "fold")] + [tuple(record["centers"])]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
     return Trained(folder / "model.pt", *known)
@@ -81,7 +85,8 @@ def _of_file(path: Path, how: Preprocessing) -> Trained:
     n_classes = len(layers[-1]) if layers else 0
     if n_classes not in (2, 3):
         raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
-    return Trained(path, "densenet121", "binary" if n_classes == 2 else "three_class", how)
+    task, names = ("binary", binary_names(LABELS[2:])) if n_classes == 2 else ("multiclass", LABELS)
+    return Trained(path, "densenet121", task, names, how)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -106,12 +111,12 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     """
     state, source = weights(trained.weights), str(trained.weights)
     if trained.arm == LOCAL_ONLY:
-        if center not in centers(state):
-            wrong, known = f", not {center}" if center else "", ", ".join(centers(state))
+        if center not in trained.centers:
+            wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
-        mine, source = f"{center}.", f"{source}, {center}"
+        mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
-    network = models.build(trained.network, len(class_names(trained.task)))
+    network = models.build(trained.network, len(trained.classes))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:  # torch names what is missing, unexpected, of another shape
@@ -122,8 +127,3 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         if not value.isfinite().all():
             raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
     return network.eval()
-
-
-def centers(state: dict[str, torch.Tensor]) -> list[str]:
-    """The centers whose networks a state dict of the arm `local_only` holds."""
-    return list(dict.fromkeys(key.partition(".")[0] for key in state))

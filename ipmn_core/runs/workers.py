@@ -48,7 +48,7 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     """
     missing = []
     for task in tasks:
-        data.assign_folds(cohort.scans, p.folds(task), p.fold_rule, binary=task == "binary")
+        data.assign_folds(cohort, p.folds(task), p.fold_rule, task)
         missing += store.unfinished(p, protocols(p, task), cohort.key)
     if not missing:
         return

@@ -5,7 +5,7 @@ from ipmn_core.views.explorer import center_explorer
 from ipmn_core.views.gradcam import by_class
 from ipmn_core.views.live import attention_viewer, roi_viewer
 from ipmn_core.views.results import (
-    against_paper,
+    benchmark,
     confusions,
     forests,
     overview,

@@ -10,43 +10,44 @@ import pandas as pd
 from matplotlib.colors import to_hex
 
 from ipmn_core import metrics
+from ipmn_core.data import Cohort
 from ipmn_core.metrics import centers
-from ipmn_core.names import class_names, display_name
+from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.views.live import LiveView, answering, viewer_state
 from ipmn_core.views.results import overview
 from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
 
-TASKS = {"binary": "high risk or not", "three_class": "three classes"}
 METRICS = [["auc", "AUC", "mean over folds"], ["acc", "accuracy", "all test cases"]]  # as in `intervals`
 
 
 def center_explorer(
     predictions: pd.DataFrame,
     validation: pd.DataFrame | None,
-    scans: pd.DataFrame,
+    cohort: Cohort,
     how: Preprocessing,
     seed: int = 0,
 ) -> LiveView:
     """Results by center: intervals of all, and of one the ROC, confusions, scores, most wrong cases.
 
     `predictions` of one or both tasks, every epoch; `validation` those of the inner split, if any. A case
-    chosen from the most wrong opens in a viewer: on a page in the page's, live in one of `scans`. Raises
+    chosen from the most wrong opens in a viewer: on a page in the page's, live in one of the cohort. Raises
     ValueError as `explorer_state`.
     """
     selected = centers.by_rules(predictions, validation)
     summary = centers.summary(selected, seed=seed)
-    state = explorer_state(selected, summary)
-    live = state | {"scans": viewer_state(scans, how)}
+    state = explorer_state(selected, summary, cohort)
+    live = state | {"scans": viewer_state(cohort.scans, how)}
     first = state["views"][0]
     shown = summary[(summary["task"] == first["task"]) & (summary["modality"] == first["modality"])]
     shown = shown[(shown["rule"] == state["rules"][0][0]) & (shown["metric"] == "auc")]
     alt = "AUC by center, mean over folds with its 95 % interval, a color per arm"
-    return LiveView("explorer", live, lambda: overview(shown), alt, lambda: state, answering(scans, how))
+    answer = answering(cohort.scans, how)
+    return LiveView("explorer", live, lambda: overview(shown), alt, lambda: state, answer)
 
 
-def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
+def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict[str, Any]:
     """What the explorer shows, from the two tables of `centers`.
 
     `selected`: rows of predictions, one epoch per run and rule (`centers.by_rules`); `summary`: intervals
@@ -57,23 +58,23 @@ def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame) -> dict[str, A
         raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
     rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
     views = [
-        _results(rows, summary[(summary["task"] == task) & (summary["modality"] == modality)])
+        _results(rows, summary[(summary["task"] == task) & (summary["modality"] == modality)], cohort)
         for (task, modality), rows in selected.groupby(["task", "modality"])
     ]
     return {"rules": rules, "metrics": METRICS, "views": views, "scans": None}
 
 
-def _results(rows: pd.DataFrame, summary: pd.DataFrame) -> dict:
+def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
     """Data of one task and modality for the explorer; arms, centers and cases by their place in a list."""
     task, modality = rows[["task", "modality"]].iloc[0]
-    arms, cases = in_order(rows["arm"]), _cases(rows)
+    arms, cases, classes = in_order(rows["arm"]), _cases(rows), cohort.names(task)
     centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
     return {
         "task": task,
-        "taskName": TASKS.get(task, task),
+        "taskName": f"{classes[1]} or not" if task == "binary" else ", ".join(classes),
         "modality": modality,
         "modalityName": display_name(modality),
-        "classes": class_names(task),
+        "classes": classes,
         "arms": [_arm(arm) for arm in arms],
         "centers": [display_name(center) for center in centers],
         "cases": {

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated, models, phantom, runs
 from ipmn_core.data import Cohort
-from ipmn_core.names import LABELS, class_names
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import Run, store, trained
 from ipmn_core.views.scans import HEAT, OPACITY, section, show_slice
@@ -40,14 +39,15 @@ COLUMNS = ["case_id", "center", "label", "prob", "in_pancreas", "expected", "sha
 class Look:
     """One case and where a network looked in it, all in the cube's stored axes.
 
-    `heat` is Grad-CAM in [0, 1] for high risk, whose probability is `prob`; `lesion` the share of each voxel
-    that is lesion, None if unknown (real data). `mm` is a voxel's size, `turn` (`nib.io_orientation`) turns
-    the axes to those of radiologists.
+    `heat` is Grad-CAM in [0, 1] for the last of the network's `classes`, whose probability is `prob`;
+    `lesion` the share of each voxel that is lesion, None if unknown (real data). `mm` is a voxel's size,
+    `turn` (`nib.io_orientation`) turns the axes to those of radiologists.
     """
 
     case_id: str
     center: str
-    label: int  # of the scan: 0 no, 1 low, 2 high risk
+    label: int  # of the scan, among the cohort's classes
+    label_name: str
     cube: np.ndarray  # (S, S, S) float32
     lesion: np.ndarray | None  # (S, S, S) float32
     mm: np.ndarray  # (3,)
@@ -56,10 +56,15 @@ class Look:
     task: str = ""
     modality: str = ""
     network: str = ""
-    asked_name: str = LABELS[-1]  # of the class
+    classes: tuple[str, ...] = ("",)
     layer: str = ""
     prob: float = np.nan
     heat: np.ndarray | None = None  # (S, S, S) float32
+
+    @property
+    def asked_name(self) -> str:
+        """Name of the class that the map is of."""
+        return self.classes[-1]
 
     @property
     def in_pancreas(self) -> float:
@@ -126,7 +131,7 @@ def grad_cam(network: nn.Module, cubes: torch.Tensor, label: int, layer: str) ->
 
 
 def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list[Look]:
-    """Where the network of a finished run looks in `case_ids` when asked for high risk, in float32.
+    """Where the network of a finished run looks in `case_ids` when asked for its last class, in float32.
 
     Of `local_only` each case is shown to its own center's network. The lesion is that of the phantom's truth.
     Raises FileNotFoundError or StaleRunError without such a run, KeyError for an unknown case, ValueError for
@@ -144,8 +149,9 @@ def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list
         lesion = None if patient is None else lesion_cube(scan, roi, patient, p.phantom_seed, p.preprocessing)
         mm = np.array(roi.header.get_zooms()) * roi.shape / p.size
         volumes = np.float32(cohort.cubes[scan["row"]]), lesion, mm, nib.io_orientation(roi.affine)
-        about = p.preprocessing, run.task, run.modality, one.network
-        looks.append(Look(case, scan["center"], scan["label"], *volumes, *about))
+        about = case, scan["center"], scan["label"], scan["class"]
+        run_of = p.preprocessing, run.task, run.modality, one.network, one.classes
+        looks.append(Look(*about, *volumes, *run_of))
     local, seen = run.arm == runs.LOCAL_ONLY, {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
         network = trained.load(one, center).to(federated.device_of(p))
@@ -190,7 +196,7 @@ def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed:
 
 def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device = "cpu") -> list[Look]:
     """The control (Adebayo et al.): the same cases as seen by an untrained network, weights from `seed`."""
-    network = models.build(looks[0].network, len(class_names(looks[0].task)), seed).eval()
+    network = models.build(looks[0].network, len(looks[0].classes), seed).eval()
     return _seen(network.to(device), looks)
 
 
@@ -216,7 +222,7 @@ def canonical(look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np
 
 
 def by_class(looks: Sequence[Look]) -> Figure:
-    """One case of each risk class: the axial slice as the network sees it, and below it with Grad-CAM.
+    """One case of each class: the axial slice as the network sees it, and below it with Grad-CAM.
 
     Of each class the case whose lesion is of median size: chosen by what is there, not by where the network
     looks. The slice with most lesion or, without one, with most attention on the pancreas; lesion outlined.
@@ -233,7 +239,7 @@ def by_class(looks: Sequence[Look]) -> Figure:
         over = HEAT(heat := section(heat, "axial", k))
         over[..., 3] = OPACITY * heat
         below.imshow(over, origin="lower", aspect=below.get_aspect(), interpolation="bilinear")
-        title = f"{look.center} {look.case_id}: {LABELS[label]}\n"
+        title = f"{look.center} {look.case_id}: {look.label_name}\n"
         title += f"probability of {look.asked_name} {look.prob:.2f}"
         above.set_title(title, fontsize=SMALL, parse_math=False)
         words = f"attention in the lesion {look.share:.1%}\n"

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from traitlets import Dict, Unicode
 
 from ipmn_core.data import ScanError, headers
-from ipmn_core.names import LABELS, MODALITIES, display_name
+from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.views import gradcam
 from ipmn_core.views.gradcam import Look
@@ -130,7 +130,7 @@ def as_html(data: dict[str, Any], png: str) -> str:
 def roi_viewer(scans: pd.DataFrame, how: Preprocessing) -> LiveView:
     """A viewer of the cases of `scans` in three planes, beside the cube that a network gets, made as `how`.
 
-    On a page: one high-risk case of each center, of the last modality.
+    On a page: one case of each center, of the highest class it has, of the last modality.
     """
     last = scans[scans["modality"] == scans["modality"].iloc[-1]]
     first = last.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
@@ -171,8 +171,8 @@ def viewer_state(scans: pd.DataFrame, how: Preprocessing) -> dict[str, Any]:
         "size": how.size,
         "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
         "held": {},
-        "modalities": {m: display_name(m) for m in MODALITIES},
-        "classes": dict(enumerate(LABELS)),
+        "modalities": {m: display_name(m) for m in scans["modality"].unique()},
+        "classes": dict(scans.sort_values("label").groupby("label")["class"].first()),
         "palette": base64.b64encode(_palette().tobytes()).decode(),
     }
 

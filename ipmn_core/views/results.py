@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,10 +16,8 @@ from sklearn.metrics import roc_curve
 
 from ipmn_core import metrics
 from ipmn_core.metrics import centers
-from ipmn_core.names import class_names, display_name
+from ipmn_core.names import display_name
 from ipmn_core.views.style import BLACK, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
-
-TASKS = {"binary": "High risk", "three_class": "Three classes"}
 
 
 def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
@@ -32,7 +31,7 @@ def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
     found = []
     for (i, j), ax in np.ndenumerate(axes):
         names = filter(None, (down[i], across[j]))
-        ax.set_title(", ".join(TASKS.get(name, display_name(name)) for name in names))
+        ax.set_title(", ".join(display_name(name) for name in names))
         rows = table[(table[row] == down[i]) & (table[column] == across[j])]
         if len(rows):
             found.append((ax, rows))
@@ -135,11 +134,13 @@ def forests(summary: pd.DataFrame, metric: str = "auc", paper: pd.DataFrame | No
     return forest(table, f"{metric.upper()}, mean ± standard deviation over folds")
 
 
-def against_paper(table: pd.DataFrame, metric: str = "auc") -> Figure:
-    """Table 2 as a picture: a metric in percent for each model, ours filled, the paper's hollow."""
-    sides = _over_folds(table, metric) | _over_folds(table, metric, "_paper", "paper_")
+def benchmark(table: pd.DataFrame, metric: str = "auc") -> Figure:
+    """Table 2 as a picture: a metric in percent for each model; the paper's, if in the table, hollow."""
+    sides = _over_folds(table, metric)
+    if f"{metric}_mean_paper" in table:
+        sides |= _over_folds(table, metric, "_paper", "paper_")
     table = table.rename(columns={"model": "center", "modality": "arm"})
-    table = table.assign(**sides, task="three_class", modality="")
+    table = table.assign(**sides, task="multiclass", modality="")
     xlabel = f"{metric.upper()} (%), mean ± standard deviation over folds"
     return forest(table, xlabel, "network", limits=None)
 
@@ -221,7 +222,7 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
         ax.text(0.5, 0.6, "n/a: one class only" if len(selected) else "n/a", ha="center")
     ax.plot((0, 1), (0, 1), color="0.8", linewidth=0.8, zorder=0)
     cases = selected.drop_duplicates("case_id")["y_true"]
-    ax.set(title=f"{title} ({cases.sum()} of {len(cases)} high risk)", aspect="equal")
+    ax.set(title=f"{title} ({cases.sum()} of {len(cases)} positive)", aspect="equal")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     return ax
 
@@ -260,15 +261,14 @@ def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
     return image
 
 
-def confusions(selected: pd.DataFrame, center: str) -> Figure:
+def confusions(selected: pd.DataFrame, center: str, classes: Sequence[str]) -> Figure:
     """Cases of one center (or "global") by true and most probable class: a panel per arm.
 
-    `selected` are rows of one task and modality, one epoch per run.
+    `selected` are rows of one task and modality, one epoch per run; `classes` the names of its classes.
     """
     here = centers.at(selected, center).assign(center=center)
     axes, shown = panels(here, "arm", "center", 2.1, sharex=True, sharey=True)
     for ax, rows in shown:
-        names = [name.removesuffix(" risk") for name in class_names(rows["task"].iloc[0])]
         matrix = centers.confusion(rows)
-        numbered(ax, matrix, names, cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
-    return labelled(axes, "most probable risk", "true risk")
+        numbered(ax, matrix, list(classes), cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
+    return labelled(axes, "most probable class", "true class")

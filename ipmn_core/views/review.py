@@ -24,7 +24,7 @@ def _line(arm: str) -> dict:
 
 
 def reliability_diagrams(reliability: pd.DataFrame) -> Figure:
-    """Observed against predicted share of high risk: a panel per modality, a line per arm, Wilson intervals.
+    """Observed against predicted share of positives: a panel per modality, a line per arm, Wilson intervals.
 
     From `calibration.reliability`. Below the diagonal a forecast claims too much risk.
     """
@@ -38,7 +38,7 @@ def reliability_diagrams(reliability: pd.DataFrame) -> Figure:
             ax.scatter(x, y, s=90 * curve["n"] / reliability["n"].max(), color=hue, alpha=0.7, zorder=3)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     legend = "marker area: cases\nbar: 95 % interval"
-    return labelled(axes, "mean predicted probability", "observed share of high risk", legend)
+    return labelled(axes, "mean predicted probability", "observed share of positives", legend)
 
 
 def decision_curves(curve: pd.DataFrame) -> Figure:
@@ -53,7 +53,9 @@ def decision_curves(curve: pd.DataFrame) -> Figure:
             below = {"linewidth": 3, "zorder": 1} if arm in DEFAULTS else {"linewidth": 1.3}
             ax.plot(line["threshold"], line["net_benefit"], **_line(arm), **below)
         ax.set_ylim(-0.25 * top, 1.1 * top)  # treating all goes far below, where nobody would act
-    return labelled(axes, "threshold probability of high risk", "net benefit (true positives per case)")
+    return labelled(
+        axes, "threshold probability of the positive class", "net benefit (true positives per case)"
+    )
 
 
 def majority(audit_table: pd.DataFrame) -> Figure:

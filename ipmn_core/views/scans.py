@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core.data import bounding_box, headers, read_scan, to_cube
-from ipmn_core.names import LABELS, class_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.views.style import PALETTE, SMALL, centers_in
 
@@ -113,12 +112,13 @@ def widest_slice(mask: np.ndarray) -> int:
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
-def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int = 2) -> Figure:
+def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None = None) -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
-    Of each center the first case of class `label`, or its first case where there is none.
+    Of each center the first case of class `label` (None: the last class), or its first case without one.
     """
     chosen = scans[scans["modality"] == modality]
+    label = scans["label"].max() if label is None else label
     centers = centers_in(chosen["center"])
     rows = {"squeeze": False, "height_ratios": (3, 2)}
     figure, axes = plt.subplots(2, len(centers), figsize=(1.75 * len(centers), 2.9), **rows)
@@ -128,7 +128,7 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int = 2) ->
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        above.set_title(f"{center}\n{scan['case_id']}, {LABELS[scan['label']]}", fontsize=8, parse_math=False)
+        above.set_title(f"{center}\n{scan['case_id']}, {scan['class']}", fontsize=8, parse_math=False)
     title = f"{modality.upper()}: pancreas outlined (above), masked and cropped ROI (below)"
     figure.suptitle(title, fontsize=10)
     return figure
@@ -142,7 +142,7 @@ def slices(scan) -> Figure:
     figure = plt.figure(figsize=(1.3 * columns, 0.75 * rows + 0.3))
     for k in range(depth):
         show_slice(figure.add_subplot(rows, columns, k + 1), roi, k)
-    title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {LABELS[scan['label']]}"
+    title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {scan['class']}"
     figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
@@ -195,7 +195,8 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
 
     `result` is a `predict.Prediction`: `case`, `task` and `folds`, a row per model, a column per class.
     """
-    classes, roi = list(class_names(result.task)), nib.as_closest_canonical(roi)
+    classes = [name for name in result.folds if name not in ("model", "weights")]
+    roi = nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     show_slice(left, roi, widest_slice(roi.dataobj))
     left.set_title(f"{result.case}, ROI", parse_math=False)
@@ -214,7 +215,7 @@ def header_facts(case: Case) -> dict[str, str]:
     spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
     return {
         "case": f"{case.scan['center']} {case.scan['case_id']}, {case.scan['modality'].upper()}",
-        "class": LABELS[case.scan["label"]],
+        "class": case.scan["class"],
         "stored": f"{' × '.join(map(str, stored.get_data_shape()))} voxels, {stored.get_data_dtype()}",
         "voxel": f"{spacing} mm",
         "axes": headers.axes_of(headers.place(stored)[0]),

@@ -64,10 +64,8 @@ def in_order(arms: Iterable[str]) -> list[str]:
 
 
 def centers_in(names: Iterable[str]) -> list[str]:
-    """Distinct centers in the paper's order, others as they come, "global" last."""
-    found = dict.fromkeys(names)
-    others = [name for name in found if name not in (*CENTERS, GLOBAL)]
-    return [name for name in (*CENTERS, *others, GLOBAL) if name in found]
+    """Distinct centers as they come, "global" last."""
+    return sorted(dict.fromkeys(names), key=lambda name: name == GLOBAL)
 
 
 def use_style() -> None:

@@ -1,5 +1,6 @@
 """Random sheets and volumes: an answer or an error for people, and nothing is lost."""
 
+import csv
 import datetime
 import gzip
 import pickle
@@ -27,6 +28,7 @@ from ipmn_core.data import (
     to_cube,
     volume_problems,
 )
+from ipmn_core.data.sheets import read_table
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Preprocessing
 
@@ -84,7 +86,8 @@ def is_blank(cell):
 def test_every_labelled_row_is_a_scan_or_named_in_a_problem(tmp_path_factory, rows):
     root = tmp_path_factory.mktemp("sheet")
     first_release(root, t1=rows)
-    scans, problems = inspect(root)
+    cohort, problems = inspect(root)
+    scans = cohort.scans
     errors = problems[problems["severity"] == "error"]
     told = {
         int(number)
@@ -101,6 +104,19 @@ def test_every_labelled_row_is_a_scan_or_named_in_a_problem(tmp_path_factory, ro
     assert not scans["case_id"].str.casefold().duplicated().any()
     blank = sum(is_blank(label) for name, label in rows if not is_blank(name))
     assert scans.attrs["unlabelled"]["t1"] == blank
+
+
+@fixed
+@given(
+    rows=st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=5)] * 2), max_size=4),
+    separator=st.sampled_from(",;\t"),
+)
+def test_cells_of_a_csv_file_are_what_was_written(tmp_path_factory, rows, separator):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator, quoting=csv.QUOTE_ALL).writerows([("name", "risk"), *rows])
+    written = [(n, row) for n, row in enumerate(rows, start=2) if any(cell.strip() for cell in row)]
+    assert read_table(path, ("name", "risk"), []) == ("a.csv", ("name", "risk"), written, frozenset())
 
 
 # Volumes
@@ -213,7 +229,7 @@ def test_text_of_a_header_is_in_no_message_no_warning_no_file_and_no_image(tmp_p
     for name, raw in (("nyu_1", whole), ("nyu_2", whole[:-40]), ("nyu_3", sick)):
         (root / "t1_clean_ROI" / f"{name}.nii.gz").write_bytes(gzip.compress(raw))
     assert cli.main(["check", str(root)]) == 1
-    scans = read(root)
+    scans = read(root).scans
     for case in ("nyu_2", "nyu_3"):
         with pytest.raises(ScanError) as error:
             load_cubes(scans[scans["case_id"] == case], Preprocessing(32), tmp_path / "out")

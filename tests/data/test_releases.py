@@ -1,4 +1,4 @@
-"""The reader of both releases and its errors, on tiny cohorts written to disk."""
+"""The reader of the releases and its errors, on tiny cohorts written to disk."""
 
 import re
 import shutil
@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import first_release, only_error, problems_of, save_sheet, save_volume, second_release
+from sklearn.model_selection import StratifiedKFold
+from tiny import (
+    first_release,
+    only_error,
+    problems_of,
+    save_sheet,
+    save_volume,
+    second_release,
+    third_release,
+)
 
 from ipmn_core import data
 from ipmn_core.data.releases import SCAN_COLUMNS
@@ -21,7 +30,7 @@ def test_a_case_name_has_no_suffix_and_no_trailing_channel_number():
     assert data.case_name("EMC_0000_002.nii.gz") == "EMC_0000_002"
 
 
-# The two layouts
+# The first and the second layout
 
 
 def test_a_name_gives_its_center(tmp_path):
@@ -35,28 +44,28 @@ def test_a_name_gives_its_center(tmp_path):
         "EMC": ["EMC007", "EMC_01_002"],
     }
     first_release(tmp_path, t1=[(name, 0) for of in names.values() for name in of])
-    scans = data.read(tmp_path)
+    scans = data.read(tmp_path).scans
     assert scans.groupby("center", sort=False)["case_id"].apply(list).to_dict() == names
 
 
-def test_the_first_release_is_read_in_sheet_order_t1_first(tmp_path):
+def test_the_first_release_is_read_t1_first_centers_in_the_papers_order(tmp_path):
     first_release(tmp_path, t1=[("nyu_2", 2), ("AHN01.nii.gz", 0)], t2=[("ahn01", 0), ("CAD_3", 1)])
-    scans = data.read(tmp_path)
-    assert list(scans.columns) == SCAN_COLUMNS and scans["label"].dtype.kind == "i"
-    assert scans["case_id"].tolist() == ["nyu_2", "AHN01", "ahn01", "CAD_3"]
-    assert scans["patient_id"].tolist() == ["nyu_2", "ahn01", "ahn01", "cad_3"]
-    assert scans["center"].tolist() == ["NYU", "AHN", "AHN", "MCF"]
+    scans = data.read(tmp_path).scans
+    assert list(scans.columns) == [*SCAN_COLUMNS, "class", "positive"] and scans["label"].dtype.kind == "i"
+    assert scans["case_id"].tolist() == ["nyu_2", "AHN01", "CAD_3", "ahn01"]
+    assert scans["patient_id"].tolist() == ["nyu_2", "ahn01", "cad_3", "ahn01"]
+    assert scans["center"].tolist() == ["NYU", "AHN", "MCF", "AHN"]
     assert scans["modality"].tolist() == ["t1", "t1", "t2", "t2"]
-    assert scans["label"].tolist() == [2, 0, 0, 1]
+    assert scans["label"].tolist() == [2, 0, 1, 0]
     assert scans["image"].tolist()[1] == str(tmp_path / ROI / "AHN01.nii.gz")
     assert set(scans["mask"]) == {""}
 
 
 def test_the_second_release_is_read_with_masks_and_the_row_as_patient(tmp_path):
     second_release(tmp_path, [("CAD_28_T1", "CAD_28_T2", 1), (None, "EMC_01_002", 0), ("IU_2", None, 2)])
-    scans = data.read(tmp_path)
+    scans = data.read(tmp_path).scans
     assert scans["case_id"].tolist() == ["CAD_28_T1", "IU_2", "CAD_28_T2", "EMC_01_002"]
-    assert scans["patient_id"].tolist() == ["cad_28_t1", "iu_2", "cad_28_t1", "emc_01_002"]
+    assert scans["patient_id"].tolist() == ["cad_28", "iu_2", "cad_28", "emc_01_002"]
     assert scans["label"].tolist() == [1, 2, 1, 0]
     assert scans["mask"].tolist()[2] == str(tmp_path / "IPMN_images_masks/t2/masks/CAD_28_T2.nii.gz")
 
@@ -68,14 +77,14 @@ def test_files_match_in_any_case_with_nii_or_nii_gz_and_with_the_channel_number(
     (folder / "MCF_2.nii.gz").rename(folder / "mcf_2.NII.GZ")
     (folder / "iu_3.nii.gz").unlink()
     save_volume(folder / "IU_3.nii")
-    found = [Path(file).name for file in data.read(tmp_path)["image"]]
+    found = [Path(file).name for file in data.read(tmp_path).scans["image"]]
     assert found == ["NYU_1_0000.nii.gz", "mcf_2.NII.GZ", "IU_3.nii"]
 
 
 def test_blank_labels_are_left_out_and_counted_and_blank_rows_are_skipped(tmp_path):
     rows = [("nyu_1", "nyu_1", 1), (None,) * 3, ("nyu_2", None, None), ("nyu_3", "nyu_3", " ")]
     second_release(tmp_path, [*rows, (None, "nyu_4", 0)])
-    scans = data.read(tmp_path)
+    scans = data.read(tmp_path).scans
     cases = list(zip(scans["modality"], scans["case_id"], strict=True))
     assert cases == [("t1", "nyu_1"), ("t2", "nyu_1"), ("t2", "nyu_4")]
     assert scans.attrs["unlabelled"] == {"t1": 2, "t2": 1}
@@ -88,7 +97,76 @@ def test_a_first_release_with_one_modality_only_is_read_whole_labels_as_number_o
     first_release(tmp_path, t1=[(f"nyu_{i}", label) for i, label in enumerate(labels)])
     (tmp_path / "IPMN_labels_t2_total.xlsx").unlink()
     (tmp_path / "t2_clean_ROI").rmdir()
-    assert data.read(tmp_path)["label"].tolist() == [1] * 5
+    assert data.read(tmp_path).scans["label"].tolist() == [1] * 5
+
+
+def test_names_of_every_kind_in_the_data_set_give_center_and_folds_in_sheet_order(tmp_path):
+    kinds = {
+        "NYU": ["nyu_{:04}"],
+        "MCF": ["CAD_{:02}", "MCF_{:02}"],
+        "NU": ["NU_{:02}", "northwestern_{:04}"],
+    }
+    kinds |= {"AHN": ["AHN{:02}"], "MCA": ["mca_{:02}"], "IU": ["IU_{:02}"]}
+    kinds |= {"EMC": ["EMC{:03}", "EMC_{:02}_001"]}
+    rows = [
+        (kind.format(i), 2 * (i % 3 == 0)) for of in kinds.values() for kind in of for i in range(90, 102)
+    ]
+    cohort = data.read(first_release(tmp_path, t1=rows))
+    scans = cohort.scans
+    assert scans.groupby("center", sort=False).size().to_dict() == {
+        c: 12 * len(of) for c, of in kinds.items()
+    }
+    folds = data.assign_folds(cohort, 4, "center", "binary")
+    for _, here in scans.groupby("center"):
+        for k, (_, test) in enumerate(StratifiedKFold(4).split(here, here["label"] == 2)):
+            assert (folds[here.index[test]] == k).all()
+
+
+@pytest.mark.parametrize(
+    ("t1", "t2"),
+    [
+        ("CAD_28_T1", "CAD_28_T2"),
+        ("nyu_7-t1", "NYU_7-t2"),
+        ("iu_3 T1", "iu_3 T2"),
+        ("EMC_01_002.t1.nii.gz", "EMC_01_002.t2.nii.gz"),
+        ("AHN05_T1W_0000", "ahn05_T2w_0000"),
+        ("T1_NU_04", "T2_NU_04"),
+        ("mca_T1_05", "mca_T2_05"),
+        ("nyu_7", "nyu_7_T2"),
+    ],
+)
+def test_names_that_differ_in_the_modality_are_one_patients(tmp_path, t1, t2):
+    cohort, problems = data.inspect(first_release(tmp_path, t1=[(t1, 1)], t2=[(t2, 2)]))
+    assert len(cohort) == 2 and cohort.scans["patient_id"].nunique() == 1
+    assert "different labels" in problems[problems["severity"] == "warning"]["problem"].iloc[0]
+    second_release(tmp_path / "2", [(t1, None, 1), (None, t2, 1)])
+    assert data.read(tmp_path / "2").scans["patient_id"].nunique() == 1
+
+
+def test_names_that_only_look_like_a_modality_stay_apart(tmp_path):
+    names = ["nyu_1", "nyu_t10", "nyu_1_t2", "nyu_set1", "nyu_2"]
+    scans = data.read(first_release(tmp_path, t1=[(name, 1) for name in names])).scans
+    assert scans["patient_id"].tolist() == names
+
+
+# Copies of one modality
+
+
+@pytest.mark.parametrize("other", ["t1", "t2"])
+@pytest.mark.parametrize("release", ["first", "second", "third"])
+def test_a_copy_of_one_modality_is_read_without_an_error(tmp_path, release, other):
+    if release == "first":
+        first_release(tmp_path, t1=[("nyu_1", 1)], t2=[("nyu_1", 1)])
+        shutil.rmtree(tmp_path / f"{other}_clean_ROI")
+    elif release == "second":
+        second_release(tmp_path, [("nyu_1", "nyu_1", 1)])
+        shutil.rmtree(tmp_path / f"IPMN_images_masks/{other}")
+    else:
+        third_release(tmp_path, [("nyu_1", "nyu_1", 1, None)])
+        shutil.rmtree(tmp_path / f"IPMN_images_masks/{other}")
+        shutil.rmtree(tmp_path / f"IPMN_Classification/{other}")
+    assert data.read(tmp_path).scans["modality"].tolist() == [{"t1": "t2", "t2": "t1"}[other]]
+    assert any(f"1 labelled {other} scans are left out" in note for note in problems_of(tmp_path, "note"))
 
 
 # Columns
@@ -99,7 +177,7 @@ def test_the_name_column_is_found_wherever_it_is(tmp_path, header):
     first_release(tmp_path)
     save_sheet(tmp_path / T1_SHEET, ["Risk assessment", "Age", "Idiom", header], [(2, 60, "", "nyu_1")])
     save_volume(tmp_path / ROI / "nyu_1.nii.gz")
-    assert data.read(tmp_path)["label"].tolist() == [2]
+    assert data.read(tmp_path).scans["label"].tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +202,7 @@ def test_a_column_that_is_missing_or_ambiguous_is_an_error_that_names_the_header
 def test_t1_within_a_longer_word_is_no_t1_header(tmp_path):
     headers = ["T1_file", "T2_file", "Patient1", "T10", "T21", "f", "risk"]
     second_release(tmp_path, [("nyu_1", "nyu_1", 2)], headers)
-    assert len(data.read(tmp_path)) == 2
+    assert len(data.read(tmp_path).scans) == 2
 
 
 # Errors of sheets and files
@@ -139,10 +217,10 @@ def empty(sheet):
     [
         (lambda root: second_release(root, []), ["two releases", "in its own"]),
         (lambda root: shutil.rmtree(root), ["no label sheets", T1_SHEET, "IPMN_labels_total.xlsx"]),
-        (lambda root: (root / T1_SHEET).unlink(), [T1_SHEET, "cannot be read"]),
+        (lambda root: (root / T1_SHEET).unlink(), ["no label sheet for the t1 scans", T1_SHEET]),
         (lambda root: (root / T1_SHEET).write_bytes(b"no workbook"), [T1_SHEET, "cannot be read"]),
         (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),
-        (lambda root: (root / ROI).rename(root / "x"), [ROI, "no such folder"]),
+        (lambda root: (root / ROI).rename(root / "x"), ["no labelled scan has its files"]),
         (lambda root: (root / ROI / "nyu_2.nii.gz").unlink(), [f"{T1_SHEET} row 3", "nyu_2.nii.gz", ROI]),
         (lambda root: save_volume(root / ROI / "nyu_2_0000.nii.gz"), ["row 3", "nyu_2_0000", "keep one"]),
     ],
@@ -191,7 +269,7 @@ def test_a_formula_counts_as_the_value_it_had_last(tmp_path):
     with zipfile.ZipFile(sheet, "w") as book:
         for name, part in (parts | {"xl/worksheets/sheet1.xml": computed.encode()}).items():
             book.writestr(name, part)
-    assert data.read(tmp_path)["label"].tolist() == [0, 2]
+    assert data.read(tmp_path).scans["label"].tolist() == [0, 2]
 
 
 def test_read_lists_ten_errors_and_counts_the_rest(tmp_path):
@@ -214,12 +292,12 @@ def test_a_file_without_a_row_is_a_warning(tmp_path):
         (folder / name).touch()
     strays = [w for w in problems_of(tmp_path, "warning") if "no row" in w]
     assert len(strays) == 1 and str(folder / "iu_9.nii.gz") in strays[0]
-    assert len(data.read(tmp_path)) == 1
+    assert len(data.read(tmp_path).scans) == 1
 
 
 def test_different_labels_or_centers_of_a_patients_t1_and_t2_are_a_warning(tmp_path):
     first_release(tmp_path / "1", t1=[("NYU_1", 1), ("nyu_2", 0)], t2=[("nyu_1", 2), ("nyu_2", 0)])
     second_release(tmp_path / "2", [("nyu_1", "mcf_1", 1)])
-    for root, rows in (("1", "t1 NYU_1: NYU, label 1; t2 nyu_1: NYU, label 2"), ("2", "t2 mcf_1: MCF")):
+    for root, rows in (("1", "t1 NYU_1: NYU, low risk; t2 nyu_1: NYU, high risk"), ("2", "t2 mcf_1: MCF")):
         (warning,) = [w for w in problems_of(tmp_path / root, "warning") if "different" in w]
         assert "patient nyu_1" in warning and rows in warning

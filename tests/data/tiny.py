@@ -1,4 +1,4 @@
-"""Tiny cohorts: both releases on disk, and tables of scans without files."""
+"""Tiny cohorts: the releases on disk, and tables of scans without files."""
 
 import gzip
 from pathlib import Path
@@ -14,6 +14,7 @@ PAPER_TABLE1 = pd.read_csv(Path(data.__file__).parents[1] / "paper" / "table1.cs
 COUNTS = PAPER_TABLE1[["center", "modality", "no_risk", "low_risk", "high_risk"]]
 FIRST_HEADERS = ["Patient ID", "Age", "Sex", "Center", "Scanner", "Risk assessment"]
 SECOND_HEADERS = ["T1", "T2", "Age", "Sex", "Center", "Scanner", "IPMN risk"]
+THIRD_HEADERS = ["Patient ID T1", "Patient ID  T2", "Age", "Sex", "Center", "follow-up information", "Risk"]
 VOLUME = gzip.compress(nibabel.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)).to_bytes())
 
 
@@ -55,6 +56,32 @@ def second_release(root, rows, headers=SECOND_HEADERS):
     return root
 
 
+def third_release(root, rows, sheets=("t1", "t2", "both"), roi=True, volumes=True, splits=None):
+    """A third release with rows (t1 name, t2 name, label, follow-up) and its parts.
+
+    `splits`: {"2-class/t1.csv": text of the file}.
+    """
+    labels = root / "IPMN_Classification"
+    for i, m in enumerate(("t1", "t2")):
+        if m in sheets:
+            mine = [(row[i], 60, "F", "", "", row[2]) for row in rows if row[i]]
+            save_sheet(labels / f"IPMN_labels_{m}_total.xlsx", FIRST_HEADERS, mine)
+        names = [row[i] for row in rows]
+        if roi:
+            save_scans(labels / m, names)
+        if volumes:
+            for kind in ("images", "masks"):
+                save_scans(root / f"IPMN_images_masks/{m}/{kind}", names)
+    if "both" in sheets:
+        both = [(t1, t2, 60, "F", "", follow, label) for t1, t2, label, follow in rows]
+        save_sheet(labels / "IPMN_labels_total.xlsx", THIRD_HEADERS, both)
+    for name, content in (splits or {}).items():
+        path = root / "data splits/classification" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
 def problems_of(root, severity="error"):
     """Where, problem and remedy of each problem of one severity, as one text each; every one has a remedy."""
     problems = data.inspect(root)[1]
@@ -77,7 +104,7 @@ def scans_of(counts, paired=False):
         labels = np.random.default_rng(len(rows)).permutation(np.repeat([0, 1, 2], n))
         for i, label in enumerate(labels):
             name = f"{center}_{i}" if paired else f"{center}_{modality}_{i}"
-            rows.append((name, name.lower(), center, modality, label, f"{name}.nii.gz", ""))
+            rows.append((name, name.lower(), center, modality, label, "", "", f"{name}.nii.gz", ""))
     scans = pd.DataFrame(rows, columns=releases.SCAN_COLUMNS)
     return scans.sort_values("modality", kind="stable", ignore_index=True)
 

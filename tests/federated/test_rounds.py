@@ -84,7 +84,7 @@ def test_training_resumed_from_a_checkpoint_ends_bit_identical(name):
         return net
 
     def networks(seed=0):
-        return nn.ModuleDict({part: network(seed) for part in parts})
+        return nn.ModuleList([network(seed) for _ in parts])
 
     make = networks if name == "local_only" else network
     whole, broken, resumed = make(), make(), make(9)
@@ -204,8 +204,8 @@ def test_an_update_that_cannot_be_right_is_told_from_one_that_can(change, fault)
 
 def test_local_only_starts_as_fedavgs_first_local_updates_and_shares_nothing():
     clients = {f"center_{k}": own for k, own in enumerate(split(9, 12, 12).values())}
-    models = nn.ModuleDict({name: small_net() for name in clients})
-    first = next(fit_local_only(models, clients, clients, cases(), settings()))
+    models = {name: small_net() for name in clients}
+    first = next(fit_local_only(nn.ModuleList(models.values()), clients, clients, cases(), settings()))
     updates = first_updates(clients, Strategy())
     for name, own in clients.items():
         assert largest_difference(models[name].state_dict(), updates[name][0].state_dict()) == 0

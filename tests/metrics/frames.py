@@ -19,7 +19,7 @@ def rows(y, prob, center="NYU", task="binary", modality="t2", arm="fedavg", fold
 def random_run(n_classes, epochs=3, n=60, folds=1, seed=0, **names):
     """Predictions at random, of one decimal: plenty of ties."""
     rng = np.random.default_rng(seed)
-    run = {"task": "binary" if n_classes == 2 else "three_class", "fold": rng.integers(0, folds, n)} | names
+    run = {"task": "binary" if n_classes == 2 else "multiclass", "fold": rng.integers(0, folds, n)} | names
     y, center = rng.integers(0, n_classes, n), rng.choice(CENTERS[:4], n)
     draws = [rng.dirichlet(np.ones(n_classes), n).round(1) for _ in range(epochs)]
     return pd.concat([rows(y, p, center, epoch=e, **run) for e, p in enumerate(draws, 1)], ignore_index=True)

@@ -8,13 +8,13 @@ from ipmn_core import metrics
 from ipmn_core.metrics import calibration
 
 pytestmark = pytest.mark.filterwarnings("error")
-ARMS = {"binary": ("fedavg", "centralized"), "three_class": ("resnet34", "densenet121")}
+ARMS = {"binary": ("fedavg", "centralized"), "multiclass": ("resnet34", "densenet121")}
 
 
 def forecast(y, prob, center="NYU", task="binary", modality="t2", arm="fedavg", fold=0):
     """One run; prob (N,) of high risk, the rest going to the lower classes."""
     prob = np.asarray(prob, dtype=float)
-    lower = {"binary": [1 - prob], "three_class": [(1 - prob) / 2, (1 - prob) / 2]}[task]
+    lower = {"binary": [1 - prob], "multiclass": [(1 - prob) / 2, (1 - prob) / 2]}[task]
     return rows(y, np.column_stack([*lower, prob]), center, task, modality, arm, fold)
 
 
@@ -25,7 +25,7 @@ def selected():
     for task, arms in reversed(ARMS.items()):
         for modality in ("t2", "t1"):
             for fold in range(3):
-                y = rng.integers(0, 3 if task == "three_class" else 2, 50)
+                y = rng.integers(0, 3 if task == "multiclass" else 2, 50)
                 center = rng.choice(["EMC", "NYU", "AHN"], 50)
                 for arm in arms:
                     prob = np.clip(rng.normal(0.3 + 0.1 * y, 0.25), 0, 1).round(2)
@@ -46,21 +46,21 @@ def loop_bins(prob):
     return {k: found for k, found in members.items() if found}
 
 
-def test_high_risk_is_the_highest_class_of_either_task():
-    both = pd.concat([forecast([0, 1], [0.2, 0.7]), forecast([0, 1, 2], [0.1, 0.3, 0.6], task="three_class")])
-    y, prob = calibration.high_risk(both[both["task"] == "binary"])  # prob_2 is NaN here
+def test_the_positive_class_is_the_last_of_either_task():
+    both = pd.concat([forecast([0, 1], [0.2, 0.7]), forecast([0, 1, 2], [0.1, 0.3, 0.6], task="multiclass")])
+    y, prob = calibration.positive(both[both["task"] == "binary"])  # prob_2 is NaN here
     assert y.tolist() == [False, True] and prob.tolist() == [0.2, 0.7]
-    y, prob = calibration.high_risk(both[both["task"] == "three_class"])
+    y, prob = calibration.positive(both[both["task"] == "multiclass"])
     assert y.tolist() == [False, False, True] and prob.tolist() == [0.1, 0.3, 0.6]
     with pytest.raises(ValueError, match="several tasks"):
-        calibration.high_risk(both)
+        calibration.positive(both)
 
 
 def test_a_reliability_curve_is_one_counted_case_by_case(selected):
     curve = calibration.reliability(selected)
     errors = calibration.table(selected).query("center == 'global'").set_index(metrics.ARM)["ece"]
     for arm, frame in arms_of(selected):
-        y, prob = calibration.high_risk(frame)
+        y, prob = calibration.positive(frame)
         ours = arms_of(curve).get_group(arm)
         members = loop_bins(prob)
         assert ours["bin"].tolist() == list(members)
@@ -89,7 +89,7 @@ def test_the_table_agrees_with_loops_over_cases(selected):
     assert (table["undefined"] == "").all()
     for arm, frame in arms_of(selected):
         for center in ("NYU", "AHN", "EMC", "global"):
-            y, prob = calibration.high_risk(frame[(frame["center"] == center) | (center == "global")])
+            y, prob = calibration.positive(frame[(frame["center"] == center) | (center == "global")])
             row = table.loc[(*arm, center)]
             assert (row["n"], row["positives"]) == (len(y), sum(y))
             assert row["brier"] == pytest.approx(np.mean((prob - y) ** 2), abs=1e-12)  # float64 sums
@@ -107,8 +107,8 @@ def test_a_threshold_at_the_specificity_itself_counts_and_so_does_one_on_a_strai
     assert calibration.table(forecast(y, prob))["sensitivity"].iloc[-1] == 0.1
 
 
-@pytest.mark.parametrize(("y", "reason"), [(0, "no high-risk case"), (1, "no other case")])
-@pytest.mark.parametrize(("task", "high"), [("binary", 1), ("three_class", 2)])
+@pytest.mark.parametrize(("y", "reason"), [(0, "no positive case"), (1, "no negative case")])
+@pytest.mark.parametrize(("task", "high"), [("binary", 1), ("multiclass", 2)])
 def test_a_center_of_one_class_says_why_its_sensitivity_is_undefined(task, high, y, reason):
     other = forecast([y * high, y * high], [0.3, 0.5], "AHN", task, fold=1)
     table = calibration.table(pd.concat([forecast([0, high], [0.2, 0.4], "NYU", task), other]))
@@ -123,7 +123,7 @@ def test_net_benefit_agrees_with_loops_over_thresholds_and_cases(selected):
     thresholds = (0.05, 0.2, 0.33, 0.5, 0.9)
     curve = calibration.decision_curve(selected, thresholds).set_index([*metrics.ARM, "threshold"])
     for (task, modality, arm), frame in arms_of(selected):
-        y, prob = calibration.high_risk(frame)
+        y, prob = calibration.positive(frame)
         for t in thresholds:
             true = sum(p >= t and high for p, high in zip(prob, y, strict=True))
             false = sum(p >= t and not high for p, high in zip(prob, y, strict=True))

@@ -77,8 +77,8 @@ def test_scores_that_are_the_centers_prevalence_order_no_pair_within_a_center():
 @pytest.mark.parametrize(
     ("y", "center", "fold", "defined", "reason"),
     [
-        ([0, 0, 0, 0], "NYU", 0, [], "no high-risk case"),
-        ([1, 1, 1, 1], "NYU", 0, [], "no other case"),
+        ([0, 0, 0, 0], "NYU", 0, [], "no positive case"),
+        ([1, 1, 1, 1], "NYU", 0, [], "no negative case"),
         (
             [1, 1, 0, 0],
             "NYU",
@@ -98,14 +98,14 @@ def test_a_value_without_pairs_is_nan_with_the_reason(y, center, fold, defined, 
 
 
 def test_one_class_without_pairs_leaves_the_mean_of_three_undefined():
-    frame = rows([0, 1, 0, 2], np.full((4, 3), 1 / 3), ["NYU", "NYU", "IU", "EMC"], task="three_class")
+    frame = rows([0, 1, 0, 2], np.full((4, 3), 1 / 3), ["NYU", "NYU", "IU", "EMC"], task="multiclass")
     row = centers.decompose(frame).iloc[0]
     assert row["pooled"] == pytest.approx(0.5, abs=1e-15) and np.isnan(row["within"])
     assert row["undefined"] == "no pairs within a center"
     table = centers.within_by_center(frame).set_index("center")
     assert table["within"].isna().all()
-    assert table.loc["NYU", "undefined"] == "no high-risk case"
-    assert table.loc["IU", "undefined"] == "no low-risk and no high-risk case"
+    assert table.loc["NYU", "undefined"] == "no case of class 2"
+    assert table.loc["IU", "undefined"] == "no case of class 1 and no case of class 2"
     assert table["pairs"].tolist() == [2, 0, 0]
 
 
@@ -118,22 +118,22 @@ def test_tasks_modalities_and_arms_in_one_frame_are_each_measured_alone():
 
 
 @pytest.fixture(scope="module")
-def three_classes():
+def multiclasses():
     return random_run(3, n=48, folds=2, arm="resnet34", modality="t1")
 
 
-def test_every_rule_is_that_of_metrics(three_classes):
-    selected = centers.by_rules(three_classes, three_classes)
+def test_every_rule_is_that_of_metrics(multiclasses):
+    selected = centers.by_rules(multiclasses, multiclasses)
     assert list(dict.fromkeys(selected["rule"])) == list(metrics.RULES)
     for rule, chosen in selected.groupby("rule"):
-        expected = metrics.select(three_classes, rule, three_classes)
+        expected = metrics.select(multiclasses, rule, multiclasses)
         pd.testing.assert_frame_equal(chosen.drop(columns="rule").reset_index(drop=True), expected)
-    for validation in (None, three_classes.iloc[:0]):
-        assert set(centers.by_rules(three_classes, validation)["rule"]) == {"best_test", "last"}
+    for validation in (None, multiclasses.iloc[:0]):
+        assert set(centers.by_rules(multiclasses, validation)["rule"]) == {"best_test", "last"}
 
 
-def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(three_classes, binary_predictions):
-    selected = centers.by_rules(pd.concat([three_classes, binary_predictions]))
+def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(multiclasses, binary_predictions):
+    selected = centers.by_rules(pd.concat([multiclasses, binary_predictions]))
     summary = centers.summary(selected, n_resamples=20)
     for (rule, task), chosen in selected.groupby(["rule", "task"]):
         numbers = inference.intervals(chosen.drop(columns="rule"), 20).set_index([*metrics.ARM, "center"])
@@ -145,8 +145,8 @@ def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(three_classes
     assert len(summary) == 2 * 2 * (5 + 2 * 2 * 4)  # metrics, rules, centers of the one arm, of the others
 
 
-def test_confusions_are_scikit_learns_and_square_for_one_class(three_classes, binary_predictions):
-    last = metrics.select(three_classes, "last")
+def test_confusions_are_scikit_learns_and_square_for_one_class(multiclasses, binary_predictions):
+    last = metrics.select(multiclasses, "last")
     predicted = last[["prob_0", "prob_1", "prob_2"]].to_numpy().argmax(axis=1)
     np.testing.assert_array_equal(centers.confusion(last), confusion_matrix(last["y_true"], predicted))
     one_class = binary_predictions.query("modality == 't2' and arm == 'centralized'")

@@ -19,11 +19,11 @@ def test_drift_is_the_length_of_a_clients_update():
     assert table.set_index("client")["distance"].to_dict() == {"NYU": 5.0, "AHN": 2.0}
 
 
-def test_cosines_are_those_of_the_vectors_in_the_order_of_the_centers():
+def test_cosines_are_those_of_the_vectors_in_order_of_appearance():
     rng = np.random.default_rng(0)
     vectors = {name: rng.standard_normal(50) for name in ("EMC", "NYU", "AHN")}
     table = heterogeneity.cosines(updates(vectors))
-    assert table["client"].drop_duplicates().tolist() == ["NYU", "AHN", "EMC"]
+    assert table["client"].drop_duplicates().tolist() == ["EMC", "NYU", "AHN"]
     for row in table.itertuples():
         a, b = vectors[row.client], vectors[row.other]
         assert row.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-12)
@@ -42,7 +42,7 @@ def test_cosines_are_means_over_rounds_and_undefined_for_a_client_that_did_not_m
 def three_arms():
     rng = np.random.default_rng(1)
     y, center = rng.integers(0, 2, 80), np.repeat(["NYU", "AHN"], 40)
-    y[40:] = 0  # AHN has no high-risk case
+    y[40:] = 0  # AHN has no positive case
     names = ("centralized", "local_only", "fedavg")
     arms = [rows(y, rng.random(80), center, arm=arm, fold=np.arange(80) % 2) for arm in names]
     return pd.concat(arms, ignore_index=True)
@@ -59,7 +59,7 @@ def test_gain_is_the_difference_of_the_centers_pooled_auc(three_arms):
         assert row["low"] < row["difference"] < row["high"] and row["undefined"] == ""
         assert (row["n"], row["positives"]) == (40, three_arms["y_true"][:40].sum())
     row = table.loc[("centralized", "AHN")]
-    assert np.isnan(row["difference"]) and row["undefined"] == "no high-risk case"
+    assert np.isnan(row["difference"]) and row["undefined"] == "no positive case"
 
 
 def test_gain_says_why_it_has_no_interval_and_compares_local_only_within_centers_alone(three_arms):

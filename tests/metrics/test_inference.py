@@ -24,7 +24,7 @@ def run(n=90, n_classes=2, folds=3, seed=0, signal=0.5, center_effect=0.0, **nam
     prob[i, y] += signal
     prob[:, -1] += center_effect * center
     prob = (prob / prob.sum(axis=1, keepdims=True)).round(2)
-    task = "binary" if n_classes == 2 else "three_class"
+    task = "binary" if n_classes == 2 else "multiclass"
     names = {"modality": "t1", "task": task, "arm": "centralized"} | names
     fold = i // (n_classes * len(CENTERS)) % folds
     return rows(y, prob, np.array(CENTERS)[center], fold=fold, **names)
@@ -181,10 +181,10 @@ def test_intervals_are_those_of_the_numbers_in_the_tables(binary_predictions):
         assert (row.acc_low, row.acc_high) == pytest.approx(wilson)
 
 
-def test_intervals_follow_the_order_of_arms_and_of_the_papers_centers():
+def test_intervals_follow_the_order_of_arms_and_of_centers():
     shuffled = [run(arm=arm, modality=m) for m in ("t2", "t1") for arm in ("fedavg", "centralized")]
     table = inference.intervals(pd.concat(shuffled).sort_values("center", kind="stable"), n_resamples=10)
-    assert table["center"].tolist() == ["NYU", "MCF", "AHN", "global"] * 4
+    assert table["center"].tolist() == ["AHN", "MCF", "NYU", "global"] * 4
     assert table["modality"].tolist() == ["t2"] * 8 + ["t1"] * 8
     assert table["arm"].tolist() == (["fedavg"] * 4 + ["centralized"] * 4) * 2
 
@@ -195,9 +195,9 @@ def test_intervals_say_why_a_number_is_undefined():
     dropped = positive & ((at == "NYU") | ((at == "MCF") & (cases["fold"] > 0)))
     table = inference.intervals(cases[~dropped], n_resamples=10)
     nyu, mcf, ahn = (place(table, center=center) for center in CENTERS)
-    assert nyu["undefined"] == "no high-risk case in fold 0, 1, 2"
+    assert nyu["undefined"] == "no positive case in fold 0, 1, 2"
     assert nyu[["auc", "auc_low", "auc_high", "pooled_auc", "pooled_low", "pooled_high"]].isna().all()
-    assert mcf["undefined"] == "no high-risk case in fold 1, 2"
+    assert mcf["undefined"] == "no positive case in fold 1, 2"
     assert mcf["auc"] == global_auc(cases[(at == "MCF") & (cases["fold"] == 0)])
     assert ahn["undefined"] == place(table, center="global")["undefined"] == ""
     row = place(inference.intervals(cases[~positive | (cases.index == 1)], 10), center="global")
@@ -229,11 +229,11 @@ def test_every_arm_is_compared_with_the_reference_case_by_case():
         assert sorted(table[f"{name}_holm"]) == pytest.approx([2 * low, max(2 * low, high)])
 
 
-def test_three_classes_have_the_corrected_t_alone_and_holm_is_over_all_tasks():
+def test_multiclasses_have_the_corrected_t_alone_and_holm_is_over_all_tasks():
     three = [run(n_classes=3, seed=seed, arm=arm) for seed, arm in enumerate(("centralized", "resnet34"))]
     two = [run(seed=seed, arm=arm, signal=0.1 + seed) for seed, arm in enumerate(("centralized", "fedavg"))]
     table = inference.compare_arms(pd.concat([*three, *two], ignore_index=True))
-    assert table["task"].tolist() == ["three_class", "binary"]
+    assert table["task"].tolist() == ["multiclass", "binary"]
     row = table.iloc[0]
     assert row["undefined"] == "DeLong is for two classes"
     assert row[["difference", "low", "high", "z", "p_delong", "p_delong_holm"]].isna().all()
@@ -252,9 +252,9 @@ def test_folds_without_a_class_are_left_out_of_the_comparison_and_named():
     cases = pd.concat([run(), run(seed=1, arm="fedavg")], ignore_index=True)
     cases = cases[(cases["fold"] != 1) | (cases["y_true"] == 0)]
     row = inference.compare_arms(cases).iloc[0]
-    assert row["undefined"] == "no high-risk case in fold 1" and not np.isnan(row["p_corrected"])
+    assert row["undefined"] == "no positive case in fold 1" and not np.isnan(row["p_corrected"])
     row = inference.compare_arms(cases[cases["fold"] < 2]).iloc[0]
-    assert row["undefined"] == "no high-risk case in fold 1; corrected t needs two folds"
+    assert row["undefined"] == "no positive case in fold 1; corrected t needs two folds"
     assert np.isnan([row["t"], row["p_corrected"], row["p_corrected_holm"]]).all()
     assert not np.isnan([row["p_delong"], row["fold_difference"]]).any()
 

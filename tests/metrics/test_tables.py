@@ -14,7 +14,7 @@ COMPLEXITY = {model: (10.005 + i, 1.3 + i) for i, model in enumerate(MODELS)}
 def summary():
     """`metrics.over_folds` of every run of the paper at every center, numbers at random."""
     rng, rows = np.random.default_rng(0), []
-    for task, arms in (("three_class", MODELS), ("binary", METHODS)):
+    for task, arms in (("multiclass", MODELS), ("binary", METHODS)):
         for arm in arms:
             for modality in ("t2", "t1"):
                 for center in tables.paper(3)["center"].unique():
@@ -44,7 +44,7 @@ def test_table_2_has_the_papers_rows_and_order_in_percent(summary):
     assert table[["model", "modality"]].equals(paper[["model", "modality"]])
     row = table[(table["model"] == "densenet121") & (table["modality"] == "t1")].iloc[0]
     keys = ["task", "arm", "modality", "center"]
-    source = summary.set_index(keys).loc[("three_class", "densenet121", "t1", "global")]
+    source = summary.set_index(keys).loc[("multiclass", "densenet121", "t1", "global")]
     assert [row[c] for c in tables.NUMBERS] == [round(100 * source[c], 2) for c in tables.NUMBERS]
     assert (row["macs_g"], row["params_m"]) == (round(COMPLEXITY["densenet121"][0], 2), 1.3)
 

@@ -5,7 +5,13 @@ from frames import random_run
 from sklearn.metrics import roc_auc_score
 
 from ipmn_core import metrics
+from ipmn_core.data import Cohort
 from ipmn_core.metrics import centers, truth
+from ipmn_core.names import LABELS
+
+
+def cohort(scans=None, positive=LABELS[2:]):
+    return Cohort("made up", scans, LABELS, positive)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +29,8 @@ def test_oracle_and_guideline_answer_for_the_same_cases_in_the_same_folds(patien
     arms = pd.concat(
         [*halves, run.assign(modality="t1"), run.assign(modality="t1", arm="centralized"), three]
     )
-    known = metrics.check(truth.reference_arms(arms, patients))
-    sizes = {("binary", "guideline"): 120, ("binary", "oracle"): 120, ("three_class", "oracle"): 60}
+    known = metrics.check(truth.reference_arms(arms, patients, cohort()))
+    sizes = {("binary", "guideline"): 120, ("binary", "oracle"): 120, ("multiclass", "oracle"): 60}
     assert known.groupby(["task", "arm"]).size().to_dict() == sizes
     columns = ["task", "modality", "fold", "case_id", "y_true"]
     theirs = arms[columns].drop_duplicates().sort_values(columns, ignore_index=True)
@@ -36,20 +42,25 @@ def test_the_ceiling_of_a_cohort_is_the_auc_of_its_true_probabilities(patients):
     prob = patients[["prob_0", "prob_1", "prob_2"]].to_numpy()
     label = np.array([np.random.default_rng(k).choice(3, p=q) for k, q in enumerate(prob)])
     scans = pd.DataFrame({"case_id": patients["patient_id"].str.lower(), "center": "NYU", "label": label})
+    scans["positive"] = label == 2
     scans = pd.concat([scans.assign(modality="t1"), scans.iloc[::-1].assign(modality="t2")])
-    ceiling = truth.ceiling(scans, patients).set_index(["task", "modality", "arm"])["auc"].sort_index()
+    ceiling = truth.ceiling(cohort(scans), patients).set_index(["task", "modality", "arm"])
+    ceiling = ceiling["auc"].sort_index()
     assert len(ceiling) == 6
     for modality in ("t1", "t2"):
-        high, three = ceiling["binary", modality], ceiling["three_class", modality]
+        high, three = ceiling["binary", modality], ceiling["multiclass", modality]
         assert high["oracle"] == pytest.approx(roc_auc_score(label == 2, prob[:, 2]), abs=1e-12)
         assert high["guideline"] == pytest.approx(roc_auc_score(label == 2, patients["guideline"]), abs=1e-12)
         assert three["oracle"] == pytest.approx(roc_auc_score(label, prob, multi_class="ovr"), abs=1e-12)
-    assert truth.ceiling(scans, pd.DataFrame()).empty
+    assert truth.ceiling(cohort(scans), pd.DataFrame()).empty
+    some = cohort(scans.assign(positive=scans["label"] > 0), LABELS[1:])
+    any_risk = truth.ceiling(some, patients).query("task == 'binary' and arm == 'oracle'")["auc"]
+    assert any_risk.tolist() == pytest.approx([roc_auc_score(label > 0, 1 - prob[:, 0])] * 2, abs=1e-12)
 
 
 def test_real_data_have_no_truth_and_so_no_reference_arms():
     run = random_run(2, epochs=1)
-    assert truth.reference_arms(run, pd.DataFrame()).empty
+    assert truth.reference_arms(run, pd.DataFrame(), cohort()).empty
     gap = truth.gap_closed(centers.decompose(run))
     assert gap[["pooled_closed", "within_closed"]].isna().all(axis=None) and gap["pooled"].notna().all()
     assert set(gap["undefined"]) == {"no oracle"}
@@ -57,7 +68,7 @@ def test_real_data_have_no_truth_and_so_no_reference_arms():
 
 def test_cases_without_a_patient_are_named(patients):
     with pytest.raises(ValueError, match=r"2 cases have no patient in the .* truth, such as case_0, case_1"):
-        truth.reference_arms(random_run(2, epochs=1), patients.iloc[2:])
+        truth.reference_arms(random_run(2, epochs=1), patients.iloc[2:], cohort())
 
 
 def test_the_gap_is_0_at_chance_1_at_the_oracle_and_negative_below_chance():

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from made_up import paper_cohort
 
 from ipmn_core import models, params
 from ipmn_core.data import Cohort
 
 PROFILE = {
-    **{"profile": "t", "size": 32, "modalities": ["t1"], "three_class_folds": 2, "binary_folds": 2},
-    **{"three_class_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized"]},
+    **{"profile": "t", "size": 32, "modalities": ["t1"], "multiclass_folds": 2, "binary_folds": 2},
+    **{"multiclass_models": ["tiny"], "binary_model": "tiny", "arms": ["centralized"]},
     **{"epochs": 3, "rounds": 3, "threads": 1, "device": "cpu", "checkpoint_seconds": 0.0},
 }
 
@@ -29,14 +30,14 @@ def small_cohort():
     scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
     cubes = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
     cubes[scans["label"] == 2] += 0.1
-    return Cohort(scans, cubes, "data-1")
+    return paper_cohort(scans, cubes, "data-1")
 
 
 @dataclass(frozen=True)
 class Carried(Cohort):
     """A cohort that takes the tiny network to worker processes, and kills the one that reads `deadly`."""
 
-    tiny: Callable
+    tiny: Callable | None = None
     deadly: str = ""
     home: int = 0
 

@@ -11,21 +11,21 @@ FEDERATED = Run("binary", "t1", "fedprox_0.1", 1)
 
 def test_the_papers_grid_is_complete():
     p = params.Params()
-    three_class, binary = runs.grid(p, "three_class"), runs.grid(p, "binary")
-    assert len(set(three_class)) == len(three_class) == 5 * 2 * 5
+    multiclass, binary = runs.grid(p, "multiclass"), runs.grid(p, "binary")
+    assert len(set(multiclass)) == len(multiclass) == 5 * 2 * 5
     assert len(set(binary)) == len(binary) == 5 * 2 * 4
-    assert len({runs.folder_of(p, run) for run in three_class + binary}) == 90
+    assert len({runs.folder_of(p, run) for run in multiclass + binary}) == 90
     assert runs.folder_of(p, FEDERATED).parts[-5:] == ("runs", "binary", "t1", "fedprox_0.1", "fold1")
 
 
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("binary", {"three_class_models": ["vgg"]}, "unknown model 'vgg': choose one of resnet34"),
+        ("binary", {"multiclass_models": ["vgg"]}, "unknown model 'vgg': choose one of resnet34"),
         ("binary", {"epochs_by_model": {"vgg": 3}}, "unknown model 'vgg'"),
         ("binary", {"binary_model": "vit"}, "unknown model 'vit'"),
-        ("three_class", {"arms": ["fedsgd"]}, "fedsgd: unknown federated arm"),
-        ("four_class", {}, "four_class: unknown task; known are three_class, binary"),
+        ("multiclass", {"arms": ["fedsgd"]}, "fedsgd: unknown federated arm"),
+        ("four_class", {}, "four_class: unknown task; known are multiclass, binary"),
     ],
 )
 def test_an_unknown_task_model_or_arm_is_named(tmp_path, task, changes, message):
@@ -42,9 +42,10 @@ CHANGES = {
 }
 NO_CHANGE = {
     **{"profile": "u", "outputs": "elsewhere", "data": "a folder"},  # the data's key
+    **{"classes": ["a", "b"], "positive": ["a"], "center_names": ["NU"], "cohort": "histology"},
     **{"phantom_max_per_cell": 2, "phantom_shortcut": 0.5, "phantom_seed": 5},
-    **{"modalities": ["t1", "t2"], "arms": ["fedprox_0.1"], "three_class_models": ["resnet34"]},
-    **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "three_class_folds": 3, "keep_models": ["none"]},
+    **{"modalities": ["t1", "t2"], "arms": ["fedprox_0.1"], "multiclass_models": ["resnet34"]},
+    **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "multiclass_folds": 3, "keep_models": ["none"]},
     **{"device": "cuda:3", "precision": "bfloat16", "jobs": 4, "checkpoint_seconds": 7.0},
 }
 
@@ -71,14 +72,14 @@ def test_settings_arrive_under_their_names(tmp_path):
     assert (centralized.epochs, centralized.local_epochs, centralized.strategy) == (7, 1, None)
     local = runs.run_settings(p, Run("binary", "t1", "local_only", 0))
     assert (local.epochs, local.local_epochs) == (8 * 2, 1)  # as many as the federation's local epochs
-    three_class = runs.run_settings(p, Run("three_class", "t1", "tiny", 0))
-    assert (three_class.epochs, three_class.model) == (5, "tiny")
+    multiclass = runs.run_settings(p, Run("multiclass", "t1", "tiny", 0))
+    assert (multiclass.epochs, multiclass.model) == (5, "tiny")
 
 
 def test_the_machine_decides_precision_and_layout_which_are_recorded_not_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "has_bfloat16", lambda device: True)
     p = profile(tmp_path, precision="auto", binary_model="shufflenetv2")  # which bfloat16 slows down
-    for run, used in ((Run("three_class", "t1", "densenet121", 0), True), (FEDERATED, False)):
+    for run, used in ((Run("multiclass", "t1", "densenet121", 0), True), (FEDERATED, False)):
         settings = runs.run_settings(p, run)
         here = runs.on_this_machine(p, settings)
         assert (here.device, here.bfloat16, here.channels_last) == ("cpu", used, True)
@@ -93,9 +94,9 @@ def test_phantom_seed_does_not_follow_seed(tmp_path):
 
 
 def test_weights_are_kept_where_a_pattern_says_so(tmp_path):
-    p = profile(tmp_path, keep_models=["three_class/*", "binary/t?/fed*/fold1"])
+    p = profile(tmp_path, keep_models=["multiclass/*", "binary/t?/fed*/fold1"])
     kept = {
-        Run("three_class", "t2", "tiny", 0): True,
+        Run("multiclass", "t2", "tiny", 0): True,
         FEDERATED: True,
         Run("binary", "t1", "fedavg", 0): False,
         Run("binary", "t1", "centralized", 1): False,

@@ -4,11 +4,12 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import paper_cohort
 from sklearn.ensemble import RandomForestClassifier
 from small_profile import profile
 
 from ipmn_core import metrics, runs
-from ipmn_core.data import Cohort, assign_folds
+from ipmn_core.data import assign_folds
 from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS
 from ipmn_core.runs import StaleRunError, probes
@@ -38,7 +39,7 @@ def write_image(path, zooms=(1.0, 1.0, 1.0), shape=(2, 3, 4)):
 
 def test_center_features_are_one_column_a_center_in_their_order():
     x = features("center_only", scans_of(["MCF", "EMC", "MCF"]))
-    assert x.tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0]]
+    assert x.tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_header_features_are_spacing_and_matrix_as_written_as_far_as_they_are_finite(tmp_path):
@@ -134,7 +135,7 @@ def given(tmp_path):
     scans["image"] = [write_image(tmp_path / f"{i}.nii", (1, 1, 3 + i % 5)) for i in range(len(scans))]
     cubes = np.random.default_rng(0).random((len(scans), 8, 8, 8)).astype(np.float16)
     p = profile(tmp_path, modalities=["t1", "t2"], inner_validation=0.2)
-    return p, Cohort(scans, cubes, "data-1")
+    return p, paper_cohort(scans, cubes, "data-1")
 
 
 def test_probes_leave_runs_in_the_contract_that_are_not_repeated(given):
@@ -157,7 +158,7 @@ def test_a_probe_trains_on_all_that_it_does_not_test_and_is_scikit_learns(given)
     p, cohort = given
     fitted, mine = probes.fit(p, "binary", cohort), cohort.of("t1")
     y = (mine.scans["label"] == 2).to_numpy()
-    test = (assign_folds(mine.scans, 2, binary=True) == 1).to_numpy()
+    test = (assign_folds(mine, 2, "center", "binary") == 1).to_numpy()
     forest = RandomForestClassifier(200, min_samples_leaf=5, max_features=None, random_state=0)
     for name in ("header_only", "histogram_only"):
         x = features(name, mine.scans, mine.cubes)

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up import paper_cohort
 from small_profile import profile, small_cohort
 
 from ipmn_core import federated, metrics, models, runs
-from ipmn_core.data import Cohort, assign_folds
+from ipmn_core.data import assign_folds
 from ipmn_core.federated import Cases, client
 from ipmn_core.runs import Run, StaleRunError, run, store
 
@@ -47,7 +48,7 @@ def times(folder):
 def test_a_run_leaves_the_contract_and_is_not_repeated(trained, cohort):
     predictions = runs.predictions(trained, "binary")
     assert list(predictions.columns) == [*CONTRACT, "prob_0", "prob_1"]
-    assert list(runs.predictions(trained, "three_class").columns) == [*CONTRACT, "prob_0", "prob_1", "prob_2"]
+    assert list(runs.predictions(trained, "multiclass").columns) == [*CONTRACT, "prob_0", "prob_1", "prob_2"]
     assert not predictions.duplicated(["case_id", "arm", "fold", "epoch"]).any()
     assert predictions.groupby(["arm", "epoch"])["case_id"].nunique().eq(24).all()  # each case is tested once
     assert set(predictions["epoch"]) == {1, 2, 3}
@@ -65,7 +66,7 @@ def test_a_run_leaves_the_contract_and_is_not_repeated(trained, cohort):
 
 def test_a_run_says_what_every_case_was_used_for(trained, cohort):
     scans = cohort.of("t1").scans
-    fold = assign_folds(scans, 2, binary=True).to_numpy()
+    fold = assign_folds(cohort.of("t1"), 2, "center", "binary").to_numpy()
     predictions, validation = runs.predictions(trained, "binary"), runs.validation(trained, "binary")
     assert list(validation.columns) == list(predictions.columns)
     for k in (0, 1):
@@ -101,7 +102,7 @@ def test_by_patient_both_modalities_are_tested_in_one_fold(trained, rule, apart)
         label = int(rng.integers(3))
         rows += [(f"{m} {k}", f"p{k}", "NYU", m, label) for m, there in (("t1", t1), ("t2", t2)) if there]
     scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
-    both = Cohort(scans.sort_values("modality", ignore_index=True), np.zeros((len(scans), 1, 1, 1)), "k")
+    both = paper_cohort(scans.sort_values("modality", ignore_index=True), np.zeros((len(scans), 1, 1, 1)))
     p = trained.model_copy(update={"fold_rule": rule, "binary_folds": 4})
     fold = {}
     for m, k in itertools.product(("t1", "t2"), range(4)):
@@ -123,7 +124,8 @@ def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(trained, cohor
     data = Cases(torch.tensor(mine.cubes).unsqueeze(1), y)
     settings = runs.run_settings(trained, Run("binary", "t1", arm, 0))
     for center, of_center in rows.groupby("center"):
-        prefix = f"{center}." if arm == "local_only" else ""  # there each center has a model of its own
+        place = mine.scans["center"].unique().tolist().index(center)
+        prefix = f"{place}." if arm == "local_only" else ""  # there each center has a model of its own
         model = models.build("tiny", 2)
         model.load_state_dict({k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)})
         places = mine.scans.reset_index().set_index("case_id")["index"][of_center["case_id"]].to_numpy()
@@ -231,7 +233,7 @@ def test_results_are_read_task_by_task(trained, copied):
     assert runs.histories(trained, "binary").groupby(["arm", "fold"])["epoch"].agg(list).map(len).eq(3).all()
     shutil.rmtree(copied.folder / "runs" / "binary")
     pd.testing.assert_frame_equal(runs.finished_predictions(copied)[0], both[0])
-    shutil.rmtree(copied.folder / "runs" / "three_class")
+    shutil.rmtree(copied.folder / "runs" / "multiclass")
     with pytest.raises(FileNotFoundError, match="no task is finished"):
         runs.finished_predictions(copied)
 

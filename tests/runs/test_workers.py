@@ -27,7 +27,7 @@ def cohort():
 @pytest.mark.skipif(sys.platform == "win32", reason="a process is killed by a signal")
 def test_runs_of_a_killed_worker_are_named_and_a_second_call_ends_as_one_worker(tmp_path, cohort):
     one, two = profile(tmp_path / "a", **TWO), profile(tmp_path / "b", **TWO, jobs=2)
-    carried = Carried(cohort.scans, cohort.cubes, cohort.key, models.MODELS["tiny"], "t2", os.getpid())
+    carried = Carried(**vars(cohort), tiny=models.MODELS["tiny"], deadly="t2", home=os.getpid())
     with pytest.raises(RunsFailedError, match=r"of 4 runs failed; the others are finished and kept") as error:
         runs.train(two, ["binary"], carried)
     for fold in (0, 1):

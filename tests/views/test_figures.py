@@ -165,7 +165,7 @@ def test_the_confusions_of_a_center_have_a_panel_for_each_arm(t2):
     assert titles(figure) == ["NYU, Centralized", "NYU, FedProx (μ=0.1)"] and is_clean(figure)
     matrix = centers.confusion(t2.query("center == 'NYU' and arm == 'fedprox_0.1'"))
     assert [text.get_text() for text in figure.axes[1].texts] == [str(n) for n in matrix.flat]
-    three = t2.assign(task="three_class", prob_2=t2["prob_1"], prob_1=0.0, y_true=2 * t2["y_true"])
+    three = t2.assign(task="multiclass", prob_2=t2["prob_1"], prob_1=0.0, y_true=2 * t2["y_true"])
     figure = views.confusions(three, metrics.GLOBAL)
     assert len(figure.axes[0].texts) == 9 and titles(figure)[0] == "Global, Centralized" and is_clean(figure)
     assert "n/a" in " ".join(texts(views.confusions(t2, "EMC")))  # no cases

@@ -29,7 +29,7 @@ def names_of_rows(ax):
 
 def test_a_reliability_diagram_draws_the_curve_of_every_arm_in_the_panel_of_its_task(binary_predictions):
     three = binary_predictions.query("modality == 't2'").replace({"arm": {"fedprox_0.1": "resnet34"}})
-    three = three.assign(task="three_class", prob_2=three["prob_1"], prob_1=0.0, y_true=2 * three["y_true"])
+    three = three.assign(task="multiclass", prob_2=three["prob_1"], prob_1=0.0, y_true=2 * three["y_true"])
     curve = calibration.reliability(pd.concat([binary_predictions, three]))
     figure = review.reliability_diagrams(curve)
     assert titles(figure) == [*HIGH_RISK, *THREE] and is_clean(figure)
@@ -74,7 +74,7 @@ def test_intervals_of_auc_have_bars_and_the_papers_aucs_of_the_binary_task_have_
     ends = {"auc_low": frame["auc"] - 0.1, "auc_high": frame["auc"] + 0.1}
     intervals = frame.assign(**ends, undefined="", task="binary")
     models = intervals["arm"].replace(METHODS, ("resnet34", "shufflenetv2", "mobilenetv2"))
-    both = pd.concat([intervals, intervals.assign(task="three_class", arm=models)])
+    both = pd.concat([intervals, intervals.assign(task="multiclass", arm=models)])
     figure = review.auc_intervals(both, tables.paper(3))
     assert titles(figure) == [*HIGH_RISK, *THREE] and names_of_rows(figure.axes[0]) == [*CENTERS, "Global"]
     binary, three = figure.axes[1], figure.axes[3]
@@ -94,7 +94,7 @@ def test_intervals_of_auc_have_bars_and_the_papers_aucs_of_the_binary_task_have_
 
 def test_numbers_of_one_arm_are_side_by_side_in_its_row_each_task_with_its_own_arms():
     columns = ["task", "modality", "arm", "best_test", "best_inner", "last"]
-    networks = table(columns, ("three_class",), MODALITIES, ("resnet34", "densenet121"))
+    networks = table(columns, ("multiclass",), MODALITIES, ("resnet34", "densenet121"))
     frame = pd.concat([networks, table(columns, ("binary",), MODALITIES, METHODS, seed=1)])
     figure = review.optimism(frame)
     assert titles(figure) == [*THREE, *HIGH_RISK] and is_clean(figure)

@@ -41,7 +41,7 @@ CROSS = (0x56, 0xB4, 0xE9)
 def tables(binary_predictions):
     """Selected predictions and their summary: both tasks, an arm whose models are a center's own."""
     first = binary_predictions[binary_predictions["arm"] == "centralized"]
-    three = first[first["modality"] == "t2"].assign(task="three_class", arm="densenet121")
+    three = first[first["modality"] == "t2"].assign(task="multiclass", arm="densenet121")
     three["y_true"] = np.arange(len(three)) % 3
     prob = np.random.default_rng(1).multinomial(8, (0.3, 0.3, 0.4), len(three)) / 8  # with many ties
     three[["prob_0", "prob_1", "prob_2"]] = prob
@@ -403,9 +403,7 @@ def cells(page, caption):
     return [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "place", ["binary t1 NYU", "binary t2 AHN", "binary t2 Global", "three_class t2 MCF"]
-)
+@pytest.mark.parametrize("place", ["binary t1 NYU", "binary t2 AHN", "binary t2 Global", "multiclass t2 MCF"])
 def test_the_curves_and_counts_of_a_center_are_those_of_its_rows(page, tables, place):
     task, modality, center = place.split()
     choose(page, task=task, modality=modality, center=center, epoch="last")

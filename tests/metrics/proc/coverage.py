@@ -6,6 +6,7 @@ are normal, of one AUC everywhere. Run from the project's folder: python tests/m
 
 import numpy as np
 import pandas as pd
+from made_up import paper_cohort
 from scipy.stats import norm
 
 from ipmn_core import data
@@ -22,7 +23,7 @@ def test_cases(most):
         labels = [label for label, n in counts for _ in range(min(n, most))]
         rows += [(cell.center, label) for label in labels]
     cases = pd.DataFrame(rows, columns=["center", "label"]).assign(modality="t2")
-    cases["fold"] = data.assign_folds(cases, 4, binary=True)
+    cases["fold"] = data.assign_folds(paper_cohort(cases), 4, "center", "binary")
     names = [f"case_{i}" for i in range(len(cases))]
     return cases.assign(case_id=names, y_true=(cases["label"] == 2) * 1, task="binary", arm="a", epoch=1)
 
