@@ -71,5 +71,5 @@ def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
     pipeline.execute(notebook, p.folder / "notebooks" / NAME, {"profile": str(tmp_path / "review.yaml")})
     text = shown(p.folder)
     assert all(name in text for name in (*p.arms, *p.multiclass_models, *probes.PROBES))
-    assert "no inner validation" not in text and "no high-risk case" in text
+    assert "no inner validation" not in text and "no positive case" in text
     assert not re.search(r">\s*(oracle|guideline)\s*<", text)  # real data have neither

@@ -56,7 +56,7 @@ def page_of(p: Params, notebooks: Sequence[Path]) -> str:
         "module": live.module(),
         "profile": p.profile,
         "data": hide(p.data),
-        "synthetic": not read_truth(p).empty,
+        "synthetic": p.data == "phantom" or not read_truth(p).empty,
         "is_paper": (p.folder / "tables" / "table1_beside_paper.csv").exists(),
         "contents": words.contents,
         "results": facts.results(p.folder),

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import paper_cohort
 
 from ipmn_core import metrics
 from ipmn_core.metrics import tables
@@ -30,7 +31,7 @@ def scans_of(counts):
         for label, n in enumerate((row.no_risk, row.low_risk, row.high_risk))
         for _ in range(n)
     ]
-    return pd.DataFrame(cells)
+    return paper_cohort(pd.DataFrame(cells))
 
 
 def test_table_1_of_a_cohort_with_the_papers_counts_is_the_papers_table_1():
@@ -84,7 +85,8 @@ def test_rows_that_one_side_lacks_stay_beside_the_paper_and_print_as_undefined()
 
 def test_a_cohort_without_a_center_keeps_whole_counts_beside_the_paper(tmp_path):
     table = tables.table1(scans_of(tables.paper(1).query("center != 'EMC'")))
-    csv, *_ = tables.write(tables.beside_paper(table, 1), "table1_beside_paper", tmp_path)
+    tables.write(table, 1, tmp_path, is_paper=True)
+    csv = tmp_path / "table1_beside_paper.csv"
     assert csv.read_text().splitlines()[-1] == "EMC,t2,n/a,n/a,n/a,n/a,38,30,15,83"
 
 
@@ -99,10 +101,11 @@ def test_table_3_prints_as_in_the_paper():
 def test_an_undefined_auc_is_na_in_every_format_and_never_nan(summary, tmp_path):
     auc = summary[["auc_mean", "auc_std"]].mask(summary["center"] == "AHN")
     undefined = tables.table3(summary.assign(**auc))
-    for table, stem in ((undefined, "table3"), (tables.beside_paper(undefined, 3), "table3_beside_paper")):
-        paths = tables.write(table, stem, tmp_path / "tables")
-        assert [path.name for path in paths] == [f"{stem}.{suffix}" for suffix in ("csv", "md", "tex")]
-        for path in paths:
+    printed = tables.write(undefined, 3, tmp_path / "tables", is_paper=True)
+    assert printed.equals(tables.as_printed(tables.beside_paper(undefined, 3)))
+    assert len(list((tmp_path / "tables").iterdir())) == 6
+    for stem in ("table3", "table3_beside_paper"):
+        for path in [tmp_path / "tables" / f"{stem}.{suffix}" for suffix in ("csv", "md", "tex")]:
             text = path.read_text(encoding="utf-8")
             # 4 methods x 2 modalities; mean and deviation have a column each in the CSV
             assert text.count("n/a") == (16 if path.suffix == ".csv" else 8)
@@ -111,11 +114,23 @@ def test_an_undefined_auc_is_na_in_every_format_and_never_nan(summary, tmp_path)
 
 def test_the_csv_reads_back_as_the_table(summary, tmp_path):
     table = tables.table3(summary)
-    pd.testing.assert_frame_equal(pd.read_csv(tables.write(table, "table3", tmp_path)[0]), table)
+    tables.write(table, 3, tmp_path, is_paper=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table3.csv"), table)
+    assert {path.stem for path in tmp_path.iterdir()} == {"table3"}  # nothing beside the paper
+
+
+def test_table_3_of_another_cohort_goes_center_by_center_in_its_order(summary):
+    mine = summary.replace({"center": {"NYU": "Zürich", "MCF": "Aarhus"}})
+    mine = mine[mine["center"].isin(["Zürich", "Aarhus"])]
+    table = tables.table3(mine)
+    keys = table[["center", "method"]].drop_duplicates().to_numpy().tolist()
+    methods = table["method"].unique().tolist()
+    assert keys == [[center, method] for center in ("Zürich", "Aarhus") for method in methods]
 
 
 def test_markdown_keeps_the_printed_digits(tmp_path):
-    text = tables.write(tables.paper(2), "table2", tmp_path)[1].read_text(encoding="utf-8")
+    tables.write(tables.paper(2), 2, tmp_path, is_paper=False)
+    text = (tmp_path / "table2.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if "ShuffleNet-V2" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["ShuffleNet-V2", "0.57", "1.30", "46.65 ± 9.03"]
@@ -123,8 +138,8 @@ def test_markdown_keeps_the_printed_digits(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_latex_is_a_rectangular_booktabs_tabular_in_ascii(n, tmp_path):
-    beside = tables.beside_paper(tables.paper(n).drop(columns="name", errors="ignore"), n)
-    text = tables.write(beside, f"table{n}", tmp_path)[2].read_text("utf-8")
+    tables.write(tables.paper(n).drop(columns="name", errors="ignore"), n, tmp_path, is_paper=True)
+    text = (tmp_path / f"table{n}_beside_paper.tex").read_text("utf-8")
     assert text.isascii()  # plain pdflatex needs no input encoding
     comment, begin, top, *rows, bottom, end = text.strip().splitlines()
     assert comment == r"% needs \usepackage{booktabs}"

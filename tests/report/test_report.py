@@ -78,8 +78,8 @@ def profile(folder, first=CHAPTERS[0], **settings):
     for path, sources in zip(paths(p), [first, *CHAPTERS[1:]], strict=True):
         nbformat.write(chapter(p, *sources), path)
     for n in tables.KEYS:
-        ours = tables.paper(n).query("modality == 't2'")
-        tables.write(tables.beside_paper(ours, n), f"table{n}_beside_paper", p.folder / "tables")
+        ours = tables.paper(n).query("modality == 't2'").drop(columns="name", errors="ignore")
+        tables.write(ours, n, p.folder / "tables", is_paper=True)
     record(p, "fold0", seconds=20.5)
     return p
 

@@ -67,5 +67,5 @@ def stored(folder, orientation, case="NYU1"):
     paths = [str(folder / f"{orientation}_{name}.nii.gz") for name in ("image", "mask")]
     for path, voxels in zip(paths, (data, mask), strict=True):
         nib.save(nib.Nifti1Image(voxels, affine).as_reoriented(turn), path)
-    row = {"case_id": case, "center": "NYU", "modality": "t2", "label": 2}
+    row = {"case_id": case, "center": "NYU", "modality": "t2", "label": 2, "class": "high risk"}
     return pd.Series({**row, "image": paths[0], "mask": paths[1]})

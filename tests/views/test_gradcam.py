@@ -91,7 +91,13 @@ def looks_of(n=3, **changes):
     cube[:4], lesion[:2, :4, :4] = 0.5, 1
     turn = np.array([[0, 1], [1, 1], [2, 1]])
     one = gradcam.Look("a", "NYU", 0, "no risk", cube, lesion, np.ones(3), turn, HOW)
-    one = replace(one, layer="maps", prob=0.3, **{"heat": np.ones_like(cube), **changes})
+    one = replace(
+        one,
+        classes=("not high risk", "high risk"),
+        layer="maps",
+        prob=0.3,
+        **{"heat": np.ones_like(cube), **changes},
+    )
     return [replace(one, case_id=f"c{k}", label=k % 3) for k in range(n)]
 
 
@@ -145,7 +151,9 @@ def finished_run(p, run, scans, network):
     folder.mkdir(parents=True)
     store.save_model(folder, network)
     rows = scans[scans["modality"] == run.modality].assign(role="test")
-    store.seal(folder, {"settings": runs.run_settings(p, run).record(), "data": "any"}, rows, 0.0)
+    about = {"classes": ("not high risk", "high risk"), "centers": rows["center"].unique().tolist()}
+    about |= {"settings": runs.run_settings(p, run).record(), "data": "any"}
+    store.seal(folder, about, rows, 0.0)
     return rows
 
 

@@ -16,13 +16,13 @@ import pandas as pd
 import pytest
 import torch
 from drawn import MM, ORIENTATIONS, stored
+from made_up import paper_cohort
 from playwright.sync_api import expect
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from ipmn_core import metrics, views
 from ipmn_core.data import load_roi, to_cube
 from ipmn_core.metrics import centers
-from ipmn_core.names import LABEL_NAMES
 from ipmn_core.params import Preprocessing
 from ipmn_core.views import by_hand, explorer, live
 from ipmn_core.views.gradcam import Look
@@ -31,6 +31,7 @@ from ipmn_core.views.scans import widest_slice
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 SIZE = 16  # edge of the cubes
 HOW = Preprocessing(SIZE)
+COHORT = paper_cohort(pd.DataFrame({"label": []}))  # its classes alone
 HOSTILE = '</script><!--<img src="x" onerror="window.hacked=1"><script>window.hacked=1</script>&amp;$x$'
 ARMS = {"Centralized": "centralized", "FedProx (μ=0.1)": "fedprox_0.1", "Local only": "local_only"}
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}  # axes across and down
@@ -82,8 +83,12 @@ def look_of(scan):
     """A look at the middle of the cube of `scan`."""
     heat = np.zeros((SIZE,) * 3, np.float32)
     heat[4:12, 4:12, 4:12] = 1
-    names, turn = scan[["case_id", "center", "label"]], nib.io_orientation(nib.load(scan["image"]).affine)
-    return Look(*names, heat, heat, np.ones(3), turn, HOW, modality=scan["modality"], prob=0.25, heat=heat)
+    names, turn = (
+        scan[["case_id", "center", "label", "class"]],
+        nib.io_orientation(nib.load(scan["image"]).affine),
+    )
+    about = {"modality": scan["modality"], "classes": COHORT.names("binary"), "prob": 0.25, "heat": heat}
+    return Look(*names, heat, heat, np.ones(3), turn, HOW, **about)
 
 
 def canonical(path):
@@ -170,15 +175,17 @@ def test_a_look_brings_its_heat_map_and_what_the_network_said(phantom_scans):
 def test_rows_that_cannot_be_right_are_refused(tables):
     selected, summary = tables
     with pytest.raises(ValueError, match="no results to show"):
-        explorer.explorer_state(selected.head(0), summary)
+        explorer.explorer_state(selected.head(0), summary, COHORT)
     with pytest.raises(ValueError, match="is given twice"):
-        explorer.explorer_state(pd.concat([selected, selected.tail(1)]), summary)
+        explorer.explorer_state(pd.concat([selected, selected.tail(1)]), summary, COHORT)
 
 
 def test_no_name_ends_the_script_or_becomes_an_element(tmp_path, tables):
     scan = pd.Series({**stored(tmp_path, "RAS", HOSTILE), "center": HOSTILE})
     held = live.viewer_state(pd.DataFrame([scan]), HOW) | {"held": {0: live.on_page(scan, HOW)}}
-    results = explorer.explorer_state(*(table.replace({"center": {"NYU": HOSTILE}}) for table in tables))
+    results = explorer.explorer_state(
+        *(table.replace({"center": {"NYU": HOSTILE}}) for table in tables), COHORT
+    )
     for view, state in (("viewer", held), ("explorer", results)):
         html = live.as_html({"view": view, "alt": HOSTILE, "state": state}, "")
         soup = bs4.BeautifulSoup(html, "html.parser")
@@ -213,14 +220,16 @@ def shown(tmp_path_factory, phantom_scans, tables, walks):
     mirror = stored(folder, "LPS", HOSTILE)
     large = rows_of(phantom_scans, center="MCF", modality="t2", label=2).iloc[0]
     small = rows_of(phantom_scans, center="AHN", modality="t1", label=0).iloc[0]
-    broken = pd.Series({**mirror, "case_id": "broken", "label": 0, "image": str(folder / "none.nii.gz")})
+    broken = pd.Series(
+        {**mirror, "case_id": "broken", "label": 0, "class": "no risk", "image": str(folder / "none.nii.gz")}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "VOXELS", 20_000)  # so that a phantom is cut and averaged
         cut = live.on_page(large, HOW, look_of(large))
     held = [live.on_page(mirror, HOW), cut, live.on_page(small, HOW), live.on_page(broken, HOW)]
     cases = pd.DataFrame([mirror, large, small, broken])
     viewer = live.viewer_state(cases, HOW) | {"held": dict(enumerate(held))}
-    states = {"viewer": viewer, "explorer": explorer.explorer_state(*tables), "by_hand": walks}
+    states = {"viewer": viewer, "explorer": explorer.explorer_state(*tables, COHORT), "by_hand": walks}
     return cases, held, browser.write_page(folder / "page.html", states)
 
 
@@ -432,7 +441,7 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_one_opens_in_the_viewer
         choose(page, modality=modality, **where)
         here = {"task": "binary", "modality": modality, "arm": "centralized", "rule": "best_test"}
         wrong = most_wrong(rows_of(tables[0], **here, **where))
-        names = LABEL_NAMES[True]
+        names = COHORT.names("binary")
         expected = [[w.case_id, w.center, names[w.y_true], names[w.predicted]] for w in wrong.itertuples()]
         found = cells(page, "cases most wrong")
         assert [row[:4] for row in found] == expected
@@ -454,7 +463,7 @@ def test_the_plot_shows_the_summary_and_says_what_is_undefined(page, tables):
     np.testing.assert_allclose((np.array(x) - 90) / 740, rows["mean"], atol=1e-3)
     said = [row[2].replace("\u00a0", " ") for row in cells(page, "AUC of the curve")]
     assert said == [f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in rows.itertuples()]
-    assert "n/a: no high-risk case" in page.get_by_role("button", name="AHN", exact=True).text_content()
+    assert "n/a: no positive case" in page.get_by_role("button", name="AHN", exact=True).text_content()
 
 
 def test_a_row_of_the_plot_chooses_its_center_by_mouse_and_by_key_and_arms_go_one_by_one(page):
