@@ -186,11 +186,11 @@ def test_of_run_gives_each_case_its_probability_lesion_and_heat(setting):
 
 def test_each_center_of_local_only_is_asked_for_its_own_cases(setting):
     p, cohort = setting
-    own = nn.ModuleDict({c: models.build("toy", 2, k) for k, c in enumerate(("NYU", "IU"))}).eval()
+    own = nn.ModuleList([models.build("toy", 2, k) for k in range(2)]).eval()  # of NYU and IU
     run = runs.Run("binary", "t1", "local_only", 0)
     rows = finished_run(p, run, cohort.scans, own)
     for look in gradcam.of_run(p, run, cohort, rows["case_id"]):
-        assert look.prob == pytest.approx(probability(own[look.center], look.cube), abs=1e-5)
+        assert look.prob == pytest.approx(probability(own[["NYU", "IU"].index(look.center)], look.cube), abs=1e-5)
 
 
 def test_the_lesion_comes_to_the_cube_as_the_image_does(setting, phantom_root, monkeypatch):
