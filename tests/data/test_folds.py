@@ -5,20 +5,21 @@ import warnings
 import pandas as pd
 import pytest
 from sklearn.model_selection import StratifiedKFold
+from made_up import paper_cohort
 from tiny import first_release, paper_scans, problems_of, scans_of
 
 from ipmn_core import data
-from ipmn_core.data.check import fold_problems
+from ipmn_core.data import folds as folds_of
 from ipmn_core.names import CENTERS
 
 
-def folds_by_hand(scans, n_folds, binary):
+def folds_by_hand(scans, n_folds, task):
     """The paper's folds by a plain loop: case and modality -> fold."""
     fold_of = {}
     for modality in ("t1", "t2"):
         for center in CENTERS:
             part = [s for s in scans.itertuples() if s.center == center and s.modality == modality]
-            y = [int(s.label == 2) if binary else s.label for s in part]
+            y = [int(s.label == 2) if task == "binary" else s.label for s in part]
             for fold, (_, test) in enumerate(StratifiedKFold(n_folds, shuffle=False).split(y, y)):
                 for i in test:
                     assert (part[i].case_id, modality) not in fold_of  # tested once only
@@ -27,39 +28,40 @@ def folds_by_hand(scans, n_folds, binary):
 
 
 @pytest.mark.filterwarnings("ignore:The least populated class")
-@pytest.mark.parametrize(("n_folds", "binary"), [(5, False), (4, True)])
-def test_folds_of_the_papers_counts_are_those_of_a_plain_loop(n_folds, binary):
+@pytest.mark.parametrize(("n_folds", "task"), [(5, "multiclass"), (4, "binary")])
+def test_folds_of_the_papers_counts_are_those_of_a_plain_loop(n_folds, task):
     scans = paper_scans()
-    by_hand = folds_by_hand(scans, n_folds, binary)
+    by_hand = folds_by_hand(scans, n_folds, task)
     shifted = scans.set_axis(range(1000, 1000 + len(scans)))
-    folds = data.assign_folds(shifted, n_folds, binary=binary)
+    folds = data.assign_folds(paper_cohort(shifted), n_folds, task=task)
     assert folds.index.equals(shifted.index) and folds.dtype.kind == "i"
     assert folds.tolist() == [by_hand[row.case_id, row.modality] for row in scans.itertuples()]
     assert set(folds) == set(range(n_folds))
     ahn = shifted[(shifted["center"] == "AHN") & (shifted["modality"] == "t2")]
-    assert data.assign_folds(ahn, n_folds, binary=binary).equals(folds[ahn.index])
+    assert data.assign_folds(paper_cohort(ahn), n_folds, task=task).equals(folds[ahn.index])
 
 
 def test_small_classes_split_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(data.assign_folds(scans_of([("AHN", "t1", 1, 11, 4)]), 5)) == 16
+        assert len(data.assign_folds(paper_cohort(scans_of([("AHN", "t1", 1, 11, 4)])), 5)) == 16
 
 
-@pytest.mark.parametrize(("binary", "n_folds"), [(False, 5), (True, 4)])
-def test_the_patient_rule_keeps_t1_and_t2_of_a_patient_in_one_fold(binary, n_folds):
+@pytest.mark.parametrize(("task", "n_folds"), [("multiclass", 5), ("binary", 4)])
+def test_the_patient_rule_keeps_t1_and_t2_of_a_patient_in_one_fold(task, n_folds):
     t1, t2 = scans_of([("NYU", "t1", 9, 12, 8)], True), scans_of([("NYU", "t2", 12, 10, 11)], True)
     scans = pd.concat([t1, t2], ignore_index=True)  # names pair up, labels often differ, four T2 have no T1
-    folds = data.assign_folds(scans, n_folds, rule="patient", binary=binary)
+    cohort = paper_cohort(scans)
+    folds = data.assign_folds(cohort, n_folds, "patient", task)
     assert folds.groupby(scans["patient_id"]).nunique().eq(1).all()
-    assert data.assign_folds(scans, n_folds, binary=binary).groupby(scans["patient_id"]).nunique().max() == 2
+    assert data.assign_folds(cohort, n_folds, task=task).groupby(scans["patient_id"]).nunique().max() == 2
     label = {}  # patients in sheet order with the larger label
     for row in scans.itertuples():
         label[row.patient_id] = max(row.label, label.get(row.patient_id, 0))
-    y = [int(k == 2) if binary else k for k in label.values()]
+    y = [int(k == 2) if task == "binary" else k for k in label.values()]
     for fold, (_, test) in enumerate(StratifiedKFold(n_folds).split(y, y)):
         assert {list(label)[i] for i in test} == set(scans["patient_id"][folds == fold])
-    whole = data.assign_folds(paper_scans(paired=True), n_folds, rule="patient", binary=binary)
+    whole = data.assign_folds(paper_cohort(paper_scans(paired=True)), n_folds, "patient", task)
     assert set(whole) == set(range(n_folds))
 
 
@@ -68,19 +70,19 @@ def test_the_patient_rule_keeps_t1_and_t2_of_a_patient_in_one_fold(binary, n_fol
     [
         ({"n_folds": 5}, ("MCA t1", "5 folds", "2 no risk, 4 low risk, 3 high risk", "fewer")),
         ({"n_folds": 5, "rule": "patient"}, ("MCA patients", "2 no risk, 4 low risk, 3 high risk")),
-        ({"n_folds": 7, "binary": True}, ("MCA t1", "7 folds", "6 not high risk, 3 high risk")),
+        ({"n_folds": 7, "task": "binary"}, ("MCA t1", "7 folds", "6 not high risk, 3 high risk")),
     ],
 )
 def test_a_center_that_cannot_be_split_is_an_error_with_its_counts(options, parts):
-    scans = scans_of([("NYU", "t1", 9, 9, 9), ("MCA", "t1", 2, 4, 3)])
+    cohort = paper_cohort(scans_of([("NYU", "t1", 9, 9, 9), ("MCA", "t1", 2, 4, 3)]))
     with pytest.raises(data.CohortError) as error:
-        data.assign_folds(scans, **options)
+        data.assign_folds(cohort, **options)
     assert all(part in str(error.value) for part in parts)
 
 
 def test_an_unknown_fold_rule_is_refused():
     with pytest.raises(ValueError, match="scanner"):
-        data.assign_folds(paper_scans(), 5, rule="scanner")
+        data.assign_folds(paper_cohort(paper_scans()), 5, rule="scanner")
 
 
 def test_small_classes_are_notes_and_a_center_that_cannot_be_split_is_a_warning(tmp_path):
@@ -88,9 +90,9 @@ def test_small_classes_are_notes_and_a_center_that_cannot_be_split_is_a_warning(
     (warning,) = problems_of(tmp_path, "warning")  # 4 cases do for the 4 folds of the binary task
     assert warning.startswith("IU t1") and "4 low risk" in warning and "5 folds" in warning
     assert any("IU t1 | 0 high risk: too few" in note for note in problems_of(tmp_path, "note"))
-    problems = fold_problems(paper_scans(), 5, False)
+    problems = folds_of.problems(paper_cohort(paper_scans()), 5, "center", "multiclass")
     assert {severity for severity, *_ in problems} == {"note"}
     of = {where: problem for _, where, problem, _ in problems}
     assert set(of) == {f"{c} {m}" for c in ("AHN", "MCA", "IU") for m in ("t1", "t2")}
     assert "1 no risk, 4 high risk" in of["AHN t1"]
-    assert fold_problems(paper_scans(), 4, True) == []
+    assert folds_of.problems(paper_cohort(paper_scans()), 4, "center", "binary") == []
