@@ -31,6 +31,7 @@ from ipmn_core import federated, models, phantom
 from ipmn_core.data import load_cubes, read
 from ipmn_core.federated import device
 from ipmn_core.names import CENTERS
+from ipmn_core.params import Preprocessing
 
 COLUMNS = ["case", "unit", "plain", "ours", "ratio"]
 LESS_IS_BETTER = ("s", "s/sample", "GB")
@@ -195,7 +196,9 @@ def _ours(case: Case, folder: Path) -> float:
     if step >= 2:
         federated.prepare(0)
     scans = chosen_scans(case, folder)
-    cubes, _ = load_cubes(scans, case.size, folder / "cache")  # read once, which `preprocessing` times
+    cubes, _ = load_cubes(
+        scans, Preprocessing(case.size), folder / "cache"
+    )  # read once, which `preprocessing` times
     y = torch.tensor(scans["target"].to_numpy())
     cases = federated.Cases(torch.tensor(cubes).unsqueeze(1), y)
     bfloat16 = device.has_bfloat16(torch.device("cpu")) and case.model not in models.DEPTHWISE
@@ -237,9 +240,9 @@ def _plain_cubes(scans: pd.DataFrame, size: int) -> float:
 def _our_cubes(scans: pd.DataFrame, size: int, jobs: int) -> float:
     federated.prepare(0)
     with tempfile.TemporaryDirectory() as cache:
-        load_cubes(scans.head(1), size, cache, jobs)  # a warm-up
+        load_cubes(scans.head(1), Preprocessing(size), cache, jobs)  # a warm-up
         started = time.perf_counter()
-        load_cubes(scans, size, cache, jobs)
+        load_cubes(scans, Preprocessing(size), cache, jobs)
         return len(scans) / (time.perf_counter() - started)
 
 

@@ -17,7 +17,7 @@ from ipmn_core.metrics import inference, tables
 from ipmn_core.names import display_name
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
-from ipmn_core.runs.trained import PredictError, Trained, centers, find, load, weights
+from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -66,7 +66,7 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
             hashed.to_csv(folder / "splits.csv", index=False)
             (copied,) = find(folder)
             of_centers = one.arm == runs.LOCAL_ONLY
-            for center in centers(weights(copied.weights)) if of_centers else [None]:
+            for center in copied.centers if of_centers else [None]:
                 load(copied, center)
         (partial / "README.md").write_text(text)
         os.replace(partial, target)

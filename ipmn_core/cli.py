@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     profile = {"type": Path, "help": "a profile, for instance params/demo.yaml"}
     new_folder = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
+    argument = add(init)
+    argument("folder", type=Path, help="where to put params/ and notebooks/")
+
     argument = add(run)
     argument("params", **profile)
     argument("--fresh", action="store_true", help="discard this profile's finished training runs first")
@@ -61,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
 
     argument = add(fetch)
-    argument("root", type=Path, help="the folder to put it in")
+    argument("root", type=Path, help="the folder to put it in; `data` of a profile takes it as it is")
+    text = "fetch this part only; may be given several times (default: images with masks, labels, splits)"
+    argument("--only", action="append", choices=("roi", "images", "labels", "splits"), help=text)
+    argument("--modality", choices=("t1", "t2"), help="volumes of this modality only (default: both)")
+    argument("--cases", type=int, metavar="N", help="volumes of the first N cases per modality only")
     argument("--yes", action="store_true", help="do not ask before downloading")
 
     argument = add(predict)
@@ -70,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
     argument("--center", help="which center's model to use; for the arm local_only")
-    argument("--size", type=int, default=96, help="edge of the cube, for bare weights (default: 96)")
+    for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
+        argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
     argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
 
@@ -81,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     add(params)
     cli.add(commands)
     return parser
+
+
+def init(options: argparse.Namespace) -> int:
+    """Copy the notebooks and profiles into a folder, to work on."""
+    from ipmn_core import pipeline
+
+    files = pipeline.init(options.folder)
+    print(f"{len(files)} files in {options.folder}/params and {options.folder}/notebooks. There:")
+    print("  ipmn run params/demo.yaml    # tables, figures and report, in minutes\n  jupyter lab notebooks")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -113,8 +131,8 @@ def check(options: argparse.Namespace) -> int:
     """Print what is wrong with a cohort, and its table 1; exit 1 on errors."""
     from ipmn_core import data, params
 
-    p = params.load(options.root) if options.root.suffix == ".yaml" else params.Params()
-    root = p.cohort_root if options.root.suffix == ".yaml" else options.root
+    p = params.load(options.root) if options.root.suffix == ".yaml" else None
+    root = p.cohort_root if p else options.root
     cohort, problems = data.inspect(root, p, volumes=True)
     for row in problems.itertuples():
         line = f"{row.severity}: {row.where}: {row.problem}; {row.remedy}"
@@ -128,29 +146,35 @@ def check(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """Download the real data set from OSF, verify, unpack and check it."""
-    from ipmn_core.data import osf
+    """Download the real data set or parts of it from Hugging Face, verify and check it."""
+    from ipmn_core import fetch
 
     def confirmed(question: str) -> bool:
-        print(question)
+        print(question, flush=True)
         return options.yes or input("[y/N] ").strip().lower() in ("y", "yes")
 
-    options.root, unverified = osf.fetch(options.root, confirmed)
-    for name in unverified:
-        print(f"not verified, OSF gives no checksum: {name}")
+    parts = options.only or fetch.DEFAULT
+    files = fetch.fetch(options.root, confirmed, parts, options.modality, options.cases)
+    print(f"{options.root}: {files} files, size and checksum as on the hub", flush=True)
     return check(options)
 
 
 def predict(options: argparse.Namespace) -> int:
     """Print a case's probabilities by each model, mean and spread, and warnings; not for clinical use."""
-    from ipmn_core import data, predict, views
+    from dataclasses import fields
 
-    given = options.image, options.mask, options.models, options.center, options.size, options.device
+    from ipmn_core import predict, views
+    from ipmn_core.params import Preprocessing
+
+    asked = {field.name: getattr(options, field.name) for field in fields(Preprocessing)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    how = Preprocessing(**asked) if asked else None
+    given = options.image, options.mask, options.models, options.center, how, options.device
     result = predict.predict(*given)
     if options.picture:
-        roi = data.load_roi(options.image, options.mask, result.case)
-        views.prediction(result, roi).savefig(options.picture)
+        views.prediction(result, result.scan.roi).savefig(options.picture)
     print(predict.table(result).to_markdown(index=False, floatfmt=".3f"))
+    print(f"\naxes as stored: {result.scan.axes}; cube: {predict.in_words(result.how)}")
     print("", *result.warnings, predict.NOTICE, sep="\n")
     return 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,11 +42,22 @@ T = TypeVar("T")
 Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
 Plain = Annotated[str, Field(pattern=r"^\w[\w .+-]*\Z")]  # also the name of a folder
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # "~" is the user's home
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
     """A field of the schema."""
     return Field(default, description=description, **limits)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a scan becomes a cube: the settings of these names; the defaults are the paper's."""
+
+    size: int = 96  # voxels
+    spacing: float | None = None  # mm
+    intensity: str = "minmax"
+    orientation: str = "stored"
 
 
 class Params(BaseModel):
@@ -62,10 +75,8 @@ class Params(BaseModel):
         "name; results go to outputs/<profile>/; not phantom, cache or reference, which are folders there",
         pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
-    outputs: str = setting("outputs", "folder for everything that is written", min_length=1)
-    data: str = setting(
-        "phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)", min_length=1
-    )
+    outputs: Place = setting("outputs", "folder for everything that is written")
+    data: Place = setting("phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)")
     classes: Naming | None = setting(None, "classes in order, or {label: class}; null: the data's")
     positive: Distinct[str] | None = setting(None, "positive classes of the binary task; null: the last")
     center_names: Naming | None = setting(None, "centers in order, or {name in the data: name}; null: as met")
@@ -78,6 +89,15 @@ class Params(BaseModel):
     max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
     modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
+    spacing: float | None = setting(
+        None, "edge of the voxels before masking, mm; null as stored, as in the paper", ge=0.25, le=10
+    )
+    intensity: Literal["minmax", "zscore", "none"] = setting(
+        "minmax", "scale of an ROI: minmax to 0-1 as in the paper, zscore inside the mask, or none"
+    )
+    orientation: Literal["stored", "canonical"] = setting(
+        "stored", "axes of the voxels: stored as in the paper, or canonical: to right, front and head"
+    )
     fold_rule: Literal["center", "patient", "given", "official"] = setting(
         "center",
         "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's",
@@ -117,6 +137,11 @@ class Params(BaseModel):
         """The folder of everything that this profile writes: `<outputs>/<profile>`."""
         return project_root() / self.outputs / self.profile
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a scan becomes a cube."""
+        return Preprocessing(self.size, self.spacing, self.intensity, self.orientation)
+
     def folds(self, task: str) -> int:
         """The number of folds of a task, `multiclass` or `binary`."""
         return {"multiclass": self.multiclass_folds, "binary": self.binary_folds}[task]
@@ -149,7 +174,7 @@ def load(path: str | Path) -> Params:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ParamsError(f"{path}: no such file; profiles are in params/, for instance params/demo.yaml")
+        raise ParamsError(f"{path}: no such file; `ipmn init .` puts profiles into params/ here")
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)

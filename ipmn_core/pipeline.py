@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import yaml
@@ -24,11 +25,48 @@ from ipmn_core.process import end_with
 
 NOTEBOOKS = ("01_data_exploration", "02_three_class_benchmark", "03_federated_binary", "04_analysis")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+WRITTEN = ("notebooks", "tables", "figures")  # folders of a profile that each `ipmn run` writes anew
 START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
 class NotebookError(RuntimeError):
-    """A notebook is missing or did not run to its end; the message names it."""
+    """A notebook is missing, cannot start or did not run to its end; the message names it."""
+
+
+def packaged() -> Path:
+    """The folder of the package's own `params/` and `notebooks/`: in it if installed, else the repository."""
+    installed = Path(__file__).with_name("project")  # as pyproject.toml maps them
+    return installed if installed.is_dir() else Path(__file__).parents[1]
+
+
+def init(folder: Path) -> list[Path]:
+    """Copy the package's own profiles and notebooks to `params/` and `notebooks/` of `folder`.
+
+    Returns the files. Raises FileExistsError, and copies nothing, if one of them is there.
+    """
+    own = packaged()
+    files = [path.relative_to(own) for path in (*own.glob("params/*.yaml"), *own.glob("notebooks/*.ipynb"))]
+    for file in files:
+        if (folder / file).exists():
+            raise FileExistsError(f"{folder / file} exists; move it away, or name another folder")
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(own / file, folder / file)
+    return [folder / file for file in files]
+
+
+def chapters() -> list[Path]:
+    """The four notebooks, of the project if it has any, else the package's own.
+
+    Raises NotebookError for one that is missing or unreadable, ParamsError for one without one cell tagged
+    `parameters`.
+    """
+    folders = (root / "notebooks" for root in (project_root(), packaged()))
+    mine, own = ([folder / f"{stem}.ipynb" for stem in NOTEBOOKS] for folder in folders)
+    paths = mine if any(path.exists() for path in mine) else own
+    for path in paths:
+        _check_parameters(path)
+    return paths
 
 
 @contextlib.contextmanager
@@ -60,12 +98,14 @@ def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import data, runs
     from ipmn_core.runs import probes
 
+    try_notebooks(p)
     for task in TASKS:
         runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
     scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
         data.assign_folds(scans, p.folds(task), p.fold_rule, task)
     cohort = data.load_cohort(p)
+    runs.check_folds(p, TASKS, cohort)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:
@@ -75,6 +115,59 @@ def _prepare(p: Params, fresh: bool) -> None:
         probes.fit(p, task, cohort)
 
 
+def try_notebooks(p: Params) -> None:
+    """Raise unless the notebooks are there, their kernel answers and their folders can be written.
+
+    NotebookError, ParamsError (`chapters`) or OSError; all of it would otherwise fail after all training.
+    """
+    from nbclient import NotebookClient
+
+    chapters()
+    for folder in filter(Path.exists, (p.folder / name for name in WRITTEN)):
+        tempfile.TemporaryFile(dir=folder).close()
+    trial = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import ipmn_core")])
+    try:
+        with _own_kernel() as options:
+            client = NotebookClient(trial, **options)
+            with client.setup_kernel(
+                cwd=str(project_root())
+            ):  # `execute` would leave its own signal handlers
+                client.execute_cell(trial.cells[0], 0)
+    except Exception as error:
+        remedy = f"see that `{sys.executable} -m ipykernel_launcher` starts and TMPDIR is a local folder"
+        raise NotebookError(
+            f"no kernel for the notebooks: {type(error).__name__}: {error}; {remedy}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_kernel() -> Iterator[dict[str, Any]]:
+    """nbclient's options for a kernel of this interpreter, whatever `python3` is on JUPYTER_PATH."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+    from traitlets.config import Config
+
+    class OwnKernel(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _searches_nowhere(self) -> KernelSpecManager:  # so that it makes the interpreter's own
+            return KernelSpecManager(kernel_dirs=[])
+
+    place = tempfile.gettempdir()
+    if os.name != "nt" and len(os.fsencode(place)) > 80:  # the path of a Unix socket has at most 103 bytes
+        place = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="ipmn", dir=place) as folder:
+        how = {"connection_file": f"{folder}/kernel.json"}
+        if os.name != "nt":  # with TCP, two kernels that start at a time may be given one port
+            how |= {"transport": "ipc", "ip": f"{folder}/kernel"}
+        yield {
+            "kernel_name": "python3",
+            "kernel_manager_class": OwnKernel,
+            "config": Config(KernelManager=how),
+            "extra_arguments": ["--log-level=CRITICAL"],
+        }
+
+
 def run(p: Params) -> Iterator[Path]:
     """The executed notebooks of a profile, one path after another, in `<outputs>/<profile>/notebooks/`.
 
@@ -82,21 +175,22 @@ def run(p: Params) -> Iterator[Path]:
     new. Raises NotebookError for the first notebook that fails.
     """
     (p.folder / "report.html").unlink(missing_ok=True)
-    for name in ("notebooks", "tables", "figures"):
+    for name in WRITTEN:
         shutil.rmtree(p.folder / name, ignore_errors=True)
     p.folder.mkdir(parents=True, exist_ok=True)
     (p.folder / "params.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
+    sources = chapters()
     if p.jobs == 1:
-        yield from map(_chapter, NOTEBOOKS, repeat(p))
+        yield from map(_chapter, sources, repeat(p))
         return
     # in processes, not threads: papermill changes the working directory of the one it is in
     jobs = min(p.jobs, len(NOTEBOOKS))
     with ProcessPoolExecutor(jobs, get_context(START), end_with, (os.getpid(),)) as lanes:
-        yield from lanes.map(_chapter, NOTEBOOKS, repeat(p))
+        yield from lanes.map(_chapter, sources, repeat(p))
 
 
-def _chapter(stem: str, p: Params) -> Path:
-    source, target = (folder / "notebooks" / f"{stem}.ipynb" for folder in (project_root(), p.folder))
+def _chapter(source: Path, p: Params) -> Path:
+    target = p.folder / "notebooks" / source.name
     return execute(source, target, {"profile": str(p.folder / "params.yaml")})
 
 
@@ -109,28 +203,21 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
-    tagged = [c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1:  # papermill would let the notebook's own values win, without an error
-        raise ParamsError(f"{source.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
+    _check_parameters(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
     try:
-        with tempfile.TemporaryDirectory(prefix="ipmn") as folder:
-            # two kernels that start at a time may be given one TCP port; Windows has no Unix sockets
-            sockets = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{folder}/kernel"}
+        with _own_kernel() as options:
             papermill.execute_notebook(
                 source,
                 running,
                 parameters=parameters,
-                kernel_name="python3",
                 cwd=project_root(),
                 progress_bar=False,
                 stderr_file=sys.stderr,
                 coalesce_streams=True,
-                extra_arguments=["--log-level=CRITICAL"],
-                config=Config(KernelManager=sockets),
+                **options,
             )
         check_executed(running)
         _keep_stills(running)
@@ -159,14 +246,25 @@ def check_executed(path: Path) -> None:
 
     papermill's own status is not believed: after the death of a kernel it says "completed" of every cell.
     """
-    if not path.is_file():
-        raise NotebookError(f"{path}: no such notebook; `ipmn run` executes it")
-    try:
-        cells = nbformat.read(path, 4).cells
-    except ValueError as error:
-        raise NotebookError(f"{path}: not a whole notebook; `ipmn run` executes it again") from error
+    cells = _cells(path, "`ipmn run` executes it")
     if any(c.cell_type == "code" and c.source.strip() and not c.execution_count for c in cells):
         raise NotebookError(f"{path}: did not run to its end; `ipmn run` executes it again")
+
+
+def _check_parameters(path: Path) -> None:
+    cells = _cells(path, "`ipmn init` writes all four to another folder")
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:  # papermill would let the notebook's own values win, without an error
+        raise ParamsError(f"{path.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
+
+
+def _cells(path: Path, remedy: str) -> list[nbformat.NotebookNode]:
+    if not path.is_file():
+        raise NotebookError(f"{path}: no such notebook; {remedy}")
+    try:
+        return nbformat.read(path, 4).cells
+    except Exception as error:  # what nbformat raises depends on what is wrong
+        raise NotebookError(f"{path}: not a whole notebook; {remedy}") from error
 
 
 def write_report(p: Params) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +13,26 @@ import torch
 from torch import nn
 
 from ipmn_core import data, federated, params
+from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, load
 
 NOTICE = "Not for clinical use: a research model without external validation."
-LONGEST_MM = 250  # a longer ROI is probably a whole image: a pancreas is 120 to 150 mm long
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes."""
+    """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
+
+    `scan` is the case as it was read and judged, `how` how it was made a cube.
+    """
 
     case: str
     task: str
     folds: pd.DataFrame
     warnings: tuple[str, ...]
+    scan: data.Scan
+    how: Preprocessing
 
 
 def predict(
@@ -35,33 +40,34 @@ def predict(
     mask: str | Path | None,
     folders: str | Path | Sequence[str | Path],
     center: str | None = None,
-    size: int = 96,
+    how: Preprocessing | None = None,
     device: str = "cpu",
 ) -> Prediction:
     """Predict a scan with the trained networks in `folders` (see `trained.find`), in float32.
 
-    `image` with its pancreas `mask`, or a clean ROI without. `center`: whose networks to use, for the arm
-    `local_only`. `size`: edge of the cubes, for bare weights. Raises PredictError or ScanError.
+    `image` with its pancreas `mask`, or a clean ROI without; preprocessed as the networks' runs say or, for
+    bare weights, as `how` (default: as in the paper). `center`: whose networks to use, for the arm
+    `local_only`. `warnings` say what is in doubt. Raises PredictError, ParamsError or ScanError.
     """
-    where = federated.device_of(params.validate({"device": device, "size": size}, "predict"))
-    trained = find(folders, size)
+    where = federated.device_of(
+        params.validate({"device": device, **asdict(how or Preprocessing())}, "predict")
+    )
+    trained = find(folders, how)
     _refuse_mixed(trained, center)
     case, of = data.case_name(Path(image).name), trained[0]
-    roi = data.load_roi(image, mask, case)
-    cube = data.to_cube(np.asanyarray(roi.dataobj), of.size)
+    scan = data.read_scan(image, mask, case, of.how)
+    cube = data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity)
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
     prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
     folds = names.join(pd.DataFrame(prob, columns=list(of.classes)))
-    longest, warnings = float(np.max(np.multiply(roi.shape, roi.header.get_zooms()))), []
-    if longest > LONGEST_MM:
-        warnings = [f"the ROI is {longest:.0f} mm long, more than a pancreas: check mask and voxel size"]
+    warnings = [f"{Path(where).name}: {problem}; {remedy}" for _, where, problem, remedy in scan.remarks]
     warnings += _case_warnings(case, trained, center)
-    return Prediction(case, of.task, folds, tuple(warnings))
+    return Prediction(case, of.task, folds, tuple(warnings), scan, of.how)
 
 
 def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
-    kinds = {f"{one.task} {one.modality} {one.size}^3" for one in trained}
+    kinds = {f"{one.task} {one.modality} {in_words(one.how)}" for one in trained}
     if len(kinds) > 1:
         raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
     shared = [one for one in trained if one.arm != LOCAL_ONLY]
@@ -98,6 +104,12 @@ def _role(case: str, path: Path, center: str | None) -> str:
     ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
     mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
     return next(iter(splits.loc[mine, "role"]), "")
+
+
+def in_words(how: Preprocessing) -> str:
+    """How scans are preprocessed: `96^3, spacing as stored, minmax, stored axes`."""
+    spacing = f"{how.spacing:g} mm" if how.spacing else "spacing as stored"
+    return f"{how.size}^3, {spacing}, intensity {how.intensity}, {how.orientation} axes"
 
 
 def hashed(case_id: str) -> str:

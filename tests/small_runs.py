@@ -29,7 +29,7 @@ def quick(n_classes):
 
 def write_scan(folder, name, label=0, affine=AFFINE):
     """The files of an image, brighter with higher risk, and its mask."""
-    rng = np.random.default_rng(sum(name.encode()))
+    rng = np.random.default_rng(list(name.encode()))
     image, mask = rng.gamma(2, 100, (24, 20, 8)).astype(np.float32), np.zeros((24, 20, 8), np.uint8)
     mask[5:17, 4:15, 2:7] = rng.random((12, 11, 5)) < 0.6
     mask[5:17, 4:15, 5] = 1  # the widest slice
@@ -54,7 +54,9 @@ def train_small(folder):
         patch.setitem(models.MODELS, "quick", quick)
         p = params.validate({"outputs": str(folder), **PROFILE}, "test")
         runs.train(
-            p, ["binary", "multiclass"], paper_cohort(scans, *load_cubes(scans, p.size, folder / "cache"))
+            p,
+            ["binary", "multiclass"],
+            paper_cohort(scans, *load_cubes(scans, p.preprocessing, folder / "cache")),
         )
     return p.folder / "runs", scans
 

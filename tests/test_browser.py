@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import expect
 
+from ipmn_core.params import Preprocessing
 from ipmn_core.views import live
 
 NOTEBOOKS = ("01_data_exploration", "03_federated_binary", "large")
@@ -81,9 +82,9 @@ def test_the_report_works_as_a_file_without_a_network(chromium, smoke):
 
 
 def test_a_large_scan_follows_the_slider(chromium, large, tmp_path, capfd):
-    about, arrays = live.answering(large, 32)(0)
+    about, arrays = live.answering(large, Preprocessing(32))(0)
     held = {"held": {0: about | {"arrays": live.packed(arrays)}}}
-    state = live.viewer_state(large.head(1), 32) | held
+    state = live.viewer_state(large.head(1), Preprocessing(32)) | held
     path = browser.write_page(tmp_path / "large.html", {"viewer": state})
     with chromium.new_context(viewport={"width": 1000, "height": 900}) as context:
         page = context.new_page()
@@ -104,7 +105,8 @@ def lab(smoke, large, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     project = browser.live_project(smoke.root, folder / "project")
     code = (
-        f"import pandas as pd\nfrom ipmn_core import views\nviews.roi_viewer(pd.DataFrame({large.to_dict()}))"
+        "import pandas as pd\nfrom ipmn_core import params, views\n"
+        f"views.roi_viewer(pd.DataFrame({large.to_dict()}), params.Preprocessing(32))"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -61,7 +61,7 @@ def test_an_export_predicts_and_warns_as_the_runs_do_and_names_no_case(trained, 
 def test_an_export_that_fails_leaves_nothing(trained, tmp_path):
     arm = shutil.copytree(trained[0] / "binary" / "t2" / "local_only", tmp_path / "local_only")
     state = torch.load(arm / "fold1" / "model.pt", weights_only=True)
-    torch.save(state | {"AHN.0.bias": state["AHN.0.bias"] * float("inf")}, arm / "fold1" / "model.pt")
+    torch.save(state | {"1.0.bias": state["1.0.bias"] * float("inf")}, arm / "fold1" / "model.pt")
     with pytest.raises(PredictError, match=r"fold1/model\.pt, AHN: 0\.bias holds NaN or infinity"):
         card.export(arm, tmp_path / "models")
     assert [path.name for path in tmp_path.iterdir()] == ["local_only"]

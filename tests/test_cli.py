@@ -66,7 +66,7 @@ def sentence(capsys):
 
 def test_help_lists_the_commands_and_loads_nothing_heavy_and_the_data_room_no_torch():
     told = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "report", "fetch", "check", "predict", "export", "phantom", "params"):
+    for command in ("init", "run", "report", "fetch", "check", "predict", "export", "phantom", "params"):
         assert f"\n    {command} " in told
     assert told.splitlines()[-2:] == ["set()", "False"]
 
@@ -97,7 +97,7 @@ def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):
     for where, problem, remedy in (
         ("IPMN_labels_total.xlsx row 3", "the label 7", "correct it"),
         ("IPMN_labels_total.xlsx row", "no image of 'AHN01'", "clear the label"),
-        ("t1/images/IU_3.nii.gz", "cannot be read", "download it again"),
+        ("t1/images/IU_3.nii.gz", "cannot be read", "replace it"),
     ):
         assert any(where in line and problem in line and remedy in line for line in lines), (where, problem)
     assert f"{len(lines)} error(s)" in said.splitlines()[-1]
@@ -124,6 +124,19 @@ def test_a_missing_or_wrong_profile_and_one_that_never_ran_are_explained(project
     assert re.search(r"^ipmn: .*mine\.yaml: 1 .*\n  learning_rate: unknown setting", capsys.readouterr().err)
     assert cli.main(["report", profile(project)]) == 1
     assert "01_data_exploration.ipynb: no such notebook; `ipmn run` executes it" in sentence(capsys)
+
+
+def test_init_writes_profiles_and_notebooks_and_overwrites_nothing(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    assert cli.main(["init", str(folder)]) == 0
+    assert "ipmn run params/demo.yaml" in capsys.readouterr().out
+    assert len(list(folder.glob("notebooks/*.ipynb"))) == 4 and (folder / "params" / "demo.yaml").is_file()
+    changed = folder / "params" / "demo.yaml"
+    changed.write_text("mine")
+    shutil.rmtree(folder / "notebooks")
+    assert cli.main(["init", str(folder)]) == 1
+    assert re.search(r"params/.*\.yaml exists.*another folder", sentence(capsys))
+    assert changed.read_text() == "mine" and not (folder / "notebooks").exists()
 
 
 @pytest.fixture

@@ -47,4 +47,4 @@ def test_what_is_installed_for_this_package_is_what_is_pinned_down_to_the_last_d
         needed = map(Requirement, requires(name) or [])
         todo += [n for n in needed if not n.marker or any(n.marker.evaluate({"extra": e}) for e in extras)]
     assert differ == {}  # name: (installed, pinned)
-    assert {"torch", "monai", "numpy", "requests", "urllib3"} <= set(seen)
+    assert {"torch", "monai", "numpy", "huggingface-hub", "httpx2"} <= set(seen)

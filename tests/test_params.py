@@ -38,7 +38,7 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("epochs", 4.0),
         ("epochs", True),
         ("epochs", 0),
-        ("modalities", ["t3"]),
+        ("modalities", ["t1/t3"]),
         ("modalities", "t1"),
         ("arms", []),
         ("multiclass_models", ["densenet121", "densenet121"]),
@@ -55,6 +55,12 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
 def test_a_value_of_the_wrong_kind_is_refused_by_its_key(key, value):
     with pytest.raises(ParamsError, match=rf"(?m)^  {key}"):
         params.validate({key: value}, "a.yaml")
+
+
+def test_the_home_is_meant_by_a_tilde_in_data_and_outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p = params.validate({"profile": "mine", "data": "~/scans", "outputs": "~/results"}, "test")
+    assert (p.cohort_root, p.folder) == (tmp_path / "scans", tmp_path / "results" / "mine")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path, text, message):
 
 
 def test_a_missing_file_says_where_profiles_lie(tmp_path):
-    with pytest.raises(ParamsError, match=r"no such file.*params/"):
+    with pytest.raises(ParamsError, match=r"no such file.*ipmn init.*params/"):
         params.load(tmp_path / "none.yaml")
 
 

@@ -1,3 +1,9 @@
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
 import nbformat
 import pytest
 
@@ -57,6 +63,24 @@ def test_a_cell_that_raises_is_named_and_nothing_is_at_the_target(tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"chapter.ipynb", failed.name}
 
 
+def test_the_kernel_is_this_interpreters_whatever_jupyter_finds_and_however_long_the_temporary_folder(
+    tmp_path, monkeypatch
+):
+    spec, deep = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / ("x" * 120)
+    for folder in (spec, deep):
+        folder.mkdir(parents=True)
+    other = {"argv": ["/no/python", "{connection_file}"], "display_name": "Other", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(spec / "kernel.json" / "no folder"))
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.chdir(tmp_path)
+    source = notebook(tmp_path, "import sys", "print(sys.executable)")
+    target = pipeline.execute(source, tmp_path / "done.ipynb", {"x": 2})
+    assert nbformat.read(target, 4).cells[-1].outputs[0].text == f"{sys.executable}\n"
+    assert nbformat.read(target, 4).metadata.kernelspec.name == "python3"
+
+
 @pytest.mark.parametrize("sources", [["1", "import os; os._exit(1)", "2"], ["import os; os._exit(1)"]])
 def test_the_death_of_a_kernel_is_a_failure_of_the_notebook(tmp_path, monkeypatch, sources):
     monkeypatch.chdir(tmp_path)
@@ -95,7 +119,7 @@ def prepared(tmp_path, phantom_root):
 @pytest.mark.parametrize("fresh", [True, False])
 def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, monkeypatch, fresh):
     monkeypatch.setattr(data, "assign_folds", lambda *_, **__: None)  # one case a class cannot be split
-    for module, name in ((runs, "train"), (probes, "unfinished"), (probes, "fit")):
+    for module, name in ((runs, "check_folds"), (runs, "train"), (probes, "unfinished"), (probes, "fit")):
         monkeypatch.setattr(module, name, lambda *_: [])
     pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
     assert (tmp_path / "t" / "runs" / "old").exists() == (not fresh)
@@ -105,6 +129,46 @@ def test_training_runs_are_not_discarded_for_a_profile_that_cannot_run(tmp_path,
     with pytest.raises(data.CohortError, match="NYU t1: cannot be split into 5 folds"):
         pipeline.prepare(prepared(tmp_path, phantom_root), fresh=True)
     assert (tmp_path / "t" / "runs" / "old").exists()
+
+
+def chapters(folder, *stems):
+    (folder / "notebooks").mkdir(exist_ok=True)
+    (folder / "params").mkdir(exist_ok=True)
+    for stem in stems:
+        notebook(folder, "1").rename(folder / "notebooks" / f"{stem}.ipynb")
+
+
+def test_the_chapters_are_those_of_the_project_or_else_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chapters(tmp_path)
+    assert [path.stem for path in pipeline.chapters()] == list(pipeline.NOTEBOOKS)
+    assert {path.parent for path in pipeline.chapters()} == {Path(__file__).parents[1] / "notebooks"}
+    chapters(tmp_path, *pipeline.NOTEBOOKS[:3])
+    with pytest.raises(NotebookError, match=r"04_analysis\.ipynb: no such notebook; `ipmn init`"):
+        pipeline.chapters()
+    chapters(tmp_path, *pipeline.NOTEBOOKS)
+    assert {path.parent for path in pipeline.chapters()} == {tmp_path / "notebooks"}
+
+
+def test_what_would_stop_the_notebooks_is_found_before_anything_is_done(tmp_path, phantom_root, monkeypatch):
+    p = prepared(tmp_path, phantom_root)
+    monkeypatch.chdir(tmp_path)
+    (p.folder / "tables").touch()
+    with pytest.raises(NotADirectoryError, match="tables"):
+        pipeline._prepare(p, fresh=True)
+    (p.folder / "tables").unlink()
+    with monkeypatch.context() as patch, pytest.raises(NotebookError, match="no kernel for the notebooks: "):
+        patch.setattr(sys, "executable", shutil.which("false"))
+        pipeline._prepare(p, fresh=True)
+    chapters(tmp_path, *pipeline.NOTEBOOKS)
+    for broken, told in (("{}", "not a whole notebook"), ("[]", "not a whole notebook"), ("", "not a whole")):
+        (tmp_path / "notebooks" / "04_analysis.ipynb").write_text(broken)
+        with pytest.raises(NotebookError, match=rf"04_analysis\.ipynb: {told}"):
+            pipeline._prepare(p, fresh=True)
+    notebook(tmp_path, "1", tags=()).rename(tmp_path / "notebooks" / "04_analysis.ipynb")
+    with pytest.raises(ParamsError, match=r"04_analysis\.ipynb: 0 cells are tagged"):
+        pipeline._prepare(p, fresh=True)
+    assert (p.folder / "runs" / "old").exists()
 
 
 def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from small_runs import AFFINE, change_settings, quick, train_small, write_scan
 
 from ipmn_core import cli, metrics, models, predict
 from ipmn_core.data import ScanError, load_roi, to_cube
-from ipmn_core.runs.trained import PredictError
+from ipmn_core.params import Preprocessing
+from ipmn_core.runs.trained import PredictError, find, load
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,10 @@ def test_a_center_is_chosen_where_each_has_its_model_and_only_there(arm, scan):
         predict.predict(*scan, arm, "NYU")
 
 
-@pytest.mark.parametrize("change", [{"task": "multiclass"}, {"modality": "t1"}, {"size": 48}])
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "multiclass"}, {"modality": "t1"}, {"size": 48}, {"spacing": 1.5}, {"intensity": "zscore"}],
+)
 def test_models_of_two_kinds_are_not_averaged(arm, fold, scan, change):
     (value,) = change.values()
     with pytest.raises(PredictError, match=f"several kinds: .*{value}.*; use each by itself"):
@@ -138,8 +142,9 @@ def test_bare_weights_predict_as_the_network_they_are_of(tmp_path, scan, monkeyp
     monkeypatch.setitem(models.MODELS, "densenet121", quick)  # so that it takes no time
     network = quick(3).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    result = predict.predict(*scan, tmp_path / "weights.pt", size=40)
-    cube = to_cube(np.asanyarray(load_roi(*scan).dataobj), 40)
+    how = Preprocessing(40, 2.0, "zscore", "canonical")
+    result = predict.predict(*scan, tmp_path / "weights.pt", how=how)
+    cube = to_cube(np.asanyarray(load_roi(*scan, how=how).dataobj), 40, "zscore")
     with torch.inference_mode():
         expected = network(torch.from_numpy(cube)[None, None].float()).softmax(1)[0]
     np.testing.assert_allclose(predict.table(result).iloc[0, 1:].astype(float), expected, atol=1e-6)
@@ -157,13 +162,36 @@ def test_a_clean_roi_without_a_mask_is_predicted_like_the_image_with_its_mask(ar
     pd.testing.assert_frame_equal(one.folds, two.folds)
 
 
-def test_a_whole_image_taken_for_an_roi_is_pointed_out_and_an_empty_mask_refused(arm, tmp_path):
+def test_a_scan_is_judged_as_in_a_cohort_and_what_is_in_doubt_is_said(arm, tmp_path):
     image, mask = write_scan(tmp_path, "EMC7", affine=np.diag([15.0, 12, 6, 1]))
-    assert predict.predict(image, None, arm).warnings[0].startswith("the ROI is 360 mm long")
+    (warning,) = predict.predict(image, None, arm).warnings
+    assert warning.startswith("EMC7.nii.gz: size of the ROI: it is 360 mm long") and ";" in warning
     assert predict.predict(image, mask, arm).warnings == ()  # 12 voxels of 15 mm
+    nib.save(nib.Nifti1Image(nib.load(mask).get_fdata(), AFFINE), mask)
+    (warning,) = predict.predict(image, mask, arm).warnings
+    assert warning.startswith("EMC7.nii.gz: image and mask in different places")
     nib.save(nib.Nifti1Image(np.zeros((24, 20, 8), np.uint8), AFFINE), mask)
-    with pytest.raises(ScanError, match=r"EMC7: .* is an empty mask"):
+    with pytest.raises(ScanError, match=r"EMC7: .* is an empty mask; draw the pancreas"):
         predict.predict(image, mask, arm)
+    with pytest.raises(ScanError, match=r"cannot be read .*; replace it by a whole NIfTI file"):
+        predict.predict(tmp_path / "nowhere.nii", None, arm)
+
+
+def test_scans_are_preprocessed_as_those_that_the_models_were_trained_on(arm, fold, scan):
+    change_settings(fold, spacing=2.0, intensity="zscore", orientation="canonical")
+    how = Preprocessing(32, 2.0, "zscore", "canonical")
+    result = predict.predict(*scan, fold)
+    assert (result.how, result.scan.axes) == (how, "LAS")
+    assert nib.aff2axcodes(result.scan.roi.affine) == ("R", "A", "S")
+    network = load(find(fold)[0])
+    cube = to_cube(np.asanyarray(load_roi(*scan, how=how).dataobj), 32, "zscore")
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(cube)[None, None].float()).softmax(1)[0]
+    np.testing.assert_allclose(predict.table(result).iloc[0, 1:].astype(float), expected, atol=1e-6)
+    pd.testing.assert_frame_equal(predict.predict(*scan, fold, how=how).folds, result.folds)
+    with pytest.raises(PredictError, match=r"trained with .*spacing=2.0.* not .*; leave these options out"):
+        predict.predict(*scan, fold, how=Preprocessing(32))
+    assert not result.folds.equals(predict.predict(*scan, arm / "fold0").folds)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +221,11 @@ def test_the_command_prints_a_table_and_draws(arm, scan, tmp_path, capsys, house
     printed = capsys.readouterr().out
     table = predict.table(predict.predict(*scan, arm)).to_markdown(index=False, floatfmt=".3f")
     assert table in printed and printed.rstrip().endswith(predict.NOTICE)
+    assert "axes as stored: LAS; cube: 32^3, spacing as stored, intensity minmax, stored axes\n" in printed
     assert png.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*asked, str(arm), "--intensity", "zscore", "--size", "32"]) == 1
+    assert "leave these options out" in capsys.readouterr().err
+    assert cli.main([*asked, str(arm), "--spacing", "0"]) == 1
+    assert "spacing: " in capsys.readouterr().err
     assert cli.main([*asked, "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("ipmn: nowhere: no such folder or file")

@@ -1,6 +1,5 @@
 """From disk to cubes: the cohort, its table of scans, folds, ROI cubes."""
 
-from ipmn_core.data.check import volume_problems
 from ipmn_core.data.cohort import (
     PAPER,
     Cohort,
@@ -13,18 +12,15 @@ from ipmn_core.data.cohort import (
     subset,
     table1,
 )
-from ipmn_core.data.cubes import (
-    ScanError,
-    area_weights,
-    bounding_box,
-    check_range,
-    crop,
-    load_cubes,
-    load_image,
-    load_mask,
-    load_roi,
-    scanner_facts,
-    to_cube,
-)
+from ipmn_core.data.cubes import area_weights, load_cubes, scanner_facts, to_cube, volume_problems
 from ipmn_core.data.folds import assign_folds, inner_validation, targets
 from ipmn_core.data.releases import CohortError, case_name
+from ipmn_core.data.scan import (
+    Scan,
+    ScanError,
+    bounding_box,
+    crop,
+    load_roi,
+    read_scan,
+    resample,
+)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ipmn_core.data import check, folds, manifest, releases
-from ipmn_core.data.cubes import load_cubes
+from ipmn_core.data import folds, manifest, releases
+from ipmn_core.data.cubes import load_cubes, volume_problems
 from ipmn_core.data.releases import SCAN_COLUMNS, CohortError
 from ipmn_core.names import CENTERS, LABELS, TASKS, binary_names
 from ipmn_core.params import Params
@@ -96,9 +96,9 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     `root` is the folder of a release or a manifest; `p` says how classes and centers are called and how cases
     are split (default: as the paper). Errors are what keeps a scan, or the cohort, from being used. Scans
     without a label are left out and counted in `scans.attrs["unlabelled"]`. If `volumes`, every volume is
-    read, too (`check.volume_problems`).
+    read, too (`cubes.volume_problems`).
     """
-    p, root, problems = p or Params(), Path(root), []
+    how, p, root, problems = p and p.preprocessing, p or Params(), Path(root), []
     of_release = root.suffix.lower() not in manifest.SUFFIXES
     if of_release:
         found, unlabelled = releases.read_release(root, problems, p.cohort)
@@ -120,13 +120,13 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     scans.attrs["unlabelled"] = unlabelled
     is_paper = of_release and not (p.classes or p.positive or p.center_names)
     cohort = Cohort(root.name if p.data != "phantom" else "phantom", scans, classes, positive, is_paper)
-    problems += check.disagreements(cohort)
+    problems += _disagreements(cohort)
     for task in TASKS if positive else ():
         problems += folds.problems(cohort, p.folds(task), p.fold_rule, task)
     if any(unlabelled.values()):
         counts = " and ".join(f"{n} {m} scans" for m, n in unlabelled.items())
         problems.append(("note", root, f"{counts} have no label", "none needed: they are left out"))
-    problems += check.volume_problems(scans) if volumes else []
+    problems += volume_problems(scans, how) if volumes else []
     table = pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str).drop_duplicates()
     worst_first = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
     return cohort, table.loc[worst_first].reset_index(drop=True)
@@ -142,6 +142,17 @@ def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> p
     places = {name: k for k, name in enumerate([*scans["modality"].unique(), *order])}
     by = scans["modality"].map(places) * len(places) + scans["center"].map(places)
     return scans.loc[by.sort_values(kind="stable").index].reset_index(drop=True).astype({"label": int})
+
+
+def _disagreements(cohort: Cohort) -> list[tuple[str, str, str, str]]:
+    """A warning for each patient whose scans differ in class or center."""
+    scans, problems = cohort.scans, []
+    differ = scans.groupby("patient_id")[["label", "center"]].transform("nunique").max(axis="columns") > 1
+    for patient, part in scans[differ].groupby("patient_id", sort=False):
+        rows = [f"{s.modality} {s.case_id}: {s.center}, {cohort.classes[s.label]}" for s in part.itertuples()]
+        text = f"scans with different labels or centers: {'; '.join(rows)}"
+        problems.append(("warning", f"patient {patient}", text, "correct the table if this is a slip"))
+    return problems
 
 
 def open_cohort(p: Params) -> Cohort:
@@ -183,7 +194,7 @@ def load_cohort(p: Params) -> Cohort:
     Raises CohortError, or ScanError naming the first case that cannot be used.
     """
     cohort = subset(open_cohort(p), p.max_per_cell)
-    cubes, key = load_cubes(cohort.scans, p.size, p.folder.parent / "cache", p.jobs)
+    cubes, key = load_cubes(cohort.scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
     rows = cohort.scans.drop(columns=["image", "mask"]).to_csv(index=False)
     key = hashlib.sha256((key + rows + json.dumps(cohort.classes)).encode()).hexdigest()
     return replace(cohort, cubes=cubes, key=key)

@@ -1,114 +1,43 @@
-"""A scan becomes an ROI, the ROI a cube of voxels in [0, 1]; cubes are kept on disk, memory-mapped."""
+"""An ROI becomes a cube of voxels; cubes are kept on disk, memory-mapped."""
 
 import hashlib
 import json
 import warnings
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy import ndimage
 from tqdm import tqdm
 
 from ipmn_core import disk
-from ipmn_core.data import headers
+from ipmn_core.data.scan import UNKNOWN_AXES, ScanError, read_scan
+from ipmn_core.params import Preprocessing
 
 FILES = ["image", "mask", "case_id"]  # what it takes to read a scan
-RECIPE = "mask, tight box, masked voxels, min-max, area resize by axis, float16"  # part of the cache's key
+RECIPE = "turn, resample, mask, tight box, masked voxels, scale, area resize by axis, float16"  # in the key
 
 
-class ScanError(ValueError):
-    """A scan that cannot be used, raised with case, file, problem and remedy."""
-
-    def __str__(self) -> str:
-        case, where, problem, remedy = self.args
-        return f"{case}: {where} {problem}; {remedy}"
-
-
-def load_image(path: str | Path, case: str) -> nib.Nifti1Image:
-    """The volume at `path`, with a new header: affine and shape, none of the text that the file's may hold.
-
-    Raises ScanError unless it is 3D, real and finite.
-    """
-    try:
-        data, affine = headers.read(path)
-    except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        remedy = "download it again, or clear its label to leave the scan out"
-        raise ScanError(case, path, f"cannot be read ({reason})", remedy) from error
-    if data.ndim != 3 or min(data.shape) < 2 or data.dtype.names or data.dtype.kind not in "iuf":
-        problem = f"has shape {data.shape} and type {data.dtype}"
-        raise ScanError(
-            case, path, problem, "export one 3D volume of real numbers, two slices or more per axis"
-        )
-    if data.dtype.itemsize >= 8:  # nibabel makes no image of 64-bit integers
-        data = data.astype(float, copy=False)
-    if not np.isfinite(data).all():
-        raise ScanError(case, path, "has voxels that are NaN or infinite", "export it again")
-    return nib.Nifti1Image(data, affine)
-
-
-def load_mask(path: str | Path, shape: tuple[int, ...], case: str) -> np.ndarray:
-    """The mask at `path` as a boolean array of `shape`. Raises ScanError if it is not one or is empty."""
-    mask = np.asanyarray(load_image(path, case).dataobj)
-    if mask.shape != shape:
-        raise ScanError(case, path, f"has shape {mask.shape}, its image {shape}", "draw it on this image")
-    organ = mask > 0.5
-    if np.abs(np.subtract(mask, organ, dtype=np.float32)).max() > 0.01:
-        raise ScanError(case, path, "holds values other than 0 and 1", "keep one organ, the pancreas")
-    if not organ.any():
-        raise ScanError(case, path, "is an empty mask", "draw the pancreas, or leave the case out")
-    return organ
-
-
-def load_roi(image: str | Path, mask: str | Path | None = None, case: str = "") -> nib.Nifti1Image:
-    """The clean ROI: image x mask, cut to the mask's tight box; without a mask the image is one already.
-
-    Raises ScanError if image, mask or ROI cannot be used.
-    """
-    case = case or str(image)
-    roi = load_image(image, case)
-    if mask:
-        roi = crop(roi, load_mask(mask, roi.shape, case))
-    check_range(np.asanyarray(roi.dataobj), image, case)
-    return roi
-
-
-def check_range(roi: np.ndarray, image: str | Path, case: str) -> None:
-    """Raise ScanError if the ROI of a case, read from `image`, cannot be scaled to 0-1 in float32."""
-    with np.errstate(over="ignore"):
-        span = np.subtract(*np.float32([roi.max(), roi.min()]))  # as `to_cube` will divide by it
-    if not np.finfo(np.float32).tiny <= span < np.inf:
-        problem = f"gives an ROI that cannot be scaled, its values are {roi.min():.9g} to {roi.max():.9g}"
-        raise ScanError(case, image, problem, "check it and its mask")
-
-
-def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
-    """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
-    box = bounding_box(mask)
-    cut = image.slicer[box]
-    return nib.Nifti1Image(np.where(mask[box], np.asanyarray(cut.dataobj), 0), cut.affine)
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The tightest box around the true voxels of `mask`, a slice for each axis."""
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
-
-
-def to_cube(roi: np.ndarray, size: int) -> np.ndarray:
-    """The ROI min-max scaled to [0, 1] and resized by area to (size, size, size), float16.
+def to_cube(roi: np.ndarray, size: int, intensity: str = "minmax") -> np.ndarray:
+    """The ROI scaled and resized by area to (size, size, size), float16; after min-max in [0, 1].
 
     MONAI's `ScaleIntensity` and `Resize(mode="area")` (paper, section 3). A box's mean is the mean of means
     along its axes, so each axis is averaged by itself: a tenth of the time, the same to float32's last bits.
+    `intensity` zscore takes mean and standard deviation (ddof 0) of the non-zero voxels, and zeros stay zero.
+    Departs from the paper: zscore, and none.
     """
     import torch
 
+    if intensity == "zscore":
+        values = roi[roi != 0].astype(float)
+        roi = np.where(roi != 0, (roi - values.mean()) / values.std(), 0)
     x = torch.from_numpy(np.ascontiguousarray(roi, dtype=np.float32))
-    low, high = x.aminmax()
-    x = (x - low) / (high - low)
+    if intensity == "minmax":
+        low, high = x.aminmax()
+        x = (x - low) / (high - low)
     for length in x.shape:  # each product takes the first axis away and appends it, resized
         x = torch.tensordot(x, torch.from_numpy(area_weights(length, size)), ([0], [1]))
     return x.half().numpy()
@@ -123,35 +52,38 @@ def area_weights(length: int, size: int) -> np.ndarray:
 
 
 def scanner_facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
-    """Case_id, center, modality, label, in_plane_mm, slice_mm, slices and roi_median of each scan.
+    """Case_id, center, modality, label, in_plane_mm, slice_mm, slices, roi_median and axes of each scan.
 
-    The last is the median stored intensity of the non-zero ROI voxels.
+    `roi_median` is the median stored intensity of the non-zero ROI voxels, `axes` are as stored.
     """
     facts = pd.DataFrame(in_threads(jobs, _facts_of, scans[FILES].to_numpy()))
     return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(facts)
 
 
 def _facts_of(image, mask, case):
-    roi = nib.as_closest_canonical(load_roi(image, mask, case))  # slices along the last axis
-    data, zooms = np.asanyarray(roi.dataobj), roi.header.get_zooms()
-    median = float(np.median(data[data != 0]))
-    return {"in_plane_mm": zooms[0], "slice_mm": zooms[2], "slices": data.shape[2], "roi_median": median}
+    scan = read_scan(image, mask, case)
+    roi = nib.as_closest_canonical(scan.roi)  # slices along the last axis
+    data, (across, _, thick) = np.asanyarray(roi.dataobj), roi.header.get_zooms()
+    about = {"slices": data.shape[2], "roi_median": float(np.median(data[data != 0])), "axes": scan.axes}
+    return {"in_plane_mm": across, "slice_mm": thick, **about}
 
 
-def load_cubes(scans: pd.DataFrame, size: int, folder: str | Path, jobs: int = 1) -> tuple[np.ndarray, str]:
-    """The cubes of all `scans`, (N, S, S, S) float16 in [0, 1], memory-mapped, and their key (SHA-256).
+def load_cubes(
+    scans: pd.DataFrame, how: Preprocessing, folder: str | Path, jobs: int = 1
+) -> tuple[np.ndarray, str]:
+    """The cubes of all `scans`, (N, S, S, S) float16, memory-mapped, and their key (SHA-256).
 
     They come from the cache in `folder`, or are built into it by `jobs` threads. The key is that of recipe,
-    size and the files' contents, so a changed file is never served stale. Raises ScanError for the first scan
-    that cannot be used, and caches nothing then. Warns of headers that leave something open
-    (`headers.remarks`) when it builds.
+    settings and the files' contents, so a changed file is never served stale. Raises ScanError for the first
+    scan that cannot be used, and caches nothing then. Warns of what `read_scan` and `remarks_on_all` leave in
+    doubt when it builds.
     """
     files = scans[FILES].to_numpy()
     hashes = list(in_threads(jobs, _hash_of, files[:, :2].reshape(-1, 1)))
-    key = hashlib.sha256(json.dumps([RECIPE, size, hashes]).encode()).hexdigest()
-    path = Path(folder) / f"cubes{size}_{key[:16]}.npy"
+    key = hashlib.sha256(json.dumps([RECIPE, asdict(how), hashes]).encode()).hexdigest()
+    path = Path(folder) / f"cubes{how.size}_{key[:16]}.npy"
     if not path.exists():
-        _build(path, files, size, jobs)
+        _build(path, scans, how, jobs)
     return np.load(path, mmap_mode="r"), key
 
 
@@ -165,25 +97,80 @@ def _hash_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
-def _build(path, files, size, jobs):
-    """Write the cubes of `files` to `path`, an .npy file, and warn of doubtful headers."""
+def _build(path, scans, how, jobs):
+    """Write the cubes of `scans` to `path`, an .npy file, and warn of what is in doubt."""
     import torch
 
     def cube_of(image, mask, case):
-        return to_cube(np.asanyarray(load_roi(image, mask, case).dataobj), size)
+        scan = read_scan(image, mask, case, how)
+        cube = to_cube(np.asanyarray(scan.roi.dataobj), how.size, how.intensity)
+        return cube, (scan.remarks, scan.axes, scan.digest)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    layout = {"descr": "<f2", "fortran_order": False, "shape": (len(files), size, size, size)}
-    threads = torch.get_num_threads()
+    layout = {"descr": "<f2", "fortran_order": False, "shape": (len(scans), *[how.size] * 3)}
+    threads, judged = torch.get_num_threads(), []
     torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
     try:  # no memory map, which a full disk ends with a SIGBUS
         with disk.atomic(path) as tmp, open(tmp, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
-            cubes = in_threads(jobs, cube_of, files)
-            for cube in tqdm(cubes, "preprocessing", len(files), unit="scan", mininterval=1):
+            cubes = in_threads(jobs, cube_of, scans[FILES].to_numpy())
+            for cube, about in tqdm(cubes, "preprocessing", len(scans), unit="scan", mininterval=1):
                 file.write(cube.tobytes())
+                judged.append(about)
     finally:
         torch.set_num_threads(threads)
-    remarks = [remark for image, mask, _ in files for remark in headers.remarks(image, mask)]
-    for kind, n in Counter(problem.partition(":")[0] for _, problem, _ in remarks).items():
-        warnings.warn(f"{kind}: {n} of {len(files)} scans; `ipmn check` names them", stacklevel=3)
+    remarks = [row for of_scan, *_ in judged for row in of_scan] + copies(scans, judged)
+    kinds = Counter(problem.partition(":")[0] for severity, _, problem, _ in remarks if severity != "note")
+    said = [f"{kind}: {n} of {len(scans)} scans; `ipmn check` names them" for kind, n in kinds.items()]
+    if how.orientation == "stored":
+        said += [f"{row[2]}; {row[3]}" for row in mixed_axes(scans, judged) if row[0] != "note"]
+    for text in said:
+        warnings.warn(text, stacklevel=3)
+
+
+def copies(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str, str, str]]:
+    """A warning for each scan with an earlier one's voxels; `judged`: remarks, axes and digest of each."""
+    first, remarks = {}, []
+    for path, (_, _, digest) in zip(scans["image"], judged, strict=True):
+        if (other := first.setdefault(digest, path)) != path:
+            problem = f"copy of another scan: it has the voxels of {other}"
+            remarks.append(("warning", path, problem, "see whose scan it is, and replace the other"))
+    return remarks
+
+
+def mixed_axes(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str, str, str]]:
+    """A note if the stored axes of `scans` differ, a warning if the commonest ones differ between centers."""
+    counts = pd.crosstab(scans["center"].to_numpy(), np.array([axes for _, axes, _ in judged]))
+    counts = counts.drop(columns=UNKNOWN_AXES, errors="ignore")
+    if len(counts.columns) < 2:
+        return []
+    tell = counts.idxmax(axis="columns").nunique() > 1
+    problem = "stored axes tell centers apart: " if tell else "several stored axes: "
+    rows = [
+        (center, ", ".join(f"{n} {axes}" for axes, n in row.items() if n))
+        for center, row in counts.iterrows()
+    ]
+    problem += "; ".join(f"{center} {found}" for center, found in rows)
+    remedy = "set `orientation` to canonical; the paper's code keeps them"
+    return [("warning" if tell else "note", "all scans", problem, remedy)]
+
+
+def volume_problems(scans: pd.DataFrame, how: Preprocessing | None = None) -> list[tuple[str, str, str, str]]:
+    """Problems of the volumes of `scans`, as `read_scan` judges them, and of all of them together.
+
+    Errors: what training refuses with the settings `how`; None: with any.
+    """
+
+    def judged(image, mask, case):
+        try:
+            scan = read_scan(image, mask, case, how)
+        except ScanError as error:
+            return [("error", *error.args[1:])], None, None
+        return scan.remarks, scan.axes, scan.digest
+
+    found = in_threads(-1, judged, scans[FILES].to_numpy())
+    found = list(tqdm(found, "reading volumes", len(scans), unit="scan"))
+    usable = scans[np.array([axes is not None for _, axes, _ in found], bool)]
+    of_usable = [row for row in found if row[1] is not None]
+    problems = [problem for of_scan, _, _ in found for problem in of_scan]
+    return problems + copies(usable, of_usable) + mixed_axes(usable, of_usable)

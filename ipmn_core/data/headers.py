@@ -1,12 +1,13 @@
-"""NIfTI files: voxels, affine, and what a header leaves in doubt.
+"""NIfTI files: voxels, affine, and what a file leaves in doubt.
 
-Text in a header may name a patient. It never leaves this module.
+A doubt is (severity, problem, remedy); a problem begins with its kind and a colon. Text in a header may name
+a patient. It never leaves this module.
 """
 
-import gzip
 import io
 import logging
 import math
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -14,21 +15,63 @@ import numpy as np
 
 QUIET = logging.getLogger(__name__)  # nibabel would print every field of a header that it fixes
 QUIET.disabled = True
+GZIP = b"\x1f\x8b"
+UNKNOWN, APART = "spacing unknown", "image and mask in different places"  # kinds of doubts
 
 
-def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels, scaled as the header says, and affine (4, 4) of a .nii or .nii.gz file.
+def read(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+    """Voxels, scaled as the header says, affine (4, 4) and doubts of a NIfTI file, gzipped or not.
 
     The file is read to its end, where gzip's checksum shows damage that `nibabel.load` does not see. Raises
-    the errors of nibabel, gzip and zlib, and OSError if it is no NIfTI or too short for its header.
+    the errors of nibabel and zlib, and OSError if it is no NIfTI or too short for its header.
     """
-    with _opened(path) as file:
-        content = file.read()
+    content, behind, doubts = Path(path).read_bytes(), 0, []
+    if packed := content.startswith(GZIP):
+        content, behind = _unpacked(content)
+    if packed != str(path).lower().endswith(".gz"):
+        kind = "a gzipped file" if packed else "a file that is not gzipped"
+        doubts.append(("note", f"name and content differ: {kind}, read as such", "rename it"))
+    if behind:
+        problem = f"bytes after the end of the gzipped file: {behind}, not read"
+        doubts.append(("warning", problem, "see that it was copied correctly"))
     header = _header(content)
     n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
     if n_bytes > len(content):  # nibabel would make room for them
         raise OSError(f"its header promises {n_bytes} bytes of voxels; the file is too short for them")
-    return header.data_from_fileobj(io.BytesIO(content)), placing(header.get_best_affine())
+    affine, of_place = place(header)
+    return header.data_from_fileobj(io.BytesIO(content)), affine, doubts + of_place
+
+
+def header_of(path: str | Path) -> nib.Nifti1Header:
+    """The header of a NIfTI file, gzipped or not; no voxel is read. Raises OSError if it is none."""
+    with open(path, "rb") as file:
+        content = file.read(2**14)
+    if content.startswith(GZIP):
+        content = zlib.decompressobj(31).decompress(content, nib.Nifti2Header.sizeof_hdr)
+    return _header(content)
+
+
+def place(header: nib.Nifti1Header) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    """Affine (4, 4) of a header, the identity if it cannot be inverted, and the doubts about it."""
+    header.quaternion_threshold = -np.inf  # one longer than 1 is scaled; nibabel would refuse the file
+    with np.errstate(all="ignore"):
+        given, quaternion = header.get_best_affine(), header.get_qform()
+    turn = np.float64([header[f"quatern_{axis}"] for axis in "bcd"])
+    by_quaternion, by_matrix = header["qform_code"] > 0, header["sform_code"] > 0
+    affine, problem, remedy = placing(given), "", "the axes may be others: compare with another viewer"
+    if affine is not given or np.array_equal(np.abs(affine), np.eye(4)):
+        why = "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
+        why = why if affine is given else "an affine that cannot be inverted"
+        problem, remedy = f"{UNKNOWN}: its header has {why}", "export it again with its spacing"
+    elif not by_quaternion and not by_matrix:
+        problem = "axes unknown: its header has neither qform nor sform"
+    elif not by_matrix and turn @ turn > 1 + 3 * np.finfo(np.float32).eps:
+        problem = (
+            f"axes in doubt: the quaternion of its header has the length {np.sqrt(turn @ turn):.8g}, not 1"
+        )
+    elif by_quaternion and by_matrix and apart(affine, quaternion, header.get_data_shape()):
+        problem = "axes in doubt: qform and sform of its header differ, the sform is taken"
+    return affine, [("warning", problem, remedy)] if problem else []
 
 
 def placing(affine: np.ndarray) -> np.ndarray:
@@ -38,33 +81,29 @@ def placing(affine: np.ndarray) -> np.ndarray:
     return affine if np.isfinite(single).all() and np.linalg.matrix_rank(single[:3, :3]) == 3 else np.eye(4)
 
 
-def spacing_doubt(path: str | Path) -> str:
-    """Why the voxel size of a file is in doubt, "" if it is not."""
-    affine = _affine(path)
-    if np.array_equal(np.abs(affine), np.eye(4)):
-        return "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
-    return "" if placing(affine) is affine else "an affine that cannot be inverted"
+def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether two affines place some corner voxel of a volume more than half a voxel apart."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]])).reshape(3, 8)
+    corners = np.vstack([corners, np.ones(8)])
+    moved = np.abs(np.linalg.solve(affine, other) @ corners - corners).max()
+    return not moved <= 0.501  # also if it is NaN; some tools shift by half a voxel
 
 
-def remarks(image: str, mask: str) -> list[tuple[str, str, str]]:
-    """Where, problem and remedy of what the headers of a sound image and mask ("": none) leave open."""
-    remarks = []
-    if doubt := spacing_doubt(image):
-        remedy = "export it again with its spacing; the cubes do without"
-        remarks.append((image, f"spacing unknown: its header has {doubt}", remedy))
-    if mask and not np.allclose(placing(_affine(image)), placing(_affine(mask)), atol=1e-3):  # mm
-        problem = f"image and mask in different places: its affine and that of {mask} differ"
-        remarks.append((image, problem, "see that the mask covers the pancreas: it is taken voxel by voxel"))
-    return remarks
+def axes_of(affine: np.ndarray) -> str:
+    """Where the voxels' axes point to, for instance LPS: to the patient's left, back and head."""
+    return "".join(nib.aff2axcodes(affine))
 
 
-def _opened(path):
-    return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
-
-
-def _affine(path):
-    with _opened(path) as file:
-        return _header(file.read(nib.Nifti2Header.sizeof_hdr)).get_best_affine()
+def _unpacked(content):
+    """The content of a gzip file, its checksums verified, and the number of bytes behind its end."""
+    parts = []
+    while content.startswith(GZIP):
+        part = zlib.decompressobj(31)  # with gzip's header and checksum
+        parts.append(part.decompress(content))
+        if not part.eof:
+            raise OSError("it ends too early")
+        content = part.unused_data
+    return b"".join(parts), len(content.strip(b"\0"))
 
 
 def _header(content):
@@ -75,4 +114,5 @@ def _header(content):
             header.check_fix(QUIET)
             header["pixdim"][1:4] = zooms  # nibabel takes a zero one for 1 mm, which hides that it is unknown
             return header
-    raise OSError("it is no NIfTI file")
+    is_dicom = content[128:132] == b"DICM"
+    raise OSError("it is a DICOM file: convert the series to NIfTI" if is_dicom else "it is no NIfTI file")

@@ -6,6 +6,7 @@ from ipmn_core.federated.client import (
     Learner,
     Settings,
     afresh,
+    check_n_train,
     evaluate,
     local_update,
     snapshot,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,22 +40,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cases:
-    """All cases of one modality on one device: cubes `x` (N, 1, S, S, S) in [0, 1], labels `y` (N,)."""
+    """All cases of one modality on one device: cubes `x` (N, 1, S, S, S), labels `y` (N,)."""
 
     x: torch.Tensor
     y: torch.Tensor
 
 
+def check_n_train(n_train: Mapping[str, int], where: str = "") -> None:
+    """Raise ValueError naming the clients that have fewer than the 2 training cases that BatchNorm needs."""
+    few = ", ".join(f"{name} ({n})" for name, n in n_train.items() if n < 2)
+    if few:
+        remedy = "more folds leave more cases to train on; or leave the center out"
+        raise ValueError(f"fewer than 2 training cases{where}: {few}; {remedy}")
+
+
 class Learner:
     """The training state of one client: case indices, AdamW moments, learning-rate schedule.
 
-    Raises ValueError naming the client if it has fewer than two cases.
+    Raises ValueError as `check_n_train`.
     """
 
     def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: Settings):
-        if len(indices) < 2:
-            remedy = "BatchNorm needs at least 2: take fewer folds, or leave the center out"
-            raise ValueError(f"{name}: {len(indices)} training case(s); {remedy}")
+        check_n_train({name: len(indices)})
         self.indices = indices
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -150,9 +156,10 @@ def evaluate(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Se
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
     most = max(2 * settings.batch_size, 2**19 // cases.x[0].numel())  # no gradients are kept: more cases fit
-    pieces = indices.to(cases.y.device).split(most)
+    some = indices if len(indices) else torch.zeros(1, dtype=torch.long)  # not every network takes none
+    pieces = some.to(cases.y.device).split(most)
     prob = [forward(model, cases.x[piece].float(), settings).softmax(1) for piece in pieces]
-    return torch.cat(prob).double().cpu().numpy()
+    return torch.cat(prob)[: len(indices)].double().cpu().numpy()
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -120,7 +120,7 @@ def fit_local_only(
     settings: Settings,
     checkpoint: dict[str, Any] | None = None,
 ) -> Iterator[Epoch]:
-    """Epochs without a federation: every client trains its own model and is tested on its own cases.
+    """Epochs without a federation: every client trains its own model and is tested on its own cases, if any.
 
     The yardstick of a federation's gain. The probabilities follow `test`, one center after another, and come
     from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
@@ -130,12 +130,13 @@ def fit_local_only(
     learners = {name: Learner(name, mine[name], indices, settings) for name, indices in train.items()}
     n_k = [len(indices) for indices in train.values()]
     for epoch in range(restore(models, learners, checkpoint), settings.epochs + 1):
-        losses, probs = [], []
-        for k, (name, learner) in enumerate(learners.items()):
-            seed = [*settings.seed, epoch, k, 0]
-            losses.append(client.train_epoch(mine[name], learner, cases, settings, seed))
-            probs.append(client.evaluate(mine[name], test[name], cases, settings))
-        yield Epoch(epoch, float(np.average(losses, weights=n_k)), np.concatenate(probs), learners)
+        seed = [*settings.seed, epoch]
+        losses = [
+            client.train_epoch(mine[name], learner, cases, settings, [*seed, k, 0])
+            for k, (name, learner) in enumerate(learners.items())
+        ]
+        prob = [client.evaluate(mine[name], indices, cases, settings) for name, indices in test.items()]
+        yield Epoch(epoch, float(np.average(losses, weights=n_k)), np.concatenate(prob), learners)
 
 
 def checkpoint_of(model: nn.Module, epoch: Epoch) -> dict[str, Any]:

@@ -175,8 +175,8 @@ def execute(sites: Sites) -> Path:
     """Train a run at the sites; its folder, in the form that `runs.execute` leaves.
 
     Case ids in it are running numbers. Goes on from the last whole round, with the bits of a run that never
-    stopped. Raises FederationError naming a site that stays away or fails, StaleRunError for other data or
-    settings.
+    stopped. Raises FederationError naming a site that stays away or fails, ValueError for sites with too few
+    training cases, StaleRunError for other data or settings.
     """
     profile = sites.federation.profile
     p, run = profile.model_copy(update={"checkpoint_seconds": 0.0, "data": "federation"}), sites.run
@@ -185,6 +185,9 @@ def execute(sites: Sites) -> Path:
     for name, hello in hellos.items():
         if hello["center"] != name:
             raise FederationError(f"{name}: its node says it is {hello['center']}")
+    federated.check_n_train(
+        {name: hello["n_train"] for name, hello in hellos.items()}, f", {runs.named(run)}"
+    )
     keys = json.dumps({name: hello["data"] for name, hello in hellos.items()})
     key, settings = hashlib.sha256(keys.encode()).hexdigest(), runs.run_settings(p, run)
     store.finished(sites.folder, settings.protocol(), key)
@@ -240,7 +243,8 @@ def _rounds(
         if len(told) == len(names) and all("prob" in values for values in told):
             prob = np.concatenate([np.reshape(values["prob"], (-1, 2)) for values in told])
         elif len(told) == len(names):  # a site shares no scores
-            centers = [(name, *(tested[name][key] for key in ("n", "acc", "auc"))) for name in names]
+            having = [name for name in names if tested[name]["n"]]  # a fold may test nobody of a site
+            centers = [(name, *(tested[name][key] for key in ("n", "acc", "auc"))) for name in having]
         for name in names:
             if name not in tested:
                 left_out[name] = f"{left_out.get(name, 'away')}; round not tested"

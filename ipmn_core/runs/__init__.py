@@ -29,4 +29,4 @@ from ipmn_core.runs.store import (
     updates,
     validation,
 )
-from ipmn_core.runs.workers import RunsFailedError, run_grid, train
+from ipmn_core.runs.workers import RunsFailedError, check_folds, run_grid, train

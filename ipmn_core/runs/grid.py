@@ -41,6 +41,9 @@ class RunSettings(Settings):
     inner_validation: float
     max_per_cell: int | None
     size: int
+    spacing: float | None
+    intensity: str
+    orientation: str
     threads: int
     strategy: Strategy | None
     device: str = field(default="cpu", compare=False)
@@ -96,11 +99,12 @@ def run_settings(p: Params, run: Run) -> RunSettings:
         epochs = p.rounds * p.local_epochs
     elif run.arm != CENTRALIZED:
         epochs, strategy = p.rounds, federated.strategy(run.arm, p.clients_per_round)
-    same = ("fold_rule", "inner_validation", "max_per_cell", "size", "threads", "batch_size")
+    same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size")
     same += ("batches_per_epoch", "lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob")
     return RunSettings(
         **asdict(run),
         **{key: getattr(p, key) for key in same},
+        **asdict(p.preprocessing),
         model=model,
         folds=p.folds(run.task),
         strategy=strategy,

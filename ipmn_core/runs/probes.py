@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from ipmn_core import data
-from ipmn_core.data import Cohort
+from ipmn_core.data import Cohort, headers
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import Run, folder_of
@@ -32,29 +32,34 @@ def center_one_hot(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
 
 
 def header(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
-    """Voxel spacing (mm) and matrix, (N, 6): dx, dy, dz, nx, ny, nz of the image's header; no voxel is read.
+    """Spacing (mm), matrix and stored axes, (N, 9): dx, dy, dz, nx, ny, nz, ax, ay, az of the image's header.
 
-    A spacing that is not finite is NaN; one of zero is 1 mm, as nibabel reads it. The images of the data
-    set's first release are cut to the pancreas, so there nx, ny, nz also tell its size, which is anatomy.
+    An axis is 1, 2, 3 if it points to the patient's right, front, head, negative if to the left, back, feet.
+    No voxel is read. A spacing that is not finite is NaN; one of zero is 1 mm, as nibabel reads it. Images
+    that are cut to the pancreas tell by nx, ny, nz also its size, which is anatomy.
     """
-    headers = [nib.load(path).header for path in scans["image"]]
-    spacing = np.array([h["pixdim"][1:4] for h in headers], dtype=float)
-    spacing[~np.isfinite(spacing)] = np.nan
-    return np.hstack([spacing, [h["dim"][1:4] for h in headers]])
+    of = [headers.header_of(path) for path in scans["image"]]
+    spacing = np.array([h["pixdim"][1:4] for h in of], dtype=float)
+    spacing[~np.isfinite(spacing)], spacing[spacing == 0] = np.nan, 1
+    turns = [nib.io_orientation(headers.place(h)[0]) for h in of]
+    axes = [(turn[:, 0] + 1) * turn[:, 1] for turn in turns]
+    return np.hstack([spacing, [h["dim"][1:4] for h in of], axes])
 
 
 def histogram(_scans: pd.DataFrame, array: np.ndarray) -> np.ndarray:
-    """Share of each cube's non-zero voxels in 32 equal bins of [0, 1], (N, 32).
+    """Share of each cube's non-zero voxels in 32 equal bins of [0, 1], (N, 32); of all values if wider.
 
     It knows no place or shape, but is no mere nuisance: the fluid of a large cyst or wide duct shows in it.
     An arm that does no better need not have used any shape.
     """
-    # cube by cube: the array may be a memory map
-    counts = [np.histogram(cube[cube > 0].astype(float), 32, (0, 1))[0] for cube in map(np.asarray, array)]
+    ends = [(cube.min(), cube.max()) for cube in map(np.asarray, array)]  # the array may be a memory map
+    low, high = np.clip(np.array(ends, float), (-np.inf, 1), (0, np.inf)).T
+    ends = low.min(), high.max()
+    counts = [np.histogram(cube[cube != 0].astype(float), 32, ends)[0] for cube in map(np.asarray, array)]
     return np.array([count / max(count.sum(), 1) for count in counts])
 
 
-# from the scans of one modality and their cubes (N, S, S, S), in [0, 1], to features (N, F) float64
+# from the scans of one modality and their cubes (N, S, S, S) to features (N, F) float64
 PROBES = {"center_only": center_one_hot, "header_only": header, "histogram_only": histogram}
 
 
@@ -87,7 +92,7 @@ def grid(p: Params, task: str) -> list[Run]:
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
     """All runs of a task's probes with the settings that their results depend on, for `run.json`."""
     same = {"folds": p.folds(task), "fold_rule": p.fold_rule, "max_per_cell": p.max_per_cell}
-    same |= {"size": p.size, "seed": p.seed}
+    same |= {**asdict(p.preprocessing), "seed": p.seed}
     return {run: {**asdict(run), **same} for run in grid(p, task)}
 
 

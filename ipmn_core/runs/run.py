@@ -110,7 +110,7 @@ def record(
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"settings": settings.record(), "data": cases.key, "cohort": cases.name}
-    about["classes"] = cases.names(run.task)
+    about |= {"classes": cases.names(run.task), "centers": list(indices(cases.scans, "train"))}
     tested = cases.scans.loc[np.concatenate(list(indices(cases.scans, "test", "validation").values()))]
     saved = time.perf_counter()
     started, cost = saved - progress.seconds, 0.0  # cost: seconds that the last checkpoint took

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import nn
 
 from ipmn_core import models
 from ipmn_core.names import LABELS, TASKS, binary_names
+from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
 
 
@@ -29,10 +29,11 @@ class Trained:
     network: str
     task: str
     classes: tuple[str, ...]
-    size: int  # edge of its cubes, voxels
+    how: Preprocessing  # of the scans it was trained on
     modality: str | None = None
     arm: str | None = None
     fold: int | None = None
+    centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
 
     @property
     def name(self) -> str:
@@ -40,11 +41,12 @@ class Trained:
         return self.weights.name if self.arm is None else f"{self.arm} fold {self.fold}"
 
 
-def find(folders: str | Path | Sequence[str | Path], size: int = 96) -> list[Trained]:
+def find(folders: str | Path | Sequence[str | Path], how: Preprocessing | None = None) -> list[Trained]:
     """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
 
-    A file is the state dict of a 3D DenseNet-121 with two or three classes, for cubes of `size`. Raises
-    PredictError naming what is absent, unfinished or damaged.
+    A file is the state dict of a 3D DenseNet-121 with two or three classes, for scans preprocessed as `how`
+    says, by default as in the paper. Raises PredictError naming what is absent, unfinished or damaged, and a
+    run that was trained on scans preprocessed in another way than `how`.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
@@ -53,7 +55,9 @@ def find(folders: str | Path | Sequence[str | Path], size: int = 96) -> list[Tra
         if not path.exists():
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
-        of = [_of_file(path, size)] if path.is_file() else [_of_run(fold) for fold in folds]
+        of = [_of_file(path, how or Preprocessing())] if path.is_file() else [_of_run(fold) for fold in folds]
+        if how and any(one.how != how for one in of):
+            raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
     return list(found.values())
 
@@ -68,20 +72,21 @@ def _of_run(folder: Path) -> Trained:
         models.factory(of["model"])
         if of["task"] not in TASKS:
             raise ValueError(f"unknown task {of['task']!r}")
-        known = [of["model"], of["task"], tuple(record["classes"])]
-        known += [of[key] for key in ("size", "modality", "arm", "fold")]
+        how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
+        known = [of["model"], of["task"], tuple(record["classes"]), how]
+        known += [of["modality"], of["arm"], of["fold"], tuple(record["centers"])]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
     return Trained(folder / "model.pt", *known)
 
 
-def _of_file(path: Path, size: int) -> Trained:
+def _of_file(path: Path, how: Preprocessing) -> Trained:
     layers = [value for value in weights(path).values() if value.ndim == 2]
     n_classes = len(layers[-1]) if layers else 0
     if n_classes not in (2, 3):
         raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
     task, names = ("binary", binary_names(LABELS[2:])) if n_classes == 2 else ("multiclass", LABELS)
-    return Trained(path, "densenet121", task, names, size)
+    return Trained(path, "densenet121", task, names, how)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -106,11 +111,10 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     """
     state, source = weights(trained.weights), str(trained.weights)
     if trained.arm == LOCAL_ONLY:
-        clients = centers(trained)
-        if center not in clients:
-            wrong, known = f", not {center}" if center else "", ", ".join(clients)
+        if center not in trained.centers:
+            wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
-        mine, source = f"{clients.index(center)}.", f"{source}, {center}"
+        mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
     network = models.build(trained.network, len(trained.classes))
     try:
@@ -123,10 +127,3 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         if not value.isfinite().all():
             raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
     return network.eval()
-
-
-def centers(trained: Trained) -> list[str]:
-    """The centers whose networks the weights of the arm `local_only` hold, in order, by `splits.csv`."""
-    splits = pd.read_csv(trained.weights.with_name("splits.csv"), dtype=str, keep_default_na=False)
-    clients = set(splits.loc[splits["role"] == "train", "center"])
-    return [center for center in splits["center"].unique() if center in clients]

@@ -9,6 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -19,13 +20,13 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from ipmn_core import data
+from ipmn_core import federated
 from ipmn_core.data import Cohort
 from ipmn_core.params import Params
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
-from ipmn_core.runs.grid import Run, folder_of, named, protocols
-from ipmn_core.runs.run import execute
+from ipmn_core.runs.grid import CENTRALIZED, LOCAL_ONLY, Run, folder_of, grid, named, protocols, run_settings
+from ipmn_core.runs.run import execute, with_roles
 
 
 class RunsFailedError(RuntimeError):
@@ -43,12 +44,12 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
 
     Workers are joblib's, so that `joblib.parallel_config` chooses another backend. With `p.threads` set the
     result does not depend on the number of jobs. Raises StaleRunError before any training if a run on disk,
-    finished or not, was made with other settings or data, CohortError for a center that cannot be split, and
-    RunsFailedError after all others.
+    finished or not, was made with other settings or data, CohortError for a center that cannot be split,
+    ValueError for a fold that cannot be used (`check_folds`), and RunsFailedError after all others.
     """
+    check_folds(p, tasks, cohort)
     missing = []
     for task in tasks:
-        data.assign_folds(cohort, p.folds(task), p.fold_rule, task)
         missing += store.unfinished(p, protocols(p, task), cohort.key)
     if not missing:
         return
@@ -71,6 +72,29 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
             f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept, "
             "the same command repeats only these:\n  " + "\n  ".join(failed)
         )
+
+
+def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
+    """Raise ValueError for a fold that tests no case, or in which a center has too few to train by itself.
+
+    Also for a federation of one center. Raises CohortError for a center that cannot be split.
+    """
+    cohort = replace(cohort, cubes=None)  # roles need none
+    federated_arms = [arm for arm in p.arms if arm not in (CENTRALIZED, LOCAL_ONLY)]
+    for modality in p.modalities if federated_arms and "binary" in tasks else ():
+        if len(found := cohort.of(modality).centers) < 2:
+            text = f"{', '.join(federated_arms)} needs two centers, {modality} has {', '.join(found)}"
+            raise ValueError(f"{text}; set `arms: [{CENTRALIZED}]`")
+    for task in tasks:
+        runs = {(run.modality, run.fold): run for run in grid(p, task)}  # folds are the same for all arms
+        for run in runs.values():
+            where = f"{task} {run.modality} fold {run.fold}"
+            scans = with_roles(cohort, run_settings(p, run)).scans
+            if not (scans["role"] == "test").any():
+                raise ValueError(f"{where} has no case to test; take fewer folds")
+            if task == "binary" and set(p.arms) != {CENTRALIZED}:
+                n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
+                federated.check_n_train(n_train.to_dict(), f", {where}")
 
 
 def _attempt(p: Params, run: Run, cohort: Cohort, parent: int) -> str:

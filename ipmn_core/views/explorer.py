@@ -13,6 +13,7 @@ from ipmn_core import metrics
 from ipmn_core.data import Cohort
 from ipmn_core.metrics import centers
 from ipmn_core.names import display_name
+from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.views.live import LiveView, answering, viewer_state
 from ipmn_core.views.results import overview
@@ -25,7 +26,7 @@ def center_explorer(
     predictions: pd.DataFrame,
     validation: pd.DataFrame | None,
     cohort: Cohort,
-    size: int = 32,
+    how: Preprocessing,
     seed: int = 0,
 ) -> LiveView:
     """Results by center: intervals of all, and of one the ROC, confusions, scores, most wrong cases.
@@ -37,14 +38,13 @@ def center_explorer(
     selected = centers.by_rules(predictions, validation)
     summary = centers.summary(selected, seed=seed)
     state = explorer_state(selected, summary, cohort)
-    live = state | {"scans": viewer_state(cohort.scans, size)}
+    live = state | {"scans": viewer_state(cohort.scans, how)}
     first = state["views"][0]
     shown = summary[(summary["task"] == first["task"]) & (summary["modality"] == first["modality"])]
     shown = shown[(shown["rule"] == state["rules"][0][0]) & (shown["metric"] == "auc")]
     alt = "AUC by center, mean over folds with its 95 % interval, a color per arm"
-    return LiveView(
-        "explorer", live, lambda: overview(shown), alt, lambda: state, answering(cohort.scans, size)
-    )
+    ask = answering(cohort.scans, how)
+    return LiveView("explorer", live, lambda: overview(shown), alt, lambda: state, ask)
 
 
 def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated, models, phantom, runs
 from ipmn_core.data import Cohort
-from ipmn_core.params import Params
+from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import Run, store, trained
 from ipmn_core.views.scans import HEAT, OPACITY, section, show_slice
 from ipmn_core.views.style import PALETTE, SMALL
@@ -52,6 +52,7 @@ class Look:
     lesion: np.ndarray | None  # (S, S, S) float32
     mm: np.ndarray  # (3,)
     turn: np.ndarray  # (3, 2)
+    how: Preprocessing
     task: str = ""
     modality: str = ""
     network: str = ""
@@ -68,7 +69,7 @@ class Look:
     @property
     def in_pancreas(self) -> float:
         """Share of all attention that is on the pancreas, not on padding; NaN without attention."""
-        return _ratio(self.heat.sum(where=self.cube > 0), self.heat.sum())
+        return _ratio(self.heat.sum(where=self.cube != 0), self.heat.sum())
 
     @property
     def share(self) -> float:
@@ -89,7 +90,7 @@ class Look:
         """Share of `weight` (S, S, S) on the pancreas that is on the lesion."""
         if self.lesion is None:
             return np.nan
-        return _ratio((weight * self.lesion).sum(where=self.cube > 0), weight.sum(where=self.cube > 0))
+        return _ratio((weight * self.lesion).sum(where=self.cube != 0), weight.sum(where=self.cube != 0))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -143,13 +144,14 @@ def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list
     patients = {row["patient_id"].casefold(): row for _, row in data.read_truth(p).iterrows()}
     looks = []
     for case, scan in tqdm(scans.iterrows(), "cases", len(scans), unit="case", delay=2):
-        roi = data.load_roi(scan["image"], scan["mask"], case)
+        roi = data.load_roi(scan["image"], scan["mask"], case, p.preprocessing)
         patient = patients.get(scan["patient_id"].casefold())
-        lesion = None if patient is None else lesion_cube(scan, roi, patient, p.phantom_seed, p.size)
+        lesion = None if patient is None else lesion_cube(scan, roi, patient, p.phantom_seed, p.preprocessing)
         mm = np.array(roi.header.get_zooms()) * roi.shape / p.size
         volumes = np.float32(cohort.cubes[scan["row"]]), lesion, mm, nib.io_orientation(roi.affine)
-        about = case, scan["center"], scan["label"], scan["class"]
-        looks.append(Look(*about, *volumes, run.task, run.modality, one.network, one.classes))
+        case_of = case, scan["center"], scan["label"], scan["class"]
+        about = p.preprocessing, run.task, run.modality, one.network, one.classes
+        looks.append(Look(*case_of, *volumes, *about))
     local, seen = run.arm == runs.LOCAL_ONLY, {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
         network = trained.load(one, center).to(federated.device_of(p))
@@ -173,12 +175,14 @@ def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     return done
 
 
-def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed: int, size: int):
+def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed: int, how: Preprocessing):
     """The lesion (`phantom.lesion`) brought to the cube as the image is: share of each voxel, (S, S, S).
 
     `patient` is the scan's row of truth.csv, `roi` its clean ROI. Raises ValueError for another seed.
     """
     lesion = phantom.lesion(patient, seed, scan["modality"])
+    lesion = nib.as_closest_canonical(lesion) if how.orientation == "canonical" else lesion
+    lesion = data.resample(lesion, None, how.spacing)[0] if how.spacing else lesion
     place = np.linalg.solve(lesion.affine, roi.affine)  # of the ROI's voxels among the lesion's
     first = place[:3, 3].round().astype(int)
     part = lesion.dataobj[tuple(map(slice, first, first + roi.shape))]
@@ -186,7 +190,7 @@ def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed:
         raise ValueError(f"{scan['case_id']}: set `phantom_seed` to that of the phantom, it is not {seed}")
     part = part * (np.asanyarray(roi.dataobj) != 0)
     for length in part.shape:  # as `data.to_cube`
-        part = np.tensordot(part, data.area_weights(length, size), ([0], [1]))
+        part = np.tensordot(part, data.area_weights(length, how.size), ([0], [1]))
     return part
 
 
@@ -203,8 +207,8 @@ def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
     lesion or attention.
     """
     frame = pd.DataFrame([[getattr(look, key) for key in COLUMNS] for look in looks], columns=COLUMNS)
-    frame["in_pancreas_even"] = [(look.cube > 0).mean() for look in looks]
-    frame["ratio_image"] = [_ratio(look.share_of(look.cube), look.expected) for look in looks]
+    frame["in_pancreas_even"] = [(look.cube != 0).mean() for look in looks]
+    frame["ratio_image"] = [_ratio(look.share_of(look.cube.clip(0)), look.expected) for look in looks]
     if controls:
         frame["ratio_untrained"] = pd.DataFrame([[x.ratio for x in c] for c in controls]).mean().to_numpy()
     return frame
@@ -229,7 +233,7 @@ def by_class(looks: Sequence[Look]) -> Figure:
         cases = [look for look in looks if look.label == label]
         look = sorted(cases, key=lambda one: np.nan_to_num(one.expected))[len(cases) // 2]
         cube, heat, lesion, mm = canonical(look)
-        k = int((lesion if look.expected > 0 else heat * (cube > 0)).sum(axis=(0, 1)).argmax())
+        k = int((lesion if look.expected > 0 else heat * (cube != 0)).sum(axis=(0, 1)).argmax())
         for ax in (above, below):
             show_slice(ax, nib.Nifti1Image(cube, np.diag([*mm, 1])), k, lesion, color=PALETTE[5])
         over = HEAT(heat := section(heat, "axial", k))

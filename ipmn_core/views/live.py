@@ -15,7 +15,6 @@ from importlib.resources import files
 from typing import Any
 
 import anywidget
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,6 +22,7 @@ from traitlets import Dict, Unicode
 
 from ipmn_core.data import ScanError, headers
 from ipmn_core.names import display_name
+from ipmn_core.params import Preprocessing
 from ipmn_core.views import gradcam
 from ipmn_core.views.gradcam import Look
 from ipmn_core.views.scans import (
@@ -127,14 +127,14 @@ def as_html(data: dict[str, Any], png: str) -> str:
 # ---- the ROI viewer
 
 
-def roi_viewer(scans: pd.DataFrame, size: int = 32) -> LiveView:
-    """A viewer of the cases of `scans` in three planes, beside the cube of edge `size` that a network gets.
+def roi_viewer(scans: pd.DataFrame, how: Preprocessing) -> LiveView:
+    """A viewer of the cases of `scans` in three planes, beside the cube that a network gets, made as `how`.
 
     On a page: one case of each center, of the highest class it has, of the last modality.
     """
     last = scans[scans["modality"] == scans["modality"].iloc[-1]]
     first = last.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
-    return _viewer(scans, size, first.sort_values("center", key=lambda c: c.map(centers_in(c).index)))
+    return _viewer(scans, how, first.sort_values("center", key=lambda c: c.map(centers_in(c).index)))
 
 
 def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
@@ -145,28 +145,30 @@ def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
     names = {look.case_id: look.label for look in looks}
     mine = scans[scans["case_id"].isin(names) & (scans["modality"] == looks[0].modality)]
     first = mine.groupby("label").head(1)
-    return _viewer(mine, len(looks[0].cube), first, {look.case_id: look for look in looks})
+    return _viewer(mine, looks[0].how, first, {look.case_id: look for look in looks})
 
 
-def _viewer(scans: pd.DataFrame, size: int, shown: pd.DataFrame, looks: dict[str, Look] | None = None):
+def _viewer(
+    scans: pd.DataFrame, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Look] | None = None
+):
     """The viewer of `scans`, of which a page holds those `shown`."""
 
     def page() -> dict[str, Any]:
-        held = [on_page(scan, size, (looks or {}).get(scan["case_id"])) for _, scan in shown.iterrows()]
-        return viewer_state(shown, size) | {"held": dict(enumerate(held))}
+        held = [on_page(scan, how, (looks or {}).get(scan["case_id"])) for _, scan in shown.iterrows()]
+        return viewer_state(shown, how) | {"held": dict(enumerate(held))}
 
     def still() -> Figure:
-        first = open_case(shown.iloc[0], size)
+        first = open_case(shown.iloc[0], how)
         return three_planes(first, middle(first))
 
     alt = "The first case in three planes, and below them the cube that a network sees"
-    return LiveView("viewer", viewer_state(scans, size), still, alt, page, answering(scans, size, looks))
+    return LiveView("viewer", viewer_state(scans, how), still, alt, page, answering(scans, how, looks))
 
 
-def viewer_state(scans: pd.DataFrame, size: int) -> dict[str, Any]:
+def viewer_state(scans: pd.DataFrame, how: Preprocessing) -> dict[str, Any]:
     """Which cases a viewer lists, centers in order of appearance; it asks for each that is not in `held`."""
     return {
-        "size": size,
+        "size": how.size,
         "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
         "held": {},
         "modalities": {m: display_name(m) for m in scans["modality"].unique()},
@@ -182,28 +184,28 @@ def _palette() -> np.ndarray:
     return colors
 
 
-def answering(scans: pd.DataFrame, size: int, looks: dict[str, Look] | None = None):
+def answering(scans: pd.DataFrame, how: Preprocessing, looks: dict[str, Look] | None = None):
     """What a viewer gets for a case, by its place in `scans`: `case_or_reason`."""
 
     def answer(place: int) -> tuple[dict[str, Any], Arrays]:
         scan = scans.iloc[place]
-        return case_or_reason(scan, size, (looks or {}).get(scan["case_id"]))
+        return case_or_reason(scan, how, (looks or {}).get(scan["case_id"]))
 
     return answer
 
 
-def on_page(scan: pd.Series, size: int, look: Look | None = None) -> dict[str, Any]:
+def on_page(scan: pd.Series, how: Preprocessing, look: Look | None = None) -> dict[str, Any]:
     """The same for a page, small enough to be part of it."""
-    about, arrays = case_or_reason(scan, size, look, VOXELS)
+    about, arrays = case_or_reason(scan, how, look, VOXELS)
     return about | {"arrays": packed(arrays)}
 
 
 def case_or_reason(
-    scan: pd.Series, size: int, look: Look | None = None, most: int | None = None
+    scan: pd.Series, how: Preprocessing, look: Look | None = None, most: int | None = None
 ) -> tuple[dict[str, Any], Arrays]:
     """The `case_data` of a cohort row, or why it cannot be read."""
     try:
-        return case_data(open_case(scan, size), look, most)
+        return case_data(open_case(scan, how), look, most)
     except ScanError as error:
         return {"wrong": str(error)}, {}
 
@@ -216,7 +218,7 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
     per voxel.
     """
     spacing, shape = np.array(case.image.header.get_zooms()[:3], float), case.image.shape
-    box = tuple(slice(start, start + n) for start, n in zip(case.first, case.roi.shape, strict=True))
+    box = case.box
     cut, step = framing(shape, spacing, box, most or np.inf)
     (low, high), voxels, scale = window_of(case), np.asanyarray(case.image.dataobj), [0.0, 1.0]
     if most:
@@ -224,7 +226,7 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
     elif voxels.dtype.name not in STORED:
         voxels = voxels.astype(np.float32)
     inside = None if case.mask is None else averaged(case.mask[cut], step).astype(bool)
-    arrays = {"voxels": voxels, "cube": windowed(case.cube.astype(np.float32), 0, 1)}
+    arrays = {"voxels": voxels, "cube": windowed(case.cube.astype(np.float32), *case.cube_window)}
     if inside is not None:
         arrays["inside"] = np.packbits(inside.ravel("F"), bitorder="little")
     if look is not None:
@@ -256,11 +258,12 @@ def _told(look: Look | None) -> dict[str, str]:
 
 def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
     """Of a header's text fields, which may name a patient, none: units are one of NIfTI's own words."""
+    header = headers.header_of(case.scan["image"])
     try:
-        units, _ = nib.load(case.scan["image"]).header.get_xyzt_units()
+        units, _ = header.get_xyzt_units()
     except KeyError:  # a code that is none of NIfTI's
         units = "unknown"
-    doubt = headers.spacing_doubt(case.scan["image"])
+    doubt = "; ".join(problem for _, problem, _ in headers.place(header)[1])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""

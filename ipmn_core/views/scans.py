@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ipmn_core.data import bounding_box, check_range, crop, headers, load_image, load_mask, to_cube
+from ipmn_core.data import bounding_box, headers, read_scan, to_cube
+from ipmn_core.params import Preprocessing
 from ipmn_core.views.style import PALETTE, SMALL, centers_in
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
@@ -21,25 +22,26 @@ OPACITY = 0.75  # of a heat map where it is 1; where it is 0 the image shows as 
 EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top, bottom
 
 
-def scan_volumes(scan) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:
+def scan_volumes(
+    scan, how: Preprocessing | None = None
+) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:
     """Whole image, mask (X, Y, Z) bool and clean ROI of a cohort row, in canonical (RAS+) orientation.
 
-    A clean ROI of the first release has no whole image: it is both, and the mask is None.
+    A clean ROI has no whole image: it is both, and the mask is None. Only the ROI is resampled, if `how` says
+    so. Raises ScanError as `data.read_scan`.
     """
-    stored = load_image(scan["image"], scan["case_id"])
-    image = nib.as_closest_canonical(stored)
-    if not scan["mask"]:
-        return image, None, image
-    mask = load_mask(scan["mask"], stored.shape, scan["case_id"])
-    mask = nib.apply_orientation(mask, nib.io_orientation(stored.affine))
-    return image, mask, crop(image, mask)
+    found = read_scan(scan["image"], scan["mask"], scan["case_id"], how)
+    image, roi = map(nib.as_closest_canonical, (found.image, found.roi))
+    if found.mask is None:
+        return image, None, roi
+    return image, nib.apply_orientation(found.mask, nib.io_orientation(found.image.affine)), roi
 
 
 @dataclass(frozen=True)
 class Case:
     """One scan opened for looking, in canonical (RAS+) orientation.
 
-    `roi` begins at voxel `first` of `image`; `cube` (S, S, S) in [0, 1] is what a network gets of it.
+    `roi` fills `box` of `image`; `cube` (S, S, S) is what a network gets of it.
     """
 
     scan: pd.Series
@@ -47,15 +49,19 @@ class Case:
     mask: np.ndarray | None
     roi: nib.Nifti1Image
     cube: np.ndarray
-    first: tuple[int, int, int]
+    box: tuple[slice, slice, slice]
+
+    @property
+    def cube_window(self) -> tuple[float, float]:
+        """Values of the cube to show black and white: 0 and 1, or all if some are beyond."""
+        return min(0.0, float(self.cube.min())), max(1.0, float(self.cube.max()))
 
 
-def open_case(scan: pd.Series, size: int) -> Case:
-    """Open a cohort row, with its cube of edge `size`. Raises ScanError as `data.load_roi`."""
-    image, mask, roi = scan_volumes(scan)
-    check_range(np.asanyarray(roi.dataobj), scan["image"], scan["case_id"])
-    first = (0, 0, 0) if mask is None else tuple(side.start for side in bounding_box(mask))
-    return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), size), first)
+def open_case(scan: pd.Series, how: Preprocessing) -> Case:
+    """Open a cohort row, with its cube made as `how` says. Raises ScanError as `data.read_scan`."""
+    image, mask, roi = scan_volumes(scan, how)
+    box = bounding_box(np.ones(image.shape) if mask is None else mask)
+    return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), how.size, how.intensity), box)
 
 
 def middle(case: Case) -> list[int]:
@@ -141,13 +147,13 @@ def slices(scan) -> Figure:
     return figure
 
 
-def roi_and_cube(scan, cube: np.ndarray) -> Figure:
+def roi_and_cube(scan, cube: np.ndarray, how: Preprocessing | None = None) -> Figure:
     """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S) for a network."""
-    _, _, roi = scan_volumes(scan)
+    stored = read_scan(scan["image"], scan["mask"], scan["case_id"], how).roi
+    roi, turn = nib.as_closest_canonical(stored), nib.io_orientation(stored.affine)
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6))
     show_slice(left, roi, widest_slice(roi.dataobj))
     left.set_title(f"ROI, {' x '.join(map(str, roi.shape))} voxels")
-    turn = nib.io_orientation(headers.placing(nib.load(scan["image"]).affine))
     shown = nib.Nifti1Image(nib.apply_orientation(cube.astype(np.float32), turn), np.eye(4))
     show_slice(right, shown, widest_slice(shown.dataobj))
     right.set_title(f"cube, {' x '.join(map(str, cube.shape))} voxels")
@@ -157,11 +163,12 @@ def roi_and_cube(scan, cube: np.ndarray) -> Figure:
 def three_planes(case: Case, position: Sequence[int]) -> Figure:
     """The image through voxel `position` in three planes and, below, the same place in the cube."""
     cube, size = nib.Nifti1Image(case.cube.astype(np.float32), np.eye(4)), len(case.cube)
-    within = (np.array(position) - case.first + 0.5) * size / case.roi.shape
+    start, length = np.array([(side.start, side.stop - side.start) for side in case.box]).T
+    within = (np.array(position) - start + 0.5) * size / length
     within = np.clip(within, 0, size - 1).astype(int)  # the cube's nearest voxel, if it is outside
     rows = [
         ("image", case.image, case.mask, window_of(case), position),
-        ("cube", cube, None, (0, 1), within),
+        ("cube", cube, None, case.cube_window, within),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.2))
     for row, (name, image, mask, window, at) in zip(axes, rows, strict=True):
@@ -204,14 +211,14 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
 
 def header_facts(case: Case) -> dict[str, str]:
     """Facts of the file's header: name -> text."""
-    stored = nib.load(case.scan["image"])
-    spacing = " × ".join(f"{mm:.2f}" for mm in stored.header.get_zooms()[:3])
+    stored, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
+    spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
     return {
         "case": f"{case.scan['center']} {case.scan['case_id']}, {case.scan['modality'].upper()}",
         "class": case.scan["class"],
-        "stored": f"{' × '.join(map(str, stored.shape))} voxels, {stored.get_data_dtype()}",
+        "stored": f"{' × '.join(map(str, stored.get_data_shape()))} voxels, {stored.get_data_dtype()}",
         "voxel": f"{spacing} mm",
-        "axes": "".join(nib.aff2axcodes(headers.placing(stored.affine))),
+        "axes": headers.axes_of(headers.place(stored)[0]),
         "ROI": f"{' × '.join(map(str, case.roi.shape))} voxels (canonical)",
-        "cube": f"{len(case.cube)}^3 voxels, scaled to 0-1",
+        "cube": f"{len(case.cube)}^3 voxels, values {low:.3g} to {high:.3g}",
     }

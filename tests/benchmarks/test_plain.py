@@ -7,6 +7,7 @@ import torch
 from ipmn_core import federated, models
 from ipmn_core.data import load_cubes, read
 from ipmn_core.federated import client
+from ipmn_core.params import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 32
@@ -102,11 +103,11 @@ def test_every_federated_round_ends_with_the_same_weights(rois, cases, mu, round
 
 
 def test_the_cache_holds_the_plain_cubes_to_half_precision(rois, cases, phantom_scans, tmp_path):
-    stored = torch.tensor(load_cubes(rois, SIZE, tmp_path)[0])[:, None]
+    stored = torch.tensor(load_cubes(rois, Preprocessing(SIZE), tmp_path)[0])[:, None]
     apart = (stored.float() - cases.x).abs().max().item()
     assert 0 < apart < 2**-12 + 1e-6  # half a step of float16 below 1, and float32's rounding before it
     few = phantom_scans.iloc[::8].reset_index(drop=True)  # image and mask instead of a clean ROI
-    stored = torch.tensor(load_cubes(few, SIZE, tmp_path)[0])
+    stored = torch.tensor(load_cubes(few, Preprocessing(SIZE), tmp_path)[0])
     for scan, ours in zip(few.itertuples(), stored, strict=True):
         theirs = plain.cube(scan.image, scan.mask, SIZE)[0].as_tensor()
         assert (ours.float() - theirs).abs().max() < 2**-12 + 1e-6, scan.case_id

@@ -22,7 +22,6 @@ from ipmn_core.data import (
     case_name,
     inspect,
     load_cubes,
-    load_image,
     load_roi,
     read,
     scanner_facts,
@@ -31,6 +30,7 @@ from ipmn_core.data import (
 )
 from ipmn_core.data.sheets import read_table
 from ipmn_core.names import CENTERS
+from ipmn_core.params import Preprocessing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +168,7 @@ def test_a_volume_gives_a_cube_in_0_to_1_or_an_error_of_the_package(tmp_path_fac
     if mask:
         (folder / "m.nii.gz").write_bytes(gzip.compress(mask, 1))
     files = {"image": str(folder / "i.nii.gz"), "mask": str(folder / "m.nii.gz") if mask else ""}
-    row = files | {"case_id": "AHN01"}
+    row = files | {"case_id": "AHN01", "center": "AHN"}
     severities = [severity for severity, _, _, remedy in volume_problems(pd.DataFrame([row])) if remedy]
     try:
         roi = load_roi(row["image"], row["mask"], row["case_id"])
@@ -178,9 +178,15 @@ def test_a_volume_gives_a_cube_in_0_to_1_or_an_error_of_the_package(tmp_path_fac
         return
     assert "error" not in severities
     assert 0 < np.prod(roi.header.get_zooms()) < np.inf or "warning" in severities
-    cube = to_cube(np.asanyarray(roi.dataobj), 8)
-    assert np.isfinite(cube).all() and cube.min() >= 0 and cube.max() <= 1
-    assert nib.as_closest_canonical(roi).shape
+    for how in (Preprocessing(8), Preprocessing(8, 2.0, "zscore", "canonical")):
+        try:
+            roi = load_roi(row["image"], row["mask"], row["case_id"], how)
+        except ScanError as error:  # of some settings alone
+            assert str(error).startswith("AHN01: ")
+            continue
+        cube = to_cube(np.asanyarray(roi.dataobj), 8, how.intensity)
+        assert np.isfinite(cube).all() and (how.spacing or (cube.min() >= 0 and cube.max() <= 1))
+        assert nib.as_closest_canonical(roi).shape
 
 
 @settings(fixed, max_examples=80)
@@ -196,7 +202,7 @@ def test_a_file_with_a_byte_changed_or_cut_off_is_read_or_refused(tmp_path_facto
     raw[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(raw[:end] if packed else gzip.compress(raw[:end]))
     try:
-        voxels = np.asanyarray(load_image(path, "AHN01").dataobj)
+        voxels = np.asanyarray(load_roi(path, None, "AHN01").dataobj)
     except ScanError as error:
         assert str(error).startswith(f"AHN01: {path} ")
         return
@@ -226,10 +232,10 @@ def test_text_of_a_header_is_in_no_message_no_warning_no_file_and_no_image(tmp_p
     scans = read(root).scans
     for case in ("nyu_2", "nyu_3"):
         with pytest.raises(ScanError) as error:
-            load_cubes(scans[scans["case_id"] == case], 32, tmp_path / "out")
+            load_cubes(scans[scans["case_id"] == case], Preprocessing(32), tmp_path / "out")
         assert "DOE" not in str(error.value)
     with pytest.warns(UserWarning) as told:
-        load_cubes(scans.head(1), 32, tmp_path / "out")
+        load_cubes(scans.head(1), Preprocessing(32), tmp_path / "out")
     scanner_facts(scans.head(1)).to_csv(tmp_path / "out" / "facts.csv")
     image, _, roi = views.scan_volumes(scans.iloc[0])
     nib.save(roi, tmp_path / "out" / "roi.nii")

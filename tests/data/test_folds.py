@@ -4,8 +4,8 @@ import warnings
 
 import pandas as pd
 import pytest
-from sklearn.model_selection import StratifiedKFold
 from made_up import paper_cohort
+from sklearn.model_selection import StratifiedKFold
 from tiny import first_release, paper_scans, problems_of, scans_of
 
 from ipmn_core import data

@@ -33,8 +33,14 @@ def test_a_tail_of_one_joins_the_batch_before_it(n, sizes):
 
 
 def test_one_training_case_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match=r"AHN: 1 training case.*at least 2"):
+    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); more folds"):
         Learner("AHN", small_net(), torch.arange(1), settings())
+
+
+def test_nobody_to_test_is_no_fault():
+    net = small_net()
+    net.register_forward_pre_hook(lambda _, x: 1 / len(x[0]) and None)  # fails on an empty batch, as a ResNet
+    assert client.evaluate(net, torch.arange(0), cases(), settings()).shape == (0, 2)
 
 
 def test_the_protocol_reaches_optimizer_and_schedule():

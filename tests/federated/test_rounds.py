@@ -214,3 +214,14 @@ def test_local_only_starts_as_fedavgs_first_local_updates_and_shares_nothing():
     assert first.loss == pytest.approx(sum(len(clients[n]) * loss for n, (_, loss) in updates.items()) / 33)
     assert first.inner_products is None
     assert largest_difference(models["center_0"].state_dict(), models["center_1"].state_dict()) > 0
+
+
+def test_a_center_without_a_test_case_trains_in_every_arm_and_the_others_are_tested():
+    train = split(9, 12)
+    test = {"center 1": torch.arange(21, 26)}
+    models = {name: small_net() for name in train}
+    *_, last = fit_local_only(nn.ModuleList(models.values()), train, test, cases(), settings())
+    alone = client.evaluate(models["center 1"], test["center 1"], cases(), settings())
+    assert (last.prob == alone).all() and list(last.learners) == ["center 0", "center 1"]
+    *_, last = fit_federated(small_net(), train, test, cases(), settings(), Strategy())
+    assert last.prob.shape == (5, 2)

@@ -35,6 +35,7 @@ def test_an_unknown_task_model_or_arm_is_named(tmp_path, task, changes, message)
 
 CHANGES = {
     **{"binary_model": "shufflenetv2", "binary_folds": 3, "fold_rule": "patient", "inner_validation": 0.2},
+    **{"spacing": 1.0, "intensity": "zscore", "orientation": "canonical"},
     **{"max_per_cell": 9, "size": 48, "rounds": 8, "local_epochs": 2, "clients_per_round": 2},
     **{"batch_size": 5, "batches_per_epoch": 3, "lr": 0.2, "weight_decay": 0.3, "lr_step": 9},
     **{"lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11, "threads": 2},

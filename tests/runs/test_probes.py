@@ -49,11 +49,19 @@ def test_header_features_are_spacing_and_matrix_as_written_as_far_as_they_are_fi
         write_image(tmp_path / f"{i}.nii", *row) for i, row in enumerate(zip(zooms, shapes, strict=True))
     ]
     x = features("header_only", scans_of("NYU", image=files))
-    assert x.shape == (5, 6) and x[0].tolist() == [0.75, 1.5, 7.25, 5, 6, 7]
+    assert x.shape == (5, 9) and x[0].tolist() == [0.75, 1.5, 7.25, 5, 6, 7, -1, 2, 3]  # NIfTI's default: LAS
     np.testing.assert_array_equal(x[1:4, :3], [[1, 1, 1], [np.nan, 1, 5], [np.nan, 2, np.float32(1e-30)]])
     x, y, test = np.tile(x, (8, 1)), np.arange(40) % 2, np.arange(40) >= 30
     x[:30, 0] = 1.0  # where only test cases lack a spacing
     assert np.isfinite(probes.predict("header_only", x, y, test, 2, 0)).all()
+
+
+def test_header_features_hold_the_stored_axes(tmp_path):
+    affine = np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(np.zeros((2, 3, 4), np.uint8), affine), tmp_path / "a.nii.gz")
+    assert "".join(nib.aff2axcodes(affine)) == "AIL"
+    x = features("header_only", scans_of(["NYU"], image=str(tmp_path / "a.nii.gz")))
+    assert x[0, 6:].tolist() == [2, -3, -1]
 
 
 def test_histograms_are_shares_of_the_non_zero_voxels():
@@ -63,6 +71,10 @@ def test_histograms_are_shares_of_the_non_zero_voxels():
     expected = np.zeros((2, 32))
     expected[0, [0, 1, 16, 31]] = 0.25  # the last bin is closed, the others hold their lower edge
     np.testing.assert_array_equal(x, expected)
+    x = features(
+        "histogram_only", scans_of(["NYU"] * 2), cubes * 8 - (cubes != 0) * 3
+    )  # -3 to 5, zero outside
+    assert x[0].sum() == 1 and x[0, 0] > 0 and x[0, 31] > 0 and not x[1].any()
 
 
 def test_center_only_gives_each_center_its_prevalence_in_training():

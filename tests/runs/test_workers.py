@@ -13,7 +13,7 @@ import torch
 from filelock import Timeout
 from small_profile import Carried, profile, small_cohort
 
-from ipmn_core import models, runs
+from ipmn_core import data, models, runs
 from ipmn_core.runs import RunsFailedError, store, workers
 
 TWO = {"modalities": ["t1", "t2"], "epochs": 2}
@@ -54,6 +54,48 @@ def test_runs_that_fail_are_named_and_they_alone_are_repeated(tmp_path, cohort, 
     capsys.readouterr()
     runs.train(p, ["binary"], cohort)
     assert capsys.readouterr().err == ""  # without runs no progress is shown
+
+
+def without(cohort, p, center, fold):
+    """The cohort less the T1 scans of patients of `center` whom `fold` tests."""
+    folds = data.assign_folds(cohort, p.binary_folds, p.fold_rule, "binary")
+    return cohort.where(
+        ~((cohort.scans["center"] == center) & (cohort.scans["modality"] == "t1") & (folds == fold))
+    )
+
+
+def test_a_center_without_a_test_case_in_a_fold_trains_and_is_tested_in_the_others(tmp_path, cohort):
+    arms = {"arms": ["fedprox_0.1", "local_only"], "epochs": 1, "rounds": 1, "binary_folds": 3}
+    p = profile(tmp_path, **arms, modalities=["t1", "t2"], fold_rule="patient")
+    told = runs.run_grid(p, "binary", without(cohort, p, "EMC", 2)).query("modality == 't1'")
+    counts = told.groupby(["arm", "center", "fold"]).size().unstack(fill_value=0)
+    assert counts.loc[:, 2].to_dict() == {(arm, c): 2 * (c != "EMC") for arm, c in counts.index}
+    assert (counts.drop(columns=2) == 3).all(axis=None)
+
+
+def test_a_center_that_cannot_train_by_itself_is_refused_before_any_training(tmp_path, cohort):
+    few = cohort.where((cohort.scans["center"] != "EMC") | cohort.scans["case_id"].isin(["EMC0", "EMC1"]))
+    p = profile(tmp_path, arms=["centralized", "fedprox_0.1"])
+    with pytest.raises(ValueError, match=r"binary t1 fold 0: EMC \(1\); .* or leave the center out"):
+        runs.train(p, ["binary"], few)
+    assert not (p.folder / "runs").exists()
+    runs.check_folds(profile(tmp_path), ["binary"], few)  # centralized training can use them
+    runs.check_folds(p, ["multiclass"], cohort)
+
+
+def test_one_center_trains_by_itself_and_a_federation_of_one_is_refused(tmp_path, cohort):
+    alone = cohort.where(cohort.scans["center"] == "NYU")
+    with pytest.raises(ValueError, match=r"fedavg needs two centers, t1 has NYU; .* `arms: \[centralized\]`"):
+        runs.train(profile(tmp_path, arms=["centralized", "fedavg"]), ["binary"], alone)
+    assert len(runs.run_grid(profile(tmp_path, epochs=1), "binary", alone)) == 8
+
+
+def test_a_fold_that_tests_nobody_is_refused_before_any_training(tmp_path, cohort):
+    p = profile(tmp_path, modalities=["t1", "t2"], fold_rule="patient", binary_folds=3)
+    for center in ("NYU", "AHN", "EMC"):
+        cohort = without(cohort, p, center, 2)
+    with pytest.raises(ValueError, match="binary t1 fold 2 has no case to test"):
+        runs.train(p, ["binary"], cohort)
 
 
 def test_each_run_takes_a_gpu_that_is_free_and_shares_one_if_none_is(tmp_path, monkeypatch):

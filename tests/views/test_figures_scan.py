@@ -10,6 +10,7 @@ from drawn import MM, ORIENTATIONS, is_clean, stored, texts, titles
 from ipmn_core import views
 from ipmn_core.data import ScanError, bounding_box, load_roi, to_cube
 from ipmn_core.names import CENTERS
+from ipmn_core.params import Preprocessing
 from ipmn_core.views import scans
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
@@ -104,7 +105,7 @@ def test_a_header_that_places_nothing_is_shown_as_it_is_read(tmp_path):
     header.set_sform(flat, code=1)
     header.set_qform(None, code=0)
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, header), scan["image"])
-    shown = scans.open_case(scan, 16)
+    shown = scans.open_case(scan, Preprocessing(16))
     assert scans.header_facts(shown)["axes"] == "RAS" and views.roi_and_cube(scan, shown.cube).axes
 
 
@@ -114,7 +115,7 @@ def test_an_roi_of_one_value_is_refused_as_training_refuses_it(tmp_path):
     one[5, 5, 2] = 1
     nib.save(nib.Nifti1Image(one, nib.load(scan["mask"]).affine), scan["mask"])
     with pytest.raises(ScanError, match="cannot be scaled"):
-        scans.open_case(scan, 16)
+        scans.open_case(scan, Preprocessing(16))
 
 
 def test_a_name_with_two_dollars_is_no_formula(tmp_path):
@@ -125,7 +126,7 @@ def test_a_name_with_two_dollars_is_no_formula(tmp_path):
 
 
 def test_three_planes_show_the_same_place_in_image_and_cube(tmp_path):
-    opened = scans.open_case(stored(tmp_path, "PIR"), 16)
+    opened = scans.open_case(stored(tmp_path, "PIR"), Preprocessing(16))
     figure = scans.three_planes(opened, (16, 12, 3))  # inside the marker
     assert titles(figure) == [
         *("image, axial, slice 4 of 6", "image, coronal, slice 13 of 16", "image, sagittal, slice 17 of 20"),

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # the toy looks at its first layer
 ]
 S = 32
+HOW = params.Preprocessing(S)
 LAYERS = {  # the last map of at least 4^3 that all passes through, at 32 and at 96
     "resnet34": ("layer3", "layer4"),
     "shufflenetv2": ("5", "13"),
@@ -88,7 +89,7 @@ def looks_of(n=3, **changes):
     """Looks of class 0, 1, 2, ..., their lesion a corner of the pancreas, the heat even."""
     cube, lesion = np.zeros((2, 8, 8, 8), np.float32)
     cube[:4], lesion[:2, :4, :4] = 0.5, 1
-    one = gradcam.Look("a", "NYU", 0, cube, lesion, np.ones(3), np.array([[0, 1], [1, 1], [2, 1]]))
+    one = gradcam.Look("a", "NYU", 0, cube, lesion, np.ones(3), np.array([[0, 1], [1, 1], [2, 1]]), HOW)
     one = replace(one, layer="maps", prob=0.3, **{"heat": np.ones_like(cube), **changes})
     return [replace(one, case_id=f"c{k}", label=k % 3) for k in range(n)]
 
@@ -133,7 +134,7 @@ def setting(phantom_root, phantom_scans, tmp_path, monkeypatch):
     p = params.validate({**values, "binary_model": "toy", "arms": ["centralized", "local_only"]}, "test")
     chosen = phantom_scans[phantom_scans["center"].isin(["NYU", "IU"])]
     scans = chosen.groupby(["modality", "center"]).head(1).reset_index(drop=True)
-    cubes = data.load_cubes(scans, S, tmp_path / "cache")
+    cubes = data.load_cubes(scans, HOW, tmp_path / "cache")
     return p, paper_cohort(scans, *cubes)
 
 
@@ -195,11 +196,11 @@ def test_the_lesion_comes_to_the_cube_as_the_image_does(setting, phantom_root, m
             stored = nib.load(scan["image"])
             image = nib.Nifti1Image(stored.get_fdata(dtype=np.float32), stored.affine)
             patch.setattr(phantom, "lesion", lambda *_, image=image: image)
-            brought = gradcam.lesion_cube(scan, roi, patient, 0, S)
+            brought = gradcam.lesion_cube(scan, roi, patient, 0, HOW)
         top = np.asanyarray(roi.dataobj).max()
         np.testing.assert_allclose(brought / top, cohort.cubes[k], atol=1e-3)  # float16 has 11 bits
         with pytest.raises(ValueError, match="set `phantom_seed` to that of the phantom"):
-            gradcam.lesion_cube(scan, roi, patient, 1, S)
+            gradcam.lesion_cube(scan, roi, patient, 1, HOW)
 
 
 @pytest.mark.filterwarnings("error")

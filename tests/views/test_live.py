@@ -23,12 +23,14 @@ from ipmn_core import metrics, views
 from ipmn_core.data import load_roi, to_cube
 from ipmn_core.metrics import centers
 from ipmn_core.names import LABEL_NAMES
+from ipmn_core.params import Preprocessing
 from ipmn_core.views import by_hand, explorer, live
 from ipmn_core.views.gradcam import Look
 from ipmn_core.views.scans import widest_slice
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 SIZE = 16  # edge of the cubes
+HOW = Preprocessing(SIZE)
 HOSTILE = '</script><!--<img src="x" onerror="window.hacked=1"><script>window.hacked=1</script>&amp;$x$'
 ARMS = {"Centralized": "centralized", "FedProx (μ=0.1)": "fedprox_0.1", "Local only": "local_only"}
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}  # axes across and down
@@ -81,7 +83,7 @@ def look_of(scan):
     heat = np.zeros((SIZE,) * 3, np.float32)
     heat[4:12, 4:12, 4:12] = 1
     names, turn = scan[["case_id", "center", "label"]], nib.io_orientation(nib.load(scan["image"]).affine)
-    return Look(*names, heat, heat, np.ones(3), turn, modality=scan["modality"], prob=0.25, heat=heat)
+    return Look(*names, heat, heat, np.ones(3), turn, HOW, modality=scan["modality"], prob=0.25, heat=heat)
 
 
 def canonical(path):
@@ -94,7 +96,7 @@ def canonical(path):
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_case_on_a_page_is_in_ras_whatever_is_stored(tmp_path, orientation):
     scan = stored(tmp_path, orientation)
-    item = live.on_page(scan, SIZE)
+    item = live.on_page(scan, HOW)
     found, image, mask = unpacked(item), canonical(scan["image"]), canonical(scan["mask"])
     low, high = np.percentile(image, (1, 99.5))
     np.testing.assert_allclose(found["voxels"], np.interp(image, (low, high), (0, 255)), atol=0.501)
@@ -108,7 +110,7 @@ def test_a_case_on_a_page_is_in_ras_whatever_is_stored(tmp_path, orientation):
     turned = nib.apply_orientation(cube, nib.io_orientation(roi.affine))
     np.testing.assert_allclose(found["cube"], 255 * turned, atol=0.6)  # float16's last bit is 0.06 of 255
     nib.save(roi, scan["image"])
-    clean = live.on_page(pd.Series({**scan, "mask": ""}), SIZE)
+    clean = live.on_page(pd.Series({**scan, "mask": ""}), HOW)
     assert "inside" not in unpacked(clean) and clean["box"] == [[0, 14], [0, 11], [0, 4]]
 
 
@@ -117,7 +119,7 @@ def test_an_image_is_averaged_in_blocks_and_a_mask_thinner_than_these_is_no_obst
     mask[:, 8, [0, 5]] = 1
     nib.save(nib.Nifti1Image(mask, nib.load(scan["image"]).affine), scan["mask"])
     monkeypatch.setattr(live, "VOXELS", 300)
-    item = live.on_page(scan, SIZE)
+    item = live.on_page(scan, HOW)
     assert item["start"] == [0, 0, 0] and item["step"] == [3, 2, 1]
     grey = torch.tensor(np.interp(canonical(scan["image"]), item["window"], (0, 255)))
     means = torch.nn.functional.avg_pool3d(grey[None], item["step"])[0]
@@ -128,7 +130,7 @@ def test_an_image_is_averaged_in_blocks_and_a_mask_thinner_than_these_is_no_obst
 @pytest.mark.parametrize(("kept", "sent"), [("int16", "int16"), ("float64", "float32")])
 def test_the_kernel_sends_the_stored_voxels_or_why_there_are_none(tmp_path, kept, sent):
     scan, answers = stored(tmp_path, "LPS"), []
-    viewer, image = views.roi_viewer(pd.DataFrame([scan]), SIZE), nib.load(scan["image"])
+    viewer, image = views.roi_viewer(pd.DataFrame([scan]), HOW), nib.load(scan["image"])
     viewer.send = lambda *answer: answers.append(answer)
     nib.save(nib.Nifti1Image(image.get_fdata().astype(kept), image.affine), scan["image"])
     voxels = canonical(scan["image"]).astype(sent)
@@ -144,7 +146,7 @@ def test_the_kernel_sends_the_stored_voxels_or_why_there_are_none(tmp_path, kept
 
 def test_an_output_holds_a_picture_and_the_cases_of_a_page(phantom_scans):
     cases = phantom_scans[phantom_scans["center"].isin(["NYU", "AHN"])]
-    viewer = views.roi_viewer(cases, SIZE)
+    viewer = views.roi_viewer(cases, HOW)
     data, _ = viewer._repr_mimebundle_()
     state = data[live.MIME]["state"]
     assert [case[1:] for case in state["cases"]] == [["NYU", "t2", 2], ["AHN", "t2", 2]]
@@ -175,7 +177,7 @@ def test_rows_that_cannot_be_right_are_refused(tables):
 
 def test_no_name_ends_the_script_or_becomes_an_element(tmp_path, tables):
     scan = pd.Series({**stored(tmp_path, "RAS", HOSTILE), "center": HOSTILE})
-    held = live.viewer_state(pd.DataFrame([scan]), SIZE) | {"held": {0: live.on_page(scan, SIZE)}}
+    held = live.viewer_state(pd.DataFrame([scan]), HOW) | {"held": {0: live.on_page(scan, HOW)}}
     results = explorer.explorer_state(*(table.replace({"center": {"NYU": HOSTILE}}) for table in tables))
     for view, state in (("viewer", held), ("explorer", results)):
         html = live.as_html({"view": view, "alt": HOSTILE, "state": state}, "")
@@ -214,10 +216,10 @@ def shown(tmp_path_factory, phantom_scans, tables, walks):
     broken = pd.Series({**mirror, "case_id": "broken", "label": 0, "image": str(folder / "none.nii.gz")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "VOXELS", 20_000)  # so that a phantom is cut and averaged
-        cut = live.on_page(large, SIZE, look_of(large))
-    held = [live.on_page(mirror, SIZE), cut, live.on_page(small, SIZE), live.on_page(broken, SIZE)]
+        cut = live.on_page(large, HOW, look_of(large))
+    held = [live.on_page(mirror, HOW), cut, live.on_page(small, HOW), live.on_page(broken, HOW)]
     cases = pd.DataFrame([mirror, large, small, broken])
-    viewer = live.viewer_state(cases, SIZE) | {"held": dict(enumerate(held))}
+    viewer = live.viewer_state(cases, HOW) | {"held": dict(enumerate(held))}
     states = {"viewer": viewer, "explorer": explorer.explorer_state(*tables), "by_hand": walks}
     return cases, held, browser.write_page(folder / "page.html", states)
 

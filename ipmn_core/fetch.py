@@ -1,0 +1,171 @@
+"""The real data set from the Hugging Face hub: listed, asked about, downloaded, verified.
+
+`huggingface_hub` transfers, repeats and shows progress. It compares sizes only: checksums are compared here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from glob import escape
+from itertools import product
+from pathlib import Path
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm
+
+from ipmn_core.data import case_name
+
+REPO, LICENSE = "phy710/Cyst-X", "CC-BY-NC-4.0"
+PAGE = f"https://huggingface.co/datasets/{REPO}"
+# Part -> pattern of its paths; the group is a volume's modality, "" where a file is of both.
+PARTS = {
+    "images": r"IPMN_images_masks/(t[12])/.+\.nii(?:\.gz)?",
+    "roi": r"IPMN_Classification/(t[12])/.+\.nii(?:\.gz)?",
+    "labels": r"IPMN_Classification/[^/]+\.xlsx()",
+    "splits": r"data splits/classification/.+\.csv()",
+}
+DEFAULT = ("images", "labels", "splits")  # the paper's protocol crops the ROI from images and masks itself
+
+
+class FetchError(RuntimeError):
+    """The data set cannot be fetched; the message says what, where and what to do."""
+
+
+def fetch(
+    root: Path,
+    ask: Callable[[str], bool],
+    parts: Sequence[str] = DEFAULT,
+    modality: str | None = None,
+    cases: int | None = None,
+    endpoint: str | None = None,
+) -> int:
+    """Download the chosen parts to `root` in the release's layout; return how many files they have.
+
+    `modality` (t1 or t2) and `cases`, the first so many names per modality, choose among the volumes. `ask`
+    is given license, sizes and free room if a file is missing, and answers whether to download.
+    Raises FetchError; the same call then downloads the files that are still missing.
+    """
+    with _explained(root):
+        info = HfApi(endpoint=endpoint).dataset_info(REPO, timeout=60)
+        at = {"repo_id": REPO, "repo_type": "dataset", "revision": info.sha}
+        tree = HfApi(endpoint=endpoint).list_repo_tree(**at, recursive=True)
+        listing = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    chosen = _chosen(listing, parts, modality, cases)
+    _require_own(root, listing)
+    checked = {*chosen, *(path for path in listing if re.fullmatch(PARTS["labels"], path))}
+    there = [listing[path] for path in sorted(checked) if (root / path).exists()]
+    if wrong := _differing(root, there, "checking what is there"):
+        text = "differ from the hub's: changed here, damaged, renewed there, or of another data set"
+        raise FetchError(f"{root}: {_some(wrong)} {text}. Move them away to fetch them again")
+    missing = [listing[path] for path in chosen if not (root / path).exists()]
+    if not missing:
+        return len(chosen)
+    total, to_come = (sum(f.size for f in files) for files in (map(listing.get, chosen), missing))
+    free = shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
+    if to_come > free:
+        remedy = "make room, choose another folder, or fetch less (--only, --modality, --cases)"
+        raise FetchError(f"{root}: {_size(free)} free, {_size(to_come)} to download; {remedy}")
+    license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
+    if not ask(
+        f"{PAGE}, revision {info.sha[:12]}\nlicense: {_printable(license)}\n"
+        f"{', '.join(parts)}: {len(chosen)} files, {_size(total)}\n"
+        f"to download: {len(missing)} files, {_size(to_come)}; free: {_size(free)}\nDownload to {root}?"
+    ):
+        raise FetchError("download cancelled")
+    with _explained(root):
+        names = [escape(file.path) for file in missing]
+        snapshot_download(**at, local_dir=root, allow_patterns=names, endpoint=endpoint)
+    if wrong := _differing(root, missing, "verifying"):
+        for path in wrong:
+            (root / path).unlink(missing_ok=True)
+        raise FetchError(f"{root}: {_some(wrong)} did not come whole; run the same command again")
+    return len(chosen)
+
+
+def _chosen(listing, parts, modality, cases):
+    """The paths asked for; FetchError for a part without any and for a name that may leave the folder."""
+    if cases is not None and cases < 1:
+        raise FetchError(f"--cases {cases}: give a number from 1")
+    found = {}
+    for path, part in product(listing, parts):
+        if (match := re.fullmatch(PARTS[part], path)) and match[1] in ("", modality or match[1]):
+            found[path] = match[1], case_name(path.split("/")[-1]).casefold()
+    for part in parts:
+        if not any(re.fullmatch(PARTS[part], path) for path in found):
+            raise FetchError(f"{PAGE} lists no {part} {modality or ''}: see there whether the layout changed")
+    for path in found:
+        if re.search(r"(^|/)\.{0,2}(/|$)|[\\:]", path) or not path.isprintable():
+            raise FetchError(f"the hub lists {path!r}, a name that may leave the folder: report it")
+    volumes = {m: dict.fromkeys(name for k, name in found.values() if k == m) for m in ("t1", "t2")}
+    first = {m: list(names)[:cases] for m, names in volumes.items()}
+    return [path for path, (m, name) in found.items() if not m or name in first[m]]
+
+
+def _require_own(root, listing):
+    """Raise FetchError if a folder holds volumes or sheets of another set, or things but none of this set."""
+    paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
+    there = [p.as_posix() for p in paths if not any(part.startswith((".", "~")) for part in p.parts)]
+    others = sorted(set(there) - listing.keys())
+    data = [name for name in others if name.lower().endswith((".nii", ".nii.gz", ".xlsx"))]
+    if data or (others and len(others) == len(there)):
+        text = f"is not of {REPO}: give a new folder, or that of an earlier fetch"
+        raise FetchError(f"{root} holds another data set: {_some(data or others)} {text}")
+
+
+def _differing(root, files, why):
+    """Paths of files without the hub's size and checksum: sha256 of large files, git's of small ones."""
+    wrong = []
+    for file in tqdm(files, why, leave=False, disable=None):
+        path = root / file.path
+        if path.is_file() and path.stat().st_size == file.size:
+            digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
+            with open(path, "rb") as content:
+                while piece := content.read(1 << 20):
+                    digest.update(piece)
+            if digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id):
+                continue
+        wrong.append(file.path)
+    return wrong
+
+
+@contextmanager
+def _explained(root):
+    """A block whose errors, of any library between here and the hub, become a FetchError."""
+    try:
+        yield
+    except Exception as error:
+        response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        status, remedy = getattr(response, "status_code", None), f"see {PAGE}"
+        if status in (401, 403):
+            text = f"{REPO} is gated, private or gone (status {status})"
+            remedy = f"accept its terms at {PAGE} and log in with `hf auth login`"
+        elif status == 404:
+            text = f"the hub no longer has {_printable(unquote(response.url.path))}"
+        elif getattr(error, "errno", None):
+            text, remedy = (
+                f"{root} cannot be written: {error.strerror}",
+                "make room, or choose another folder",
+            )
+        else:
+            text = f"the hub cannot be reached or broke off ({type(error).__name__}: {_printable(error)})"
+            remedy = "check the network (HTTPS_PROXY names a proxy)"
+        raise FetchError(f"{text}; {remedy}, then run the same command again: what is there stays") from error
+
+
+def _some(paths):
+    return ", ".join(map(repr, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
+def _size(n):
+    return tqdm.format_sizeof(n, "B")
+
+
+def _printable(text):
+    """A text from the network, short, on one line, without what a terminal would act upon."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
