@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
         for path in pipeline.run(p):
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
         page = pipeline.write_report(p)
-    print(f"\n{max((p.folder / 'tables').glob('table3*.md')).read_text()}")
+    paths = [p.folder / "tables" / f"{name}.md" for name in ("table3_beside_paper", "table3")]
+    print(f"\n{next(path for path in paths if path.exists()).read_text()}")
     print(f"tables, figures and notebooks are in {p.folder}/, the report is {page}")
     return 0
 

@@ -157,9 +157,8 @@ def _own_kernel() -> Iterator[dict[str, Any]]:
     if os.name != "nt" and len(os.fsencode(place)) > 80:  # the path of a Unix socket has at most 103 bytes
         place = "/tmp"
     with tempfile.TemporaryDirectory(prefix="ipmn", dir=place) as folder:
-        how = {"connection_file": f"{folder}/kernel.json"}
-        if os.name != "nt":  # with TCP, two kernels that start at a time may be given one port
-            how |= {"transport": "ipc", "ip": f"{folder}/kernel"}
+        # with TCP, two kernels that start at a time may be given one port; Windows has no Unix sockets
+        how = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{folder}/kernel"}
         yield {
             "kernel_name": "python3",
             "kernel_manager_class": OwnKernel,

@@ -66,7 +66,7 @@ def phantom_root(tmp_path_factory):
 def phantom_scans(phantom_root):
     from ipmn_core import data
 
-    return data.read(phantom_root)
+    return data.read(phantom_root).scans
 
 
 @pytest.fixture(scope="session")

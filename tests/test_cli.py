@@ -86,7 +86,7 @@ def test_wrong_usage_exits_with_2_and_says_how_to(arguments, capsys):
 def test_check_of_a_good_cohort_prints_table_1_and_exits_with_0(phantom_root, phantom_scans, capsys):
     assert cli.main(["check", str(phantom_root)]) == 0
     said = capsys.readouterr().out
-    assert data.table1(phantom_scans).to_markdown(index=False) in said
+    assert data.table1(data.read(phantom_root)).to_markdown(index=False) in said
     assert f"{phantom_root}: {len(phantom_scans)} labelled scans, 0 error(s)" in said.splitlines()[-1]
 
 

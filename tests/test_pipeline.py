@@ -72,7 +72,6 @@ def test_the_kernel_is_this_interpreters_whatever_jupyter_finds_and_however_long
     other = {"argv": ["/no/python", "{connection_file}"], "display_name": "Other", "language": "python"}
     (spec / "kernel.json").write_text(json.dumps(other))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(spec / "kernel.json" / "no folder"))
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     monkeypatch.chdir(tmp_path)
     source = notebook(tmp_path, "import sys", "print(sys.executable)")

@@ -68,7 +68,10 @@ def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
 
 
 def _in_paper_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The same rows, those of the paper first and in its order."""
+    """The same rows, those of the paper first and in its order; the others key by key, as they appear."""
+    for key in reversed(KEYS[n]):
+        order = {name: place for place, name in enumerate(table[key].unique())}
+        table = table.sort_values(key, key=lambda names, order=order: names.map(order), kind="stable")
     keyed = table.set_index(KEYS[n], drop=False)
     return keyed.loc[[key for key in _order(table, n) if key in keyed.index]].reset_index(drop=True)
 

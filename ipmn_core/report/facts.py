@@ -18,8 +18,8 @@ from ipmn_core.runs import probes
 
 CAPTIONS = {
     1: "Scans of each center and class",
-    2: "Three classes: ACC and macro AUC in percent, mean ± standard deviation over folds",
-    3: "High risk against the rest: ACC and AUC, mean ± standard deviation over folds",
+    2: "All classes: ACC and AUC (macro average) in percent, mean ± standard deviation over folds",
+    3: "Positive against the rest: ACC and AUC, mean ± standard deviation over folds",
 }
 RECORDED = {  # columns of `_records` by what they say
     "data (SHA-256 of cubes, cases and labels)": "data",
@@ -41,9 +41,13 @@ def results(folder: Path) -> list[tuple[str, str]]:
 
 
 def beside(folder: Path, n: int) -> pd.DataFrame:
-    """Return table `n` as printed, each row of this run above the paper's."""
-    printed = tables.as_printed(pd.read_csv(folder / "tables" / f"table{n}_beside_paper.csv"))
+    """Return table `n` as printed; for the paper's cohort each row of this run above the paper's."""
+    path = folder / "tables" / f"table{n}_beside_paper.csv"
+    is_paper = path.exists()
+    printed = tables.as_printed(pd.read_csv(path if is_paper else path.with_name(f"table{n}.csv")))
     printed = printed.set_index(list(printed.columns[: len(tables.KEYS[n]) - 1]))
+    if not is_paper:
+        return printed
     printed.columns = pd.MultiIndex.from_product([printed.columns[::2], ["this run", "paper"]])
     return printed.stack(future_stack=True)
 

@@ -288,6 +288,34 @@ def test_what_cannot_be_noted_does_not_leave(nodes, p, monkeypatch):
     assert all(set(message.content) == {"values"} for message in grid.left)
 
 
+def test_a_hospital_with_too_few_cases_to_train_on_is_refused_before_the_first_round(nodes, p):
+    def spoil(name, kind, _, content):
+        if (name, kind) == ("NU", "query"):
+            content["values"]["json"] = json.dumps({**values_of(content), "n_train": 1})
+
+    grid = Hospitals(nodes, spoil=spoil)
+    with pytest.raises(ValueError, match=r"fewer than 2 training cases, binary t2 .*fold 0: NU \(1\)"):
+        serve(grid, p())
+    assert {message.kind for message in grid.asked} == {"query"}
+
+
+@pytest.mark.parametrize("share", ["scores", "metrics"])
+def test_a_hospital_that_a_fold_tests_nobody_of_trains_and_is_left_out_of_the_scores(
+    nodes, p, monkeypatch, share
+):
+    honest = site.Site.test.func
+    monkeypatch.setattr(
+        site.Site, "test", property(lambda at: honest(at)[: 0 if at.center == "NU" else None])
+    )
+    grid = Hospitals(nodes | {"NU": {**nodes["NU"], "share": share}})
+    there = serve(grid, p())
+    assert set(grid.orders("train", 2)) == set(SITES)
+    told = "predictions.parquet" if share == "scores" else "centers.csv"
+    told = pd.read_parquet(there / told) if share == "scores" else pd.read_csv(there / told)
+    assert set(told["center"]) == {"NYU", "MCF"}
+    assert pd.read_csv(there / "history.csv")["test_acc"].notna().all()
+
+
 def test_a_node_that_says_it_is_another_hospital_is_refused(nodes, p):
     with pytest.raises(FederationError, match=r"^NU: its node says it is MCF"):
         serve(Hospitals({**nodes, "NU": nodes["MCF"]}), p())

@@ -89,7 +89,8 @@ def looks_of(n=3, **changes):
     """Looks of class 0, 1, 2, ..., their lesion a corner of the pancreas, the heat even."""
     cube, lesion = np.zeros((2, 8, 8, 8), np.float32)
     cube[:4], lesion[:2, :4, :4] = 0.5, 1
-    one = gradcam.Look("a", "NYU", 0, cube, lesion, np.ones(3), np.array([[0, 1], [1, 1], [2, 1]]), HOW)
+    turn = np.array([[0, 1], [1, 1], [2, 1]])
+    one = gradcam.Look("a", "NYU", 0, "no risk", cube, lesion, np.ones(3), turn, HOW)
     one = replace(one, layer="maps", prob=0.3, **{"heat": np.ones_like(cube), **changes})
     return [replace(one, case_id=f"c{k}", label=k % 3) for k in range(n)]
 
