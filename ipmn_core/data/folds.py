@@ -48,11 +48,14 @@ def problems(cohort: Cohort, n_folds: int, rule: str, task: str) -> list[tuple[s
         assign_folds(cohort, n_folds, rule, task)
     except CohortError as error:
         found.append(("warning", *error.args))
+    small = []
     for where, _, y in _cells(cohort.scans, "center", task):
-        counts = _counts(y, cohort.names(task))
-        if small := ", ".join(f"{n} {name}" for name, n in counts.items() if n < n_folds):
-            remedy = "none needed: measures that need the class are n/a there"
-            found.append(("note", where, f"{small}: too few for one in each of {n_folds} folds", remedy))
+        few = [f"{n} {name}" for name, n in _counts(y, cohort.names(task)).items() if n < n_folds]
+        small += [f"{where}: {', '.join(few)}"] if few else []
+    if small:
+        text = f"too few patients for one in each of {n_folds} folds: {'; '.join(small)}"
+        remedy = "none needed: measures that need the class are n/a there"
+        found.append(("note", f"folds of {task}", text, remedy))
     return found
 
 

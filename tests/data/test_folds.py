@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from made_up import paper_cohort
 from sklearn.model_selection import StratifiedKFold
-from tiny import first_release, paper_scans, problems_of, scans_of
+from tiny import MANIFEST, first_release, manifest, paper_scans, problems_of, scans_of
 
 from ipmn_core import data
 from ipmn_core.data import folds as folds_of
@@ -89,10 +89,80 @@ def test_small_classes_are_notes_and_a_center_that_cannot_be_split_is_a_warning(
     first_release(tmp_path, t1=[(f"iu_{i}", 1) for i in range(4)])
     (warning,) = problems_of(tmp_path, "warning")  # 4 cases do for the 4 folds of the binary task
     assert warning.startswith("IU t1") and "4 low risk" in warning and "5 folds" in warning
-    assert any("IU t1 | 0 high risk: too few" in note for note in problems_of(tmp_path, "note"))
-    problems = folds_of.problems(paper_cohort(paper_scans()), 5, "center", "multiclass")
-    assert {severity for severity, *_ in problems} == {"note"}
-    of = {where: problem for _, where, problem, _ in problems}
-    assert set(of) == {f"{c} {m}" for c in ("AHN", "MCA", "IU") for m in ("t1", "t2")}
-    assert "1 no risk, 4 high risk" in of["AHN t1"]
+    (note,) = [note for note in problems_of(tmp_path, "note") if "multiclass" in note]
+    assert "IU t1: 0 no risk, 4 low risk, 0 high risk" in note
+    ((severity, where, problem, _),) = folds_of.problems(
+        paper_cohort(paper_scans()), 5, "center", "multiclass"
+    )
+    assert (severity, where) == (
+        "note",
+        "folds of multiclass",
+    ) and "AHN t1: 1 no risk, 4 high risk;" in problem
+    of = {f"{c} {m}" for c in CENTERS for m in ("t1", "t2") if f"{c} {m}:" in problem}
+    assert of == {f"{c} {m}" for c in ("AHN", "MCA", "IU") for m in ("t1", "t2")}
     assert folds_of.problems(paper_cohort(paper_scans()), 4, "center", "binary") == []
+
+
+# Of a manifest: patients with several scans, and given folds
+
+FOLDS = (*MANIFEST, "patient_id", "modality", "fold")
+
+
+def several(folder):
+    """Two centers, three modalities, twelve patients each of four scans per modality, three given folds."""
+    rows = [
+        (f"{c}{k}{s}_{m}", "yes" if k % 6 < 2 else "no", c, f"{c}{k // 2}", m, f"{k // 6 % 3}")
+        for m in ("t1", "t2", "CT 1.5")
+        for c in "AB"
+        for k in range(24)
+        for s in "xy"
+    ]
+    return manifest(folder, rows, FOLDS)
+
+
+@pytest.mark.parametrize("rule", ["center", "patient", "given"])
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_no_patient_is_in_two_folds_of_a_modality_whatever_the_rule(tmp_path, rule, task):
+    cohort = data.read(several(tmp_path))
+    scans, folds = cohort.scans, data.assign_folds(cohort, 3, rule, task)
+    unit = ["modality", "patient_id"] if rule == "center" else ["patient_id"]
+    assert (folds.groupby([scans[key] for key in unit]).nunique() == 1).all()
+    of_class = folds.groupby([scans[key] for key in ("center", "modality", "class")])
+    assert len(of_class) == 12 and (of_class.nunique() == 3).all()
+    held = data.inner_validation(scans[scans["modality"] == "t1"], 0.3, 0)
+    assert not {*scans["patient_id"][held]} & {*scans[scans["modality"] == "t1"].drop(held)["patient_id"]}
+
+
+def test_notes_of_folds_count_patients_and_given_folds_that_are_not_used_are_problems_of(tmp_path):
+    notes = problems_of(several(tmp_path), "note", multiclass_folds=5, binary_folds=4)
+    assert any("5 folds: A t1: 4 yes; B t1: 4 yes; A t2" in note for note in notes)
+    assert not any("4 folds" in note for note in notes)  # 4 patients of 16 scans
+    assert any("given with the data are not used | set `fold_rule: given`" in note for note in notes)
+    assert not any("not used" in note for note in problems_of(several(tmp_path), "note", fold_rule="given"))
+
+
+@pytest.mark.parametrize(
+    ("given", "folds"), [("9 10 9 x", [0, 1, 0, 2]), ("1.0 0 1 0", [1, 0, 1, 0]), ("b ä b b", [0, 1, 0, 0])]
+)
+def test_given_folds_are_taken_in_the_order_of_their_names(tmp_path, given, folds):
+    rows = [(f"c_{k}", "ab"[k % 2], "A", "", "", fold) for k, fold in enumerate(given.split())]
+    cohort = data.read(manifest(tmp_path, rows, FOLDS))
+    assert data.assign_folds(cohort, len(set(folds)), "given").tolist() == folds
+    with pytest.raises(data.CohortError, match=f"7 are asked for: set `binary_folds: {len(set(folds))}`"):
+        data.assign_folds(cohort, 7, "given", "binary")
+
+
+@pytest.mark.parametrize(
+    ("patient", "fold", "part"),
+    [("", "", "no fold is given for mri c_2"), ("p", "1", "two folds.*c_0, mri c_2")],
+)
+def test_given_folds_that_cannot_be_used_name_the_cases(tmp_path, patient, fold, part):
+    rows = [
+        ("c_0", "a", "A", "P", "", "0"),
+        ("c_1", "b", "A", "", "", "1"),
+        ("c_2", "b", "A", patient, "", fold),
+    ]
+    path = manifest(tmp_path, rows, FOLDS)
+    with pytest.raises(data.CohortError, match=f"folds of multiclass: {part}"):
+        data.assign_folds(data.read(path), 2, "given")
+    assert any(part[:9] in text for text in problems_of(path, "warning", fold_rule="given"))
