@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
@@ -178,24 +178,33 @@ def run(p: Params) -> Iterator[Path]:
         shutil.rmtree(p.folder / name, ignore_errors=True)
     p.folder.mkdir(parents=True, exist_ok=True)
     (p.folder / "params.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
-    sources = chapters()
+    every = chapters(), repeat(p), repeat(_foreign(p))
     if p.jobs == 1:
-        yield from map(_chapter, sources, repeat(p))
+        yield from map(_chapter, *every)
         return
     # in processes, not threads: papermill changes the working directory of the one it is in
     jobs = min(p.jobs, len(NOTEBOOKS))
     with ProcessPoolExecutor(jobs, get_context(START), end_with, (os.getpid(),)) as lanes:
-        yield from lanes.map(_chapter, sources, repeat(p))
+        yield from lanes.map(_chapter, *every)
 
 
-def _chapter(source: Path, p: Params) -> Path:
+def _foreign(p: Params) -> set[str]:
+    """Tags of the cells that are not about this cohort: `paper` (its own numbers), `phantom` (its truth)."""
+    from ipmn_core import data
+
+    applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
+    return {tag for tag, yes in applies.items() if not yes}
+
+
+def _chapter(source: Path, p: Params, without: set[str]) -> Path:
     target = p.folder / "notebooks" / source.name
-    return execute(source, target, {"profile": str(p.folder / "params.yaml")})
+    return execute(source, target, {"profile": str(p.folder / "params.yaml")}, without)
 
 
-def execute(source: Path, target: Path, parameters: dict) -> Path:
+def execute(source: Path, target: Path, parameters: dict, without: Collection[str] = ()) -> Path:
     """`target`, the notebook at `source` executed with `parameters`, written only if it ran to its end.
 
+    Cells with one of the tags in `without` are left out.
     A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook
     without one cell tagged `parameters`, NotebookError for one that did not finish.
     """
@@ -204,12 +213,14 @@ def execute(source: Path, target: Path, parameters: dict) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     _check_parameters(source)
+    notebook = nbformat.read(source, 4)
+    notebook.cells = [c for c in notebook.cells if not {*without} & {*c.metadata.get("tags", [])}]
     target.parent.mkdir(parents=True, exist_ok=True)
     running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
     try:
         with _own_kernel() as options:
             papermill.execute_notebook(
-                source,
+                notebook,
                 running,
                 parameters=parameters,
                 cwd=project_root(),

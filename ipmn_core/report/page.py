@@ -14,6 +14,7 @@ import nbformat
 import yaml
 from nbconvert import HTMLExporter
 
+from ipmn_core.data import read_truth
 from ipmn_core.disk import atomic
 from ipmn_core.params import Params, project_root
 from ipmn_core.report import chapter, facts
@@ -55,7 +56,8 @@ def page_of(p: Params, notebooks: Sequence[Path]) -> str:
         "module": live.module(),
         "profile": p.profile,
         "data": hide(p.data),
-        "synthetic": p.data == "phantom",
+        "synthetic": not read_truth(p).empty,
+        "is_paper": (p.folder / "tables" / "table1_beside_paper.csv").exists(),
         "contents": words.contents,
         "results": facts.results(p.folder),
         "facts": facts.about(p, read, hide),
@@ -83,7 +85,8 @@ def _folder_names(p: Params) -> Callable[[str], str]:
     A page is passed on, and paths name people and hospitals. A folder right below the root stays.
     """
     root = project_root()
-    paths = [str(path) for path in (p.data, p.outputs, root / p.data, root / p.outputs, root, sys.prefix)]
+    places = p.data, p.outputs, root / p.data, root / p.outputs, root, sys.prefix
+    paths = [str(path) for path in (*places, *([p.cohort_root.parent] if p.cohort_root.is_file() else []))]
     names = {path: Path(path).name for path in paths} | {os.path.expanduser("~"): "~"}
 
     def hide(text: str) -> str:

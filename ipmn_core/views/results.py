@@ -17,7 +17,17 @@ from sklearn.metrics import roc_curve
 from ipmn_core import metrics
 from ipmn_core.metrics import centers
 from ipmn_core.names import display_name
-from ipmn_core.views.style import BLACK, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
+from ipmn_core.views.style import (
+    BLACK,
+    MANY,
+    REFERENCES,
+    SMALL,
+    WIDTH,
+    centers_in,
+    color,
+    in_order,
+    name_ticks,
+)
 
 
 def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
@@ -48,7 +58,8 @@ def labelled(axes: np.ndarray, xlabel: str, ylabel: str = "", title: str | None 
         row[0].set_ylabel(ylabel)
         shown = {label: h for ax in row for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if list(shown) != last:
-            row[-1].legend(shown.values(), shown, title=title, loc="center left", bbox_to_anchor=(1, 0.5))
+            place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": -(-len(shown) // MANY)}
+            row[-1].legend(shown.values(), shown, title=title, **place)
         last = list(shown)
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
@@ -72,7 +83,7 @@ def forest(
     table = table.assign(**{name: table.get(name, np.nan) for name in ("low", "high")})
     table = table.assign(undefined=table.get("undefined", ""))
     sizes = table.groupby(row)[["arm", "center"]].nunique()
-    height = 0.6 + ((0.13 * sizes["arm"] + 0.12) * sizes["center"]).max()
+    height = 0.6 + min(14, ((0.13 * sizes["arm"] + 0.12) * sizes["center"]).max())
     axes, shown = panels(table, column, row, height, sharex=True, sharey="row")
     for ax, rows in shown:
         beside = table[table[row] == rows[row].iloc[0]]
@@ -198,7 +209,7 @@ def scanners(facts: pd.DataFrame) -> Figure:
             x = rows["center"].map(names.index) + 0.3 * m - 0.15 + rng.uniform(-0.08, 0.08, len(rows))
             look = {"color": color(modality), "label": display_name(modality)}
             ax.scatter(x, rows[column], s=7, alpha=0.5, **look)
-        ax.set_xticks(range(len(names)), names, fontsize=SMALL)
+        name_ticks(ax.xaxis, names)
     axes[0, 2].set_yscale("log")
     figure = labelled(axes, "center", title="a point: a scan")
     for ax, (title, unit) in zip(axes[0], shown.values(), strict=True):
@@ -222,7 +233,8 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
         ax.text(0.5, 0.6, "n/a: one class only" if len(selected) else "n/a", ha="center")
     ax.plot((0, 1), (0, 1), color="0.8", linewidth=0.8, zorder=0)
     cases = selected.drop_duplicates("case_id")["y_true"]
-    ax.set(title=f"{title} ({cases.sum()} of {len(cases)} positive)", aspect="equal")
+    ax.set_title(f"{title[:24]}\n{cases.sum()} of {len(cases)} positive", parse_math=False)
+    ax.set_aspect("equal")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     return ax
 
@@ -230,12 +242,13 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
 def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task.
 
-    The AUCs are right of each panel, the arms' names once below. All centers together lack `local_only`: its
-    models' scores share no scale to pool.
+    Of many centers the largest. The AUCs are right of each panel, the arms' names once below. All centers
+    together lack `local_only`: its models' scores share no scale to pool.
     """
-    places = [metrics.GLOBAL, *centers_in(selected["center"])]
+    largest = selected.drop_duplicates("case_id")["center"].value_counts(sort=True)[:MANY].index
+    places = [metrics.GLOBAL, *(name for name in centers_in(selected["center"]) if name in largest)]
     down = -(-len(places) // 4)
-    figure, axes = plt.subplots(down, 4, figsize=(WIDTH, 2.1 * down + 0.4), squeeze=False)
+    figure, axes = plt.subplots(down, 4, figsize=(WIDTH, 2.2 * down + 0.4), squeeze=False)
     pooled = selected[selected["arm"] != "local_only"]
     roc(pooled, axes[0, 0], display_name(metrics.GLOBAL))
     for ax, center in zip(axes.flat[1:], places[1:], strict=False):
@@ -252,12 +265,12 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
 def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
     """The image of a matrix, a number in each cell, n/a for NaN, names at rows and columns."""
     image = ax.imshow(cells, **look)
-    for (i, j), number in np.ndenumerate(cells):
+    for (i, j), number in np.ndenumerate(cells if len(cells) <= MANY else cells[:0]):
         text = f"{number:z.2f}" if isinstance(number, float) else str(number)  # z: no -0.00
         hue = "white" if abs(number) > 0.6 * image.norm.vmax else BLACK
         ax.text(j, i, text.replace("nan", "n/a"), color=hue, fontsize=SMALL, ha="center", va="center")
-    ax.set_xticks(range(len(names)), names, fontsize=SMALL)
-    ax.set_yticks(range(len(names)), names, fontsize=SMALL)
+    name_ticks(ax.xaxis, names)
+    name_ticks(ax.yaxis, names)
     return image
 
 

@@ -120,9 +120,14 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None 
     chosen = scans[scans["modality"] == modality]
     label = scans["label"].max() if label is None else label
     centers = centers_in(chosen["center"])
-    rows = {"squeeze": False, "height_ratios": (3, 2)}
-    figure, axes = plt.subplots(2, len(centers), figsize=(1.75 * len(centers), 2.9), **rows)
-    for center, (above, below) in zip(centers, axes.T, strict=True):
+    down = -(-len(centers) // 8)
+    across = -(-len(centers) // down)
+    rows = {"squeeze": False, "height_ratios": (3, 2) * down}
+    figure, axes = plt.subplots(2 * down, across, figsize=(1.75 * across, 2.9 * down), **rows)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    pairs = axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2)
+    for center, (above, below) in zip(centers, pairs, strict=False):
         cases = chosen[chosen["center"] == center]
         scan = cases.sort_values("label", key=lambda v: v != label, kind="stable").iloc[0]
         image, mask, roi = scan_volumes(scan)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from pandas.api.types import is_integer_dtype
@@ -30,6 +31,7 @@ COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn
 _others: dict[str, str] = {}  # colors of names that COLORS lacks, in order of first appearance
 
 WIDTH = 9  # inches: a page that shows a figure 900 pixels wide shows letters of 8 points 11 pixels high
+MANY = 12  # more centers than that are drawn in another form
 SMALL = 8  # points, the smallest letters
 STYLE = {
     "figure.dpi": 100,
@@ -66,6 +68,13 @@ def in_order(arms: Iterable[str]) -> list[str]:
 def centers_in(names: Iterable[str]) -> list[str]:
     """Distinct centers as they come, "global" last."""
     return sorted(dict.fromkeys(names), key=lambda name: name == GLOBAL)
+
+
+def name_ticks(axis: Axis, names: Sequence[str]) -> None:
+    """Write names at the ticks of an axis, upright along x if they would run into each other."""
+    axis.set_ticks(range(len(names)), names, fontsize=SMALL if len(names) <= MANY else 5)
+    if axis.axis_name == "x" and len(names) * max(map(len, names)) > 40:
+        axis.set_tick_params(rotation=90)
 
 
 def use_style() -> None:
