@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add(phantom)
     argument("root", **new_folder)
-    argument("--layout", choices=("second", "first"), default="second", help="release whose layout to use")
+    text = "a release's layout, or manifest: scans.csv with other centers and classes (default: second)"
+    argument("--layout", choices=("second", "first", "third", "manifest"), default="second", help=text)
+    argument("--centers", nargs="+", metavar="NAME", help="centers of a manifest, any names")
+    argument("--axes", action="store_true", help="store the voxels of each center along axes of its own")
     argument("--seed", type=int, default=0)
     argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
     text = "tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)"
@@ -192,7 +195,7 @@ def phantom(options: argparse.Namespace) -> int:
     """Write the synthetic cohort."""
     from ipmn_core import phantom
 
-    settings = ("seed", "layout", "max_per_cell", "shortcut", "jobs")
+    settings = ("seed", "layout", "max_per_cell", "shortcut", "centers", "axes", "jobs")
     root = phantom.write(options.root, **{name: getattr(options, name) for name in settings})
     print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")
     return 0

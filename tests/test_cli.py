@@ -112,8 +112,10 @@ def test_phantom_passes_its_settings_on_and_refuses_a_folder_that_exists(tmp_pat
     asked = []
     monkeypatch.setattr(phantom, "write", lambda root, **settings: asked.append(settings) or root)
     given = ["--layout", "first", "--max-per-cell", "1", "--jobs", "1", "--seed", "3", "--shortcut", "0.8"]
+    given += ["--axes", "--centers", "A 1", "B"]
     assert cli.main(["phantom", str(tmp_path / "cohort"), *given]) == 0
-    assert asked == [{"layout": "first", "max_per_cell": 1, "jobs": 1, "seed": 3, "shortcut": 0.8}]
+    options = {"layout": "first", "max_per_cell": 1, "jobs": 1, "seed": 3, "shortcut": 0.8}
+    assert asked == [options | {"centers": ["A 1", "B"], "axes": True}]
     assert str(tmp_path / "cohort" / "truth.csv") in capsys.readouterr().out
 
 

@@ -17,7 +17,7 @@ from ipmn_core.params import Params
 
 PAPER = dict(zip("012", LABELS, strict=True))  # label in the sheets of the real data set -> class
 PROBLEM_COLUMNS = ["severity", "where", "problem", "remedy"]
-Names = tuple[str, ...]
+TAKEN = {"center", "modality", "total"}  # columns of table 1
 SEVERITIES = ["error", "warning", "note"]
 
 
@@ -32,7 +32,6 @@ class Cohort:
     """
 
     name: str
-
     scans: pd.DataFrame
     classes: tuple[str, ...]
     positive: tuple[str, ...]
@@ -79,7 +78,8 @@ def classes_of(
 ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """Class of each label, all classes in order, the positive ones: a profile's, or those of `known` labels.
 
-    Two labels may be one class. Raises CohortError unless some classes, but not all, are positive.
+    Two labels may be one class. Raises CohortError unless some classes, but not all, are positive, and for
+    names that tables cannot tell apart.
     """
     naming = p.classes or dict(known)
     classes = tuple(dict.fromkeys(naming.values()))
@@ -87,6 +87,10 @@ def classes_of(
     if not set(positive) < set(classes) or len(classes) < 2:
         text = f"positive {', '.join(positive) or 'none'} of the classes {', '.join(classes) or 'none'}"
         raise CohortError("classes", text, "have two classes or more, and set `positive` to some of them")
+    columns = [name.replace(" ", "_").casefold() for name in classes]
+    if len(TAKEN.union(columns)) < len(TAKEN) + len(columns):
+        text = f"the names {', '.join(map(repr, classes))} are too much alike, or one of {', '.join(TAKEN)}"
+        raise CohortError("classes", text, "rename them by `classes`, a mapping {label: class}")
     return naming, classes, tuple(name for name in classes if name in positive)
 
 
@@ -99,16 +103,17 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     read, too (`cubes.volume_problems`).
     """
     how, p, root, problems = p and p.preprocessing, p or Params(), Path(root), []
-    of_release = root.suffix.lower() not in manifest.SUFFIXES
+    of_release = root.is_dir()
     if of_release:
         found, unlabelled = releases.read_release(root, problems, p.cohort)
     else:
-        found, unlabelled = manifest.read(root, problems)
+        found, unlabelled = manifest.read(root, problems, p.classes or ())
     labels = {str(scan["label"]) for scan in found}
     try:
         naming, classes, positive = classes_of(p, PAPER if of_release else manifest.naming(labels))
     except CohortError as error:
-        problems.append(("error", *error.args))
+        if found or not problems:  # without a scan there is no class either
+            problems.append(("error", *error.args))
         naming, classes, positive = {label: label for label in labels}, tuple(sorted(labels)), ()
     unknown = [scan for scan in found if str(scan["label"]) not in naming]
     for scan in unknown:
@@ -119,8 +124,8 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     scans["positive"] = scans["class"].isin(positive)
     scans.attrs["unlabelled"] = unlabelled
     is_paper = of_release and not (p.classes or p.positive or p.center_names)
-    cohort = Cohort(root.name if p.data != "phantom" else "phantom", scans, classes, positive, is_paper)
-    problems += _disagreements(cohort)
+    cohort = Cohort("phantom" if root == p.phantom_root else root.name, scans, classes, positive, is_paper)
+    problems += [*_names(cohort, root, p, of_release), *_disagreements(cohort)]
     for task in TASKS if positive else ():
         problems += folds.problems(cohort, p.folds(task), p.fold_rule, task)
     if any(unlabelled.values()):
@@ -130,6 +135,35 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     table = pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str).drop_duplicates()
     worst_first = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
     return cohort, table.loc[worst_first].reset_index(drop=True)
+
+
+def _names(cohort: Cohort, root: Path, p: Params, of_release: bool):
+    """Problems of the names of centers, classes and modalities, and what was chosen for the user."""
+    scans = cohort.scans
+    for column in ("center", "class", "modality"):
+        names = pd.Series(scans[column].unique(), dtype=str)
+        for _, alike in names.groupby(names.str.casefold()):
+            if len(alike) > 1:
+                text = f"names of a {column} that differ in capitals only: {', '.join(map(repr, alike))}"
+                yield "warning", root, text, "write them alike if they are one"
+    if "global" in (name.casefold() for name in cohort.centers):
+        remedy = "rename it, in the table or by `center_names`"
+        yield "error", root, "a center is called global, the name of all centers together", remedy
+    listed = dict.fromkeys([*(p.center_names or {}).values(), *(p.classes or {}).values()])
+    if absent := [name for name in listed if name not in {*cohort.centers, *scans["class"]}]:
+        yield "note", root, f"no scan is of {', '.join(absent)}", "none needed unless the profile has a slip"
+    if len(scans) and not of_release and not p.classes:
+        classes = ", ".join(f"{k} {name}" for k, name in enumerate(cohort.classes))
+        text = f"the labels give the classes {classes}; positive: {', '.join(cohort.positive)}"
+        yield "note", root, text, "set `classes` and `positive` if another order is meant"
+    if p.fold_rule in ("center", "patient") and scans.filter(like="fold_").ne("").any(axis=None):
+        rule = "official" if of_release else "given"
+        yield (
+            "note",
+            root,
+            "the folds given with the data are not used",
+            f"set `fold_rule: {rule}` to use them",
+        )
 
 
 def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> pd.DataFrame:

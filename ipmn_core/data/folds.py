@@ -26,39 +26,47 @@ def assign_folds(cohort: Cohort, n_folds: int, rule: str = "center", task: str =
     center, over patients, by the largest of a patient's classes there. `rule="patient"`: Departs from the
     paper: the same within each center for all modalities together, so that T1 and T2 of one pancreas are
     never on both sides of a split. `rule="given"` or "official": the folds that the manifest, or the release,
-    gives. Raises CohortError for a center without a class of `n_folds` patients, and for given folds that
-    cannot be used.
+    gives. Raises ValueError for another rule, CohortError for a center without a class of `n_folds` patients
+    and for given folds that cannot be used.
     """
     scans = cohort.scans
     if rule in ("given", "official"):
         return _given_folds(scans, n_folds, task)
-    patient = ["patient_id"] if rule == "patient" else ["modality", "patient_id"]
-    home = scans.groupby(patient)["center"].transform("first")
-    cell = home + " " + ("patients" if rule == "patient" else scans["modality"])
-    y = targets(scans, task)
+    if rule not in ("center", "patient"):
+        raise ValueError(f"fold_rule {rule!r}: choose center, patient, given or official")
     fold = pd.Series(-1, scans.index, name="fold")
-    for where, rows in scans.groupby(cell, sort=False).indices.items():
-        unit = scans["patient_id"].iloc[rows]
-        y_of_patient = y.iloc[rows].groupby(unit, sort=False).max()
-        fold.iloc[rows] = unit.map(_stratified_folds(y_of_patient, n_folds, cohort.names(task), where))
+    for where, rows, y in _cells(scans, rule, task):
+        split = _stratified_folds(y, n_folds, cohort.names(task), where)
+        fold.iloc[rows] = scans["patient_id"].iloc[rows].map(split)
     return fold
 
 
 def problems(cohort: Cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str, str, str]]:
-    """Problems of a task's folds: refused ones (warnings), classes with fewer cases than folds (notes)."""
+    """Problems of a task's folds: refused ones (warnings), classes of fewer patients than folds (notes)."""
     found = []
     try:
         assign_folds(cohort, n_folds, rule, task)
     except CohortError as error:
         found.append(("warning", *error.args))
-    for where, here in cohort.scans.groupby(
-        cohort.scans["center"] + " " + cohort.scans["modality"], sort=False
-    ):
-        counts = _counts(targets(here, task), cohort.names(task))
-        if small := ", ".join(f"{n} {name}" for name, n in counts.items() if n < n_folds):
-            remedy = "none needed: measures that need the class are n/a there"
-            found.append(("note", where, f"{small}: too few for one in each of {n_folds} folds", remedy))
+    small = []
+    for where, _, y in _cells(cohort.scans, "center", task):
+        few = [f"{n} {name}" for name, n in _counts(y, cohort.names(task)).items() if n < n_folds]
+        small += [f"{where}: {', '.join(few)}"] if few else []
+    if small:
+        text = f"too few patients for one in each of {n_folds} folds: {'; '.join(small)}"
+        remedy = "none needed: measures that need the class are n/a there"
+        found.append(("note", f"folds of {task}", text, remedy))
     return found
+
+
+def _cells(scans, rule, task):
+    """What is split by itself, (name, places of its scans, class by patient): a center, of one modality."""
+    patient = ["patient_id"] if rule == "patient" else ["modality", "patient_id"]
+    home = scans.groupby(patient)["center"].transform("first").rename("home")  # also of one who moved
+    kind = pd.Series("patients", scans.index) if rule == "patient" else scans["modality"]
+    for (center, of), rows in scans.groupby([home, kind], sort=False).indices.items():
+        here = scans.iloc[rows]
+        yield f"{center} {of}", rows, targets(here, task).groupby(here["patient_id"], sort=False).max()
 
 
 def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:

@@ -97,7 +97,10 @@ def _release(root):
     if len(found) != 1:
         text = f"has parts of two releases, {' and '.join(found)}" if found else "has no label sheets"
         parts = ", ".join(f"{next(iter(names))} ({release} release)" for release, names in own.items())
-        raise CohortError(root, text, f"give the folder that holds one of {parts}, each release in its own")
+        remedy = (
+            f"give the folder that holds one of {parts}, each release in its own; or a manifest, a CSV file"
+        )
+        raise CohortError(root, text, remedy)
     return found[0]
 
 
@@ -135,14 +138,14 @@ def _listed(release, sheets, problems):
     total = next((sheet for sheet in sheets if sheet.endswith("IPMN_labels_total.xlsx")), None)
     listed, both = {m: defaultdict(list) for m in MODALITIES}, {}
     for row in sheets.get(total, []):
-        patient = _patient(*next(iter(row["names"].items()), ("", "")))
+        patient = patient_name(*next(iter(row["names"].items()), ("", "")))
         for m, name in row["names"].items():
             both.setdefault((m, name.casefold()), (patient, row))
     for m in MODALITIES:
         sheet = next((s for s, wanted in SHEETS[release].items() if m in wanted and s in sheets), None)
         for row in [row for row in sheets.get(sheet, []) if m in row["names"]]:
             name, label = row["names"][m], _label(row["label"])
-            patient, other = both.get((m, name.casefold()), (_patient(m, name), row))
+            patient, other = both.get((m, name.casefold()), (patient_name(m, name), row))
             scan = {"modality": m, "case_id": name, "patient_id": patient, "label": row["label"]}
             listed[m][name.casefold()].append(scan | {"where": row["where"]})
             if sheet != total and label != _label(other["label"]):
@@ -161,9 +164,11 @@ def _followed_up(root, sheets):
     return {name.casefold() for row in rows for name in row["names"].values()}
 
 
-def _patient(modality, name):
+def patient_name(modality, name):
     """A patient's name: a scan's less its modality, as in CAD_28_T1, in lower case."""
-    bare = re.sub(rf"(?i)(?<![a-z])[\s_.-]*{modality}w?(?![a-z0-9])", "", name) if modality else name
+    bare = (
+        re.sub(rf"(?i)(?<![a-z])[\s_.-]*{re.escape(modality)}w?(?![a-z0-9])", "", name) if modality else name
+    )
     return (bare.strip(" _.-") or name).casefold()
 
 

@@ -22,6 +22,8 @@ NAMES = {  # how each center names its patients; where two styles are mixed, the
 # AUC for high risk is about 0.85 and the guideline's 0.78-0.80, as published for clinical scores.
 WEIGHTS = {"cyst": 1.2, "duct": 1.5, "nodule": 0.9, "mucin": 0.5, "atrophy": 0.5}
 THRESHOLDS = (0.8, 4.25)
+INVENTED = ("Lakeside", "St. Anne's", "Universitätsklinik Süd", "County 12")  # centers by default
+AXES = ("RAS", "LPS", "LPI", "PIR", "ASL", "RAI", "IRP")  # along which centers store voxels, on request
 PATIENT_COLUMNS = [
     *["number", "patient_id", "center", "label_t1", "label_t2", "has_t1", "has_t2"],
     *["cyst_mm", "duct_mm", "nodule_mm", "mucin", "atrophy"],
@@ -149,3 +151,22 @@ def patients(seed, max_per_cell=None, shortcut=0.0):
     if max_per_cell is not None:
         cohort = cohort[cohort["rank"] < np.where(cohort.label < 0, 1, max_per_cell)]
     return cohort[PATIENT_COLUMNS].reset_index(drop=True)
+
+
+def patients_of(centers, seed, max_per_cell=None, shortcut=0.0):
+    """`patients` of invented centers, any number of them, and a column `scanner`, a center of the paper.
+
+    In turn each gets the cases and the scanner of a center of the paper; after seven, others drawn anew.
+    Raises ValueError for names that cannot be told apart.
+    """
+    names, frames = [center.strip() for center in centers], []
+    if not all(names) or len({name.casefold() for name in [*names, "global"]}) <= len(names):
+        raise ValueError(f"centers {', '.join(map(repr, names))}: give each a name of its own, none global")
+    for start in range(0, len(names), len(CENTERS)):
+        called = dict(zip(CENTERS, names[start : start + len(CENTERS)], strict=False))
+        cohort = patients(seed + (start << 32), max_per_cell, shortcut)
+        cohort["number"] += 1000 * start  # numbers, too, draw the images
+        cohort["scanner"], cohort["center"] = cohort["center"], cohort["center"].map(called)
+        frames.append(cohort.dropna(subset="center"))
+    every = pd.concat(frames, ignore_index=True)
+    return every.assign(patient_id=[f"case_{number:05d}" for number in every["number"]])

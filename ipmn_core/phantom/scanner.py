@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy import ndimage, sparse
 
 from ipmn_core.names import MODALITIES
@@ -116,7 +117,7 @@ def grid(drawn, patient, modality, seed):
 
     It is centered on the pancreas as far as the fine grid reaches.
     """
-    scanner = SCANNERS[patient.center, modality]
+    scanner = SCANNERS[getattr(patient, "scanner", patient.center), modality]
     scanner = dedicated(scanner) if patient.protocol == "dedicated" else scanner
     rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
     (box,) = ndimage.find_objects(np.uint8(drawn.organ > 0.5))
@@ -135,7 +136,8 @@ def grid(drawn, patient, modality, seed):
 def volumes(patient, seed, modality, drawn=None):
     """Image and mask (nib.Nifti1Image, mask uint8 0/1) of a row of `phantom.patients` or truth.csv.
 
-    `seed` is that of the cohort; `drawn` saves drawing the anatomy again.
+    `seed` is that of the cohort; `drawn` saves drawing the anatomy again. A row may have `scanner`, the
+    paper's center whose scanner it is (default: its own), and `stored_axes`, such as "LPS".
     """
     drawn = drawn or draw(patient, seed)
     scanner, rng, axes, operators, affine = grid(drawn, patient, modality, seed)
@@ -146,7 +148,8 @@ def volumes(patient, seed, modality, drawn=None):
     step = 1 if scanner.dtype == "int16" else 2**-8  # below the noise, and coarse: small files
     stored = (np.rint(volume / step) * step).astype(scanner.dtype)
     mask = (along_axes(drawn.organ, operators) > 0.5).astype(np.uint8)
-    return nifti(stored, affine), nifti(mask, affine)
+    axes = getattr(patient, "stored_axes", "RAS")
+    return nifti(stored, affine, axes), nifti(mask, affine, axes)
 
 
 def lesion(patient, seed, modality):
@@ -162,10 +165,15 @@ def lesion(patient, seed, modality):
         if tissue in found:
             np.maximum(fine[box], alpha, out=fine[box])
     *_, operators, affine = grid(drawn, patient, modality, seed)
-    return nifti(along_axes(fine, operators), affine)
+    return nifti(along_axes(fine, operators), affine, getattr(patient, "stored_axes", "RAS"))
 
 
-def nifti(array, affine):
+def nifti(array, affine, axes="RAS"):
+    """A NIfTI image of `array`, which goes to right, anterior, superior, stored along other axes."""
+    if axes != "RAS":
+        turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
+        turned = nib.Nifti1Image(array, affine).as_reoriented(turn)
+        array, affine = np.asanyarray(turned.dataobj), turned.affine
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")

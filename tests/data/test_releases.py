@@ -216,7 +216,7 @@ def empty(sheet):
     ("spoil", "parts"),
     [
         (lambda root: second_release(root, []), ["two releases", "in its own"]),
-        (lambda root: shutil.rmtree(root), ["no label sheets", T1_SHEET, "IPMN_labels_total.xlsx"]),
+        (lambda root: shutil.rmtree(root), ["no such file or folder", "a release, or a manifest"]),
         (lambda root: (root / T1_SHEET).unlink(), ["no label sheet for the t1 scans", T1_SHEET]),
         (lambda root: (root / T1_SHEET).write_bytes(b"no workbook"), [T1_SHEET, "cannot be read"]),
         (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),

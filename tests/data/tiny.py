@@ -1,4 +1,4 @@
-"""Tiny cohorts: the releases on disk, and tables of scans without files."""
+"""Tiny cohorts: releases and manifests on disk, and tables of scans without files."""
 
 import gzip
 from pathlib import Path
@@ -9,12 +9,14 @@ import pandas as pd
 
 from ipmn_core import data
 from ipmn_core.data import releases
+from ipmn_core.params import Params
 
 PAPER_TABLE1 = pd.read_csv(Path(data.__file__).parents[1] / "paper" / "table1.csv")
 COUNTS = PAPER_TABLE1[["center", "modality", "no_risk", "low_risk", "high_risk"]]
 FIRST_HEADERS = ["Patient ID", "Age", "Sex", "Center", "Scanner", "Risk assessment"]
 SECOND_HEADERS = ["T1", "T2", "Age", "Sex", "Center", "Scanner", "IPMN risk"]
 THIRD_HEADERS = ["Patient ID T1", "Patient ID  T2", "Age", "Sex", "Center", "follow-up information", "Risk"]
+MANIFEST = ("image", "label", "center")
 VOLUME = gzip.compress(nibabel.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)).to_bytes())
 
 
@@ -82,17 +84,26 @@ def third_release(root, rows, sheets=("t1", "t2", "both"), roi=True, volumes=Tru
     return root
 
 
-def problems_of(root, severity="error"):
+def manifest(folder, rows, columns=MANIFEST, separator=",", encoding="utf-8", name="scans.csv"):
+    """A manifest of rows whose first cell names an image, which is written too."""
+    for row in rows:
+        save_volume(folder / f"{row[0]}.nii.gz")
+    lines = [columns, *((f"{row[0]}.nii.gz", *row[1:]) for row in rows)]
+    (folder / name).write_bytes("\n".join(separator.join(line) for line in lines).encode(encoding))
+    return folder / name
+
+
+def problems_of(root, severity="error", **settings):
     """Where, problem and remedy of each problem of one severity, as one text each; every one has a remedy."""
-    problems = data.inspect(root)[1]
+    problems = data.inspect(root, Params(**settings))[1]
     assert problems["remedy"].str.len().gt(0).all()
     rows = problems[problems["severity"] == severity]
     return [f"{row.where} | {row.problem} | {row.remedy}" for row in rows.itertuples()]
 
 
-def only_error(root, *parts):
+def only_error(root, *parts, **settings):
     """Asserts that a cohort has one error, which names every part."""
-    (error,) = problems_of(root)
+    (error,) = problems_of(root, **settings)
     for part in parts:
         assert str(part) in error
 

@@ -1,4 +1,4 @@
-"""The phantom's files: both layouts, determinism, complete or absent."""
+"""The phantom's files: all layouts, determinism, complete or absent."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ipmn_core import phantom
+from ipmn_core import data, phantom
+from ipmn_core.params import Params
 from ipmn_core.phantom import files
 
 
@@ -19,7 +20,9 @@ def digests(root):
 
 def write_some(monkeypatch, root, rows, **settings):
     """Write only those rows of the cohort."""
-    monkeypatch.setattr(files, "patients", lambda *given: phantom.patients(*given).iloc[rows])
+    for name in ("patients", "patients_of"):
+        all_of = getattr(phantom, name)
+        monkeypatch.setattr(files, name, lambda *given, all_of=all_of: all_of(*given).iloc[rows].copy())
     return phantom.write(root, max_per_cell=1, progress=False, **settings)
 
 
@@ -53,6 +56,61 @@ def test_the_first_release_holds_the_masked_crop_with_the_right_affine(phantom_r
             for axis in range(3):  # tight: each face of the box touches the mask
                 faces = np.asarray(mask.dataobj)[box].take([0, -1], axis=axis)
                 assert faces.any(axis=tuple({0, 1, 2} - {axis})).all()
+
+
+def test_todays_release_holds_the_scaled_roi_splits_and_the_volumes_of_the_second(
+    phantom_root, tmp_path, monkeypatch
+):
+    third = write_some(monkeypatch, tmp_path / "third", slice(8), layout="third")
+    volumes = {name: d for name, d in digests(third).items() if name.startswith("IPMN_images_masks")}
+    assert len(volumes) == 32 and volumes.items() <= digests(phantom_root).items()
+    name = pd.read_csv(third / "truth.csv").patient_id[1]
+    roi = nib.load(third / "IPMN_Classification" / "t2" / f"{name}.nii.gz")
+    mask = nib.load(third / "IPMN_images_masks" / "t2" / "masks" / f"{name}.nii.gz")
+    assert roi.header.get_zooms() == pytest.approx((1, 1, 1))
+    voxels, ml = np.asarray(roi.dataobj), np.asarray(mask.dataobj).sum() * np.prod(mask.header.get_zooms())
+    inside = voxels[voxels != 0]
+    assert len(inside) == pytest.approx(ml, rel=0.05) and voxels[0, 0, 0] == 0  # 1 mm: a voxel is 1 cubic mm
+    assert (inside.mean(), inside.std()) == pytest.approx((0, 1), abs=1e-3)
+    cohort = data.read(third)
+    assert len(cohort) == 12 and set(cohort.scans["fold_multiclass"]) == set("01234")
+    per_center = cohort.of("t1").scans.groupby("center")["fold_binary"]
+    assert per_center.apply(sorted).to_dict() == {"NYU": ["0", "1", "2"], "MCF": ["0", "1", "2"]}
+    histology = data.inspect(third, Params(cohort="histology"))[0]
+    assert 0 < len(histology) < len(cohort) and (histology.scans["label"] == 2).sum() == 4
+
+
+def test_a_manifest_has_invented_centers_and_classes_and_joins_its_truth(tmp_path, monkeypatch):
+    root = write_some(monkeypatch, tmp_path / "own", slice(8), layout="manifest", centers=[" 7 ", "St. Ü"])
+    cohort, truth = data.read(root / "scans.csv"), data.read_truth(Params(data=str(root / "scans.csv")))
+    assert cohort.centers == ("7", "St. Ü") and cohort.classes == phantom.CLASSES and not cohort.is_paper
+    assert len(cohort) == 12 and cohort.scans.attrs["unlabelled"] == {"t1": 2, "t2": 2}
+    assert (cohort.scans["case_id"] == cohort.scans["patient_id"]).all()
+    of = truth.set_index("patient_id").loc[cohort.scans["case_id"]]
+    assert (of["label_t2"].to_numpy() == cohort.scans["label"]).all()
+    assert set(of["scanner"]) == {"NYU", "MCF"} and (of["center"].to_numpy() == cohort.scans["center"]).all()
+    image, mask = phantom.volumes(of.iloc[-1], 0, "t2")
+    for kind, drawn in (("image", image), ("mask", mask)):
+        stored = nib.load(cohort.scans[kind].iloc[-1])
+        assert np.array_equal(np.asarray(stored.dataobj), np.asarray(drawn.dataobj))
+    with pytest.raises(ValueError, match="layout second has the paper's centers"):
+        phantom.write(tmp_path / "new", centers=["7"])
+
+
+def test_other_axes_leave_every_voxel_in_its_place(phantom_root, tmp_path, monkeypatch):
+    turned = write_some(monkeypatch, tmp_path / "turned", [0, 3, 6, 9, 12, 15, 18], axes=True)
+    truth = pd.read_csv(turned / "truth.csv")
+    assert truth["stored_axes"].nunique() == truth["center"].nunique() >= 5
+    for row in truth.itertuples():
+        for kind in ("images", "masks"):
+            name = Path("IPMN_images_masks", "t1", kind, f"{row.patient_id}.nii.gz")
+            stored, plain = nib.load(turned / name), nib.load(phantom_root / name)
+            assert "".join(nib.aff2axcodes(stored.affine)) == row.stored_axes
+            back = nib.as_closest_canonical(stored)
+            assert np.array_equal(np.asarray(back.dataobj), np.asarray(plain.dataobj))
+            assert np.allclose(back.affine, plain.affine) and stored.header["qform_code"] == 1
+    lesion = phantom.lesion(row, 0, "t1")
+    assert lesion.shape == stored.shape and np.allclose(lesion.affine, stored.affine)
 
 
 def test_the_files_depend_on_seed_and_shortcut_and_not_on_the_number_of_processes(

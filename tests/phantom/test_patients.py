@@ -111,3 +111,28 @@ def test_the_shortcut_changes_nothing_but_the_protocol(cohort):
 def test_a_shortcut_outside_0_to_1_is_refused(q):
     with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
         phantom.patients(0, shortcut=q)
+
+
+def test_invented_centers_take_turns_and_their_patients_differ(cohort):
+    names = [f"center {k}" for k in range(16)]
+    many = phantom.patients_of(names, 0)
+    assert many["number"].is_unique and many["patient_id"].is_unique
+    assert list(dict.fromkeys(many["center"])) == names
+    assert many.groupby("center", sort=False)["scanner"].first().tolist() == [
+        *CENTERS,
+        *CENTERS,
+        *CENTERS[:2],
+    ]
+    first, eighth, last = (many[many["center"] == names[k]].reset_index(drop=True) for k in (0, 7, 14))
+    assert len(first) == len(eighth) == len(last) == (cohort["center"] == "NYU").sum()
+    for other in (eighth, last):
+        assert sorted(first["label_t1"].dropna()) == sorted(other["label_t1"].dropna())
+        assert (first["cyst_mm"] != other["cyst_mm"]).mean() > 0.8
+    same = first.drop(columns=["center", "scanner", "patient_id"])
+    pd.testing.assert_frame_equal(same, cohort[cohort["center"] == "NYU"][same.columns])
+
+
+@pytest.mark.parametrize("names", [["a", " A"], [""], ["Global", "b"]])
+def test_centers_that_cannot_be_told_apart_are_refused(names):
+    with pytest.raises(ValueError, match="a name of its own"):
+        phantom.patients_of(names, 0)
