@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from ipmn_core.flower import cli
@@ -31,13 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Risk of pancreatic cysts (IPMN) from MRI, centralized and federated: tables 1-3."
     parser = argparse.ArgumentParser(prog="ipmn", description=text)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def add(command):
-        """The function that adds an argument to a new command, named and described as its function."""
-        new = commands.add_parser(command.__name__, help=command.__doc__)
-        new.set_defaults(command=command)
-        return new.add_argument
-
+    add = partial(cli.command, commands)
     profile = {"type": Path, "help": "a profile, for instance params/demo.yaml"}
     new_folder = {"type": Path, "help": "the folder to write; it must not exist yet"}
 

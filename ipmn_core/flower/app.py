@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import secrets
 import time
 import traceback
@@ -62,7 +63,7 @@ def _answer(message: Message, context: Context) -> Message:
     """A site's reply: values and perhaps weights.
 
     A fault reaches the server as its kind alone, because its text, which goes to the site's own log, may name
-    cases or folders.
+    cases or folders; of a FederationError, which names neither, as its text.
     """
     order, kind = json.loads(message.content["order"]["json"]), message.metadata.message_type
     at, packed = None, {}
@@ -80,7 +81,8 @@ def _answer(message: Message, context: Context) -> Message:
             site.note_sent(at, kind, values, sum(len(record["weights"].data) for record in packed.values()))
     except Exception as error:
         traceback.print_exc()
-        values, packed = {"fault": f"{type(error).__name__}: its text is in the site's log"}, {}
+        text = error if isinstance(error, FederationError) else type(error).__name__
+        values, packed = {"fault": f"{text}: more is in the site's log"}, {}
         if at is not None:
             with contextlib.suppress(OSError):  # a full disk may be the fault itself
                 site.note_sent(at, kind, values)
@@ -107,9 +109,11 @@ class Sites:
         path = self.folder / "token"  # the name of the run at the sites, kept until it is whole
         if not path.exists():
             with atomic(path) as tmp:
-                tmp.write_text(f"{runs.named(run).replace(' ', '_')}-{secrets.token_hex(4)}")
+                plain = re.sub(r"[^A-Za-z0-9_.-]", "_", runs.named(run))  # a modality may have any letters
+                tmp.write_text(f"{plain[:100]}-{secrets.token_hex(4)}")
         of_sites = federation.profile.model_copy(update={"data": "of the site", "outputs": "of the site"})
         self.order = {"profile": of_sites.model_dump_json(), "run": asdict(run), "token": path.read_text()}
+        self.order["sites"] = federation.sites
 
     def ask(
         self, kind: str, orders: dict[str, Values], weights: State | None = None, enough: int | None = None
@@ -121,9 +125,7 @@ class Sites:
         in anything but training.
         """
         packed = {} if weights is None else {"weights": pack(weights)}
-        answers: dict[str, Values] = {}
-        asked: dict[str, str] = {}  # message -> site
-        last: dict[str, float] = {}  # site -> when it was asked
+        answers, asked, last = {}, {}, {}  # by site; the site of each message; when each site was asked
         after, patience = self.federation.round_seconds, self.federation.wait_seconds
         started = time.monotonic()
         while missing := [name for name in orders if name not in answers]:
@@ -185,11 +187,10 @@ def execute(sites: Sites) -> Path:
     for name, hello in hellos.items():
         if hello["center"] != name:
             raise FederationError(f"{name}: its node says it is {hello['center']}")
-    federated.check_n_train(
-        {name: hello["n_train"] for name, hello in hellos.items()}, f", {runs.named(run)}"
-    )
-    keys = json.dumps({name: hello["data"] for name, hello in hellos.items()})
-    key, settings = hashlib.sha256(keys.encode()).hexdigest(), runs.run_settings(p, run)
+    n_train = {name: hello["n_train"] for name, hello in hellos.items()}
+    federated.check_n_train(n_train, f", {runs.named(run)}")
+    keys = json.dumps({name: hello["data"] for name, hello in hellos.items()}).encode()
+    key, settings = hashlib.sha256(keys).hexdigest(), runs.run_settings(p, run)
     store.finished(sites.folder, settings.protocol(), key)
     settings, progress = runs.on_this_machine(p, settings), store.resume(sites.folder)
     model = runs.build(settings, federated.device_of(p), 2, list(hellos))
@@ -238,16 +239,14 @@ def _rounds(
         enough = None if round_ == settings.epochs else 1
         orders = {name: {"round": round_} for name in names}
         tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
-        told = [tested[name] for name in names if name in tested]
+        away = {name: left_out.get(name, "away") for name in names if name not in tested}
+        left_out |= {name: f"{reason}; round not tested" for name, reason in away.items()}
         prob, centers = None, []  # both stay so if a site is away
-        if len(told) == len(names) and all("prob" in values for values in told):
-            prob = np.concatenate([np.reshape(values["prob"], (-1, 2)) for values in told])
-        elif len(told) == len(names):  # a site shares no scores
-            having = [name for name in names if tested[name]["n"]]  # a fold may test nobody of a site
-            centers = [(name, *(tested[name][key] for key in ("n", "acc", "auc"))) for name in having]
-        for name in names:
-            if name not in tested:
-                left_out[name] = f"{left_out.get(name, 'away')}; round not tested"
+        if not away and all("prob" in told for told in tested.values()):
+            prob = np.concatenate([np.reshape(tested[name]["prob"], (-1, 2)) for name in names])
+        elif not away:  # a site shares no scores; a fold may test nobody of a site
+            having = [(name, tested[name]) for name in names if tested[name]["n"]]
+            centers = [(name, told["n"], told["acc"], told["auc"]) for name, told in having]
         yield Epoch(round_, loss, prob, learners, products, left_out, centers)
     if not aggregated:
         raise federated.DivergedError(federated.without_any_client(left_out))

@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ipmn_core.params import Params
+
+
+def command(commands: argparse._SubParsersAction, function: Callable, kind: str = "command") -> Callable:
+    """Add `function` as a command, named and described as it is; return the parser's `add_argument`."""
+    new = commands.add_parser(function.__name__, help=function.__doc__)
+    new.set_defaults(**{kind: function})
+    return new.add_argument
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,12 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     federation.set_defaults(command=_start)
     pieces = federation.add_subparsers(title="pieces", required=True, metavar="PIECE")
-
-    def piece(function):
-        parser = pieces.add_parser(function.__name__, help=function.__doc__)
-        parser.set_defaults(piece=function)
-        return parser.add_argument
-
+    piece = partial(command, pieces, kind="piece")
     folder = {"type": Path, "metavar": "FOLDER"}
     argument = piece(demo)
     argument("params", nargs="?", type=Path, default=Path("params/federation.yaml"), metavar="PARAMS")
@@ -33,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     argument = piece(init)
     argument("folder", **folder, help="the folder to write; it must not exist")
     argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/federation.yaml")
-    argument("--sites", nargs="+", required=True, metavar="CENTER", help="two or more of the centers")
+    argument("--sites", nargs="+", required=True, metavar="SITE", help="two names or more")
     argument("--host", required=True, help="name or address at which sites reach the server")
     argument("--port", type=int, default=9092, help="its port (default: 9092)")
     argument("--away", choices=("wait", "continue"), default="wait", help="when a site is away")
@@ -43,7 +47,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     argument = piece(site)
     argument("folder", **folder, help="what `init` wrote for this site")
-    argument("--data", type=Path, required=True, metavar="DIR", help="this site's own cases")
+    argument("--data", type=Path, required=True, metavar="PATH", help="its own manifest or release")
     argument("--outputs", type=Path, required=True, metavar="DIR", help="where to put its files")
     text = "of test cases: labels and scores without ids (pooled AUC), or ACC and AUC only"
     argument("--share", choices=("scores", "metrics"), default="scores", help=text)

@@ -17,30 +17,33 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ipmn_core import params, phantom, runs
-from ipmn_core.data import load_cohort, open_cohort
+from ipmn_core import params, runs
+from ipmn_core.data import Cohort, load_cohort, open_cohort
 from ipmn_core.flower import deployment, processes
 from ipmn_core.flower.deployment import Federation, FederationError
 from ipmn_core.params import Params
 
-SITES = ("NYU", "MCF", "NU")
+N_SITES = 3
+COLUMNS = ["image", "mask", "center", "modality", "case_id", "patient_id"]  # of a site's manifest
 
 
 def run(profile: Path, folder: Path | None = None) -> tuple[float, float]:
-    """Train the first run of `profile` at `SITES`, each a process, then in this process, and `compare`.
+    """Train the first run of `profile` at its first centers, each a process, then here, and `compare`.
 
     Uses `folder`, or a temporary one. Results are under the profile's name and `_demo`; those of an earlier
     demo are replaced.
     """
+    p = params.load(profile)
+    p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # results of a real federation stay
+    sites = open_cohort(p).centers[:N_SITES]
     with contextlib.ExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipmn-federation")))
-        with started(params.load(profile), SITES, folder) as (federation, _):
-            p = federation.profile
+        with started(p, sites, folder) as (federation, _):
             shutil.rmtree(runs.folder_of(p, runs.grid(p, "binary")[0]), ignore_errors=True)
-            print("training at the sites", flush=True)
+            print(f"training at the sites {', '.join(sites)}", flush=True)
             there = next(processes.run(federation))
         print("training in one process", flush=True)
-        return compare(there, in_process(p, SITES), folder / "sites")
+        return compare(there, in_process(p, sites), folder / "sites")
 
 
 @contextlib.contextmanager
@@ -49,13 +52,14 @@ def started(
 ) -> Iterator[tuple[Federation, dict[str, subprocess.Popen]]]:
     """A federation in `folder` for a block, and its processes by name: "server" and the sites.
 
-    Each site has its own cases of the phantom, in `<folder>/data/<site>`.
+    Each site is a center of the profile's cohort, with a manifest of its own, `<folder>/data/<site>.csv`.
     """
-    p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # results of a real federation stay
-    port = processes.free_port()
-    federation = deployment.write(folder / "federation", p, sites, "127.0.0.1", port, **away)
-    open_cohort(p)
-    phantom.split(p.cohort_root, folder / "data", sites)
+    cohort = open_cohort(p)
+    agreed = {"classes": {name: name for name in cohort.classes}, "positive": cohort.positive}
+    agreed["center_names"] = None  # the manifests have the names that it gave
+    where = folder / "federation", p.model_copy(update=agreed), sites, "127.0.0.1", processes.free_port()
+    federation = deployment.write(*where, **away)
+    write_manifests(cohort, sites, folder / "data")
     running = {"server": start(federation, "server")}
     try:
         while running["server"].poll() is None:  # until it answers
@@ -75,12 +79,20 @@ def started(
             process.wait()
 
 
+def write_manifests(cohort: Cohort, sites: Sequence[str], folder: Path) -> None:
+    """Write `<site>.csv` into `folder`: the manifest of the center of that name."""
+    folder.mkdir(parents=True)
+    scans = cohort.scans[COLUMNS].assign(label=cohort.scans["class"], fold=cohort.scans["fold_binary"])
+    for name in sites:
+        scans[scans["center"] == name].to_csv(folder / f"{name}.csv", index=False)
+
+
 def start(federation: Federation, name: str) -> subprocess.Popen:
     """Start "server" or a site of a federation of `started`; what it prints goes to `<name>.log`."""
     made, folder = federation.folder, federation.folder.parent
     what = ["server", made]
     if name != "server":
-        what = ["site", made / "sites" / name, "--data", folder / "data" / name]
+        what = ["site", made / "sites" / name, "--data", folder / "data" / f"{name}.csv"]
         what += ["--outputs", folder / "sites" / name]
     command = [sys.executable, "-m", "ipmn_core.cli", "federation", *map(str, what)]
     how = {"start_new_session": True, "preexec_fn": _end_with_parent}

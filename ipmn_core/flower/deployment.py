@@ -1,13 +1,14 @@
 """A federation across machines as files: who takes part, keys, certificates, settings.
 
 A federation's folder holds `federation.yaml`, `profile.yaml`, `server/` (for the server alone) and
-`sites/<center>/` (for that hospital alone: the CA's certificate, its key, the server's address).
+`sites/<site>/` (for that hospital alone: the CA's certificate, its key, the server's address).
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
-from ipmn_core import federated, params
+from ipmn_core import data, federated, params
+from ipmn_core.data.manifest import SUFFIXES, TAKEN
+from ipmn_core.data.sheets import NA
 from ipmn_core.params import Params
 
 CA = "ipmn federation CA"
+SITE = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # names of sites are names of folders and keys
 APP = """[project]
 name = "ipmn-federation"
 version = "1.0.0"
@@ -72,13 +76,25 @@ class Federation(BaseModel):
 
     @model_validator(mode="after")
     def _can_federate(self) -> Federation:
-        alone = ", ".join(arm for arm in self.profile.arms if arm not in federated.STRATEGIES)
-        if len(self.sites) < 2 or len(set(self.sites)) < len(self.sites):
-            raise FederationError("sites: name two or more, once each")
-        if alone:
-            raise FederationError(f"arms: {alone} do not federate; use {', '.join(federated.STRATEGIES)}")
-        if self.profile.inner_validation:
+        p, names = self.profile, [name.casefold() for name in self.sites]
+        wrong = [n for n in self.sites if not re.fullmatch(SITE, n) or n.casefold() in (*TAKEN, *NA)]
+        if wrong:
+            rule = "take up to 64 of a-z, A-Z, 0-9, '.', '_', '-', the first no '.' or '-'"
+            raise FederationError(f"sites: {', '.join(map(repr, wrong))} cannot be a site's name; {rule}")
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise FederationError("sites: name two or more, once each, which differ in more than case")
+        if alone := [arm for arm in p.arms if arm not in federated.STRATEGIES]:
+            known = ", ".join(federated.STRATEGIES)
+            raise FederationError(f"arms: {', '.join(alone)} do not federate; use {known}")
+        if p.inner_validation:
             raise FederationError("inner_validation: sites draw no inner split yet; set it to 0.0")
+        if p.classes is None and Path(p.data).suffix.lower() in SUFFIXES:
+            remedy = "list them in order, `classes: [benign, malignant]`, and which are `positive`"
+            raise FederationError(f"classes: the sites agree on them in the profile; {remedy}")
+        try:
+            data.classes_of(p, data.PAPER)
+        except data.CohortError as error:
+            raise FederationError(str(error)) from error
         return self
 
 

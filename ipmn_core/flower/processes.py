@@ -41,12 +41,12 @@ def server_command(federation: Federation) -> list[str]:
 
 
 def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[str]:
-    """The command of the site in `folder`: Flower's SuperNode, with this site's own folders.
+    """The command of the site in `folder`: Flower's SuperNode, with this site's own data and outputs.
 
-    Raises FederationError for a folder that is missing or whose name cannot be passed on.
+    Raises FederationError for data that are missing or a name that cannot be passed on.
     """
-    if not data.is_dir():
-        raise FederationError(f"{data}: no such folder; --data names this site's own copy of its cases")
+    if not data.exists():
+        raise FederationError(f"{data}: no such file or folder; --data names this site's own cases")
     about = yaml.safe_load((folder / "site.yaml").read_text())
     values = {"site": about["site"], "data": data.resolve(), "outputs": outputs.resolve(), "share": share}
     if any("'" in str(value) for value in values.values()):

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,23 @@ import torch
 from ipmn_core import data, federated, metrics, runs
 from ipmn_core.disk import atomic
 from ipmn_core.federated import Cases, Learner, State
+from ipmn_core.flower.deployment import FederationError
 from ipmn_core.params import Params
 
 
 class Site:
     """One hospital in one run: of the node's configuration (`site, data, outputs, share`) and the order.
 
-    It shares "scores" of its test cases, that is labels and probabilities without ids, or "metrics" only.
-    Raises ValueError for a token that may lead out of the site's own folder.
+    `data` is a manifest or the folder of a release. A site shares "scores" of its test cases, that is labels
+    and probabilities without ids, or "metrics" only. Raises ValueError for a token that may lead out of the
+    site's own folder.
     """
 
     def __init__(self, node: dict[str, Any], order: dict[str, Any]):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}", order["token"]):
             raise ValueError("the server's run token is no plain name")
         self.center, self.share, self.token = node["site"], node["share"], order["token"]
+        self.others = {name.casefold() for name in order["sites"]} - {self.center.casefold()}
         own = {key: str(Path(node[key]).resolve()) for key in ("data", "outputs")}
         self.p = Params.model_validate_json(order["profile"]).model_copy(update=own)
         self.settings = runs.on_this_machine(self.p, runs.run_settings(self.p, runs.Run(**order["run"])))
@@ -44,11 +48,26 @@ class Site:
 
     @cached_property
     def cohort(self) -> data.Cohort:
-        """The cases of the run's modality, each with its `role`. Raises ValueError for cases of others."""
-        cohort = data.load_cohort(self.p)
-        others = ", ".join(sorted(set(cohort.scans["center"]) - {self.center}))
-        if others:
-            raise ValueError(f"{self.p.data} holds scans of {others}, this is {self.center}: name its folder")
+        """The cases of the run's modality, whose center is called like the site, each with its `role`.
+
+        Raises FederationError, of which the cause stays here, if they are not what the sites agreed on.
+        """
+        _, classes, positive = data.classes_of(self.p, data.PAPER)
+        try:
+            cohort = data.load_cohort(self.p)
+            own = ", ".join(cohort.centers)
+            if (cohort.classes, cohort.positive) != (classes, positive):
+                text = f"has the classes {', '.join(cohort.classes)} (positive: {', '.join(cohort.positive)})"
+                raise data.CohortError(self.p.data, text, "name its labels in the profile's `classes`")
+            if len(cohort.centers) > 1 or own.casefold() in self.others:
+                text = f"holds scans of {own}, this is the site {self.center}"
+                remedy = "give a table of its own scans, or name its scanners alike (`center_names`)"
+                raise data.CohortError(self.p.data, text, remedy)
+        except data.CohortError as error:
+            text = f"of one center, {', '.join(self.p.modalities)}, classes {', '.join(classes)}"
+            text = f"its cases are not what the sites agreed on ({text}; positive: {', '.join(positive)})"
+            raise FederationError(text) from error
+        cohort = replace(cohort, scans=cohort.scans.assign(center=self.center))
         return runs.with_roles(cohort, self.settings)
 
     @cached_property

@@ -14,21 +14,18 @@ HERE = ("127.0.0.1", "::1")
 FOR_SITES = "/v1/fleet/"  # these requests need the key of a registered site
 
 
-class FromHereOnly:
+def from_here_only(app):
     """ASGI middleware: requests from other machines get 403, except those below `FOR_SITES`."""
+    refusal = PlainTextResponse("only taken from the server's own machine\n", 403)
 
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
+    async def guarded(scope, receive, send):
         away = scope["type"] != "lifespan" and (scope.get("client") or [""])[0] not in HERE
-        if away and not scope.get("path", "").startswith(FOR_SITES):
-            refusal = PlainTextResponse("only taken from the server's own machine\n", 403)
-            await refusal(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        refused = away and not scope.get("path", "").startswith(FOR_SITES)
+        await (refusal if refused else app)(scope, receive, send)
+
+    return guarded
 
 
 if __name__ == "__main__":
-    extensions.get_middleware = lambda: (Middleware(FromHereOnly),)
+    extensions.get_middleware = lambda: (Middleware(from_here_only),)
     flower_superlink()

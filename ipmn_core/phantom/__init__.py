@@ -1,6 +1,6 @@
 """A synthetic cohort with known truth: patients -> anatomy -> scanner -> files."""
 
-from ipmn_core.phantom.files import CLASSES, split, write, write_patient, write_sheets
+from ipmn_core.phantom.files import CLASSES, write, write_patient, write_sheets
 from ipmn_core.phantom.patients import (
     AXES,
     INVENTED,

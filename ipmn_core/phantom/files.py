@@ -153,18 +153,3 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
-
-
-def split(root, target, centers):
-    """Copy each center's scans and sheet rows into a folder of its own below target: {center: folder}.
-
-    `root` is a phantom in the second layout. The result is what hospitals have that share no files.
-    """
-    sheet = pd.read_excel(Path(root) / "IPMN_labels_total.xlsx")
-    folders = {center: Path(target) / center for center in centers}
-    for center, folder in folders.items():
-        mine = sheet[sheet["Center"] == center]
-        others = [f"{name}.nii.gz" for name in sheet["Patient ID"].drop(mine.index)]
-        shutil.copytree(root, folder, ignore=shutil.ignore_patterns("truth.csv", *others))
-        mine.to_excel(folder / "IPMN_labels_total.xlsx", index=False)
-    return folders

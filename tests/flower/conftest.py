@@ -5,7 +5,6 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from hospitals import SITES, Hospitals, federation_in, nodes_of, profile, serve, write_phantom
 
-from ipmn_core import phantom
 from ipmn_core.flower import app, demo, site
 
 
@@ -45,7 +44,8 @@ def clock():
 def together(tmp_path_factory):
     """The folder with all hospitals' cases; `data` beside it has a folder for each."""
     root = write_phantom(tmp_path_factory.mktemp("federation") / "together", SITES)
-    phantom.split(root, root.parent / "data", SITES)
+    for name, n in SITES.items():
+        write_phantom(root.parent / "data" / name, {name: n})
     return root
 
 

@@ -8,7 +8,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 
 from ipmn_core import params, phantom, runs
-from ipmn_core.flower import app, deployment
+from ipmn_core.flower import app, demo, deployment
 
 SITES = {"NYU": 4, "MCF": 3, "NU": 2}  # cases per class: hospitals of three sizes
 HOST = "fl.example.org"
@@ -17,6 +17,13 @@ RUN = {"task": "binary", "modality": "t2", "arm": "fedprox_0.1", "fold": 0}
 
 def largest_difference(a, b):
     return max((a[key].double() - b[key].double()).abs().max().item() for key in b)
+
+
+def assert_same_bits(there, here, work):
+    """Every file that both leave is equal, and so are predictions by case, which the hospitals keep."""
+    assert demo.compare(there, here, work) == (0.0, 0.0)
+    for name in ("updates.csv", "history.csv"):
+        assert (there / name).read_text() == (here / name).read_text()
 
 
 def profile(folder, **changes):
@@ -48,11 +55,12 @@ def federation_in(folder, host=HOST, sites=tuple(SITES), changes=None, **away):
     return deployment.write(folder, profile("results", **(changes or {})), sites, host, 39800, **away)
 
 
-def serve(grid, p, fold=0, **away):
+def serve(grid, p, fold=0, modality="t2", **away):
     """The folder of a run, by Flower's own call of the server app."""
     where = {"folder": "f", "profile": p, "sites": list(grid.number), "host": HOST, "port": 1}
     made = deployment.Federation(**where, **{"round_seconds": 10.0, "wait_seconds": 100.0, **away})
-    order = {"federation": made.model_dump(mode="json"), "run": RUN | {"fold": fold}, "nodes": grid.number}
+    order = {"federation": made.model_dump(mode="json"), "run": RUN | {"fold": fold, "modality": modality}}
+    order["nodes"] = grid.number
     app.server_app(grid, Context(1, 0, {}, RecordDict(), {"order": json.dumps(order)}))
     return runs.folder_of(p, runs.Run(**order["run"]))
 

@@ -9,19 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
-from hospitals import RUN, SITES, Hospitals, largest_difference, serve, values_of
+from hospitals import RUN, SITES, Hospitals, assert_same_bits, largest_difference, serve, values_of
 
 from ipmn_core import data, federated, metrics, models, runs
 from ipmn_core.flower import app, cli, demo, site
 from ipmn_core.flower.deployment import FederationError
 from ipmn_core.runs import StaleRunError
-
-
-def assert_same_bits(there, here, work):
-    """Every file that both leave is equal, and so are predictions by case, which the hospitals keep."""
-    assert demo.compare(there, here, work) == (0.0, 0.0)
-    for name in ("updates.csv", "history.csv"):
-        assert (there / name).read_text() == (here / name).read_text()
 
 
 def averages(grid, names, round_):
@@ -264,7 +257,7 @@ def test_a_fault_names_the_hospital_and_its_text_stays_there(nodes, p, monkeypat
         return honest(at, *order)
 
     monkeypatch.setattr(site, what, broken)
-    grid, told = Hospitals(nodes), "ValueError: its text is in the site's log"
+    grid, told = Hospitals(nodes), "ValueError: more is in the site's log"
     if what == "train":
         left_out = pd.read_csv(serve(grid, p(rounds=1)) / "left_out.csv")
         assert left_out.to_numpy().tolist() == [[1, "NU", told]]

@@ -1,15 +1,17 @@
 import datetime
 import ipaddress
+import re
 import stat
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509 import verification
+from flwr.common.config import parse_config_args
 from hospitals import HOST, SITES, federation_in
 
 from ipmn_core import cli, params
-from ipmn_core.flower import deployment
+from ipmn_core.flower import deployment, processes
 from ipmn_core.flower.deployment import FederationError
 
 
@@ -64,7 +66,7 @@ def test_what_was_written_is_read(federation):
     assert again.profile.outputs == str(params.project_root() / "results")
 
 
-WRONG = ["host: [", "just words", "", "host: h\nport: 1\n", "host: h\nport: 1\nsites: [NYU, Mayo]\n"]
+WRONG = ["host: [", "just words", "", "host: h\nport: 1\n", "host: h\nport: 1\nsites: [NYU, ..]\n"]
 WRONG += [f"host: h\nport: 1\nsites: [NYU, NU]\n{more}\n" for more in ("surprise: 1", "away: maybe")]
 
 
@@ -85,19 +87,41 @@ def test_an_existing_folder_keeps_its_keys(written):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sites": ("NYU", "Mayo")}, r"sites: name two or more of NYU, MCF, .* once each"),
-        ({"sites": ("NYU", "NYU")}, r"sites: name two or more of NYU, MCF, .* once each"),
+        ({"sites": ("NYU",)}, "sites: name two or more, once each"),
+        ({"sites": ("NYU", "nyu")}, "sites: name two or more, once each, which differ in more than case"),
         (
             {"changes": {"arms": ["fedavg", "local_only"]}},
             "arms: local_only do not federate; use fedavg, fedp",
         ),
         ({"changes": {"inner_validation": 0.2}}, "inner_validation: .* set it to 0.0"),
+        ({"changes": {"data": "own/Scans.CSV"}}, "classes: .* list them in order"),
+        ({"changes": {"classes": ["a", "b"], "positive": ["c"]}}, "positive c of the classes a, b"),
     ],
 )
 def test_what_cannot_be_federated_is_refused_and_nothing_is_written(tmp_path, changes, message):
     with pytest.raises(FederationError, match=message):
         federation_in(tmp_path / "f", **changes)
     assert not list(tmp_path.iterdir())
+
+
+NAMES = ["", ".", "..", ".hidden", "-x", "a b", "a/b", "Köln", "a\n", "a'b", "global", "NA", "a" * 65]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_no_plain_one_is_no_sites(tmp_path, name):
+    wrong = re.escape(f"sites: {name!r} cannot be a site's name; ") + ".*a-z"
+    with pytest.raises(FederationError, match=wrong):
+        federation_in(tmp_path / "f", sites=("NYU", name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_members_call_themselves_what_they_like(tmp_path):
+    names = ("radiology.north", "42_hospital", "042", "_x-Y")
+    made = federation_in(tmp_path / "f", sites=names)
+    assert deployment.read(made.folder).sites == names
+    for name in names:
+        command = processes.site_command(made.folder / "sites" / name, tmp_path, tmp_path, "scores")
+        assert parse_config_args([command[-1]])["site"] == name
 
 
 def test_flower_that_is_not_installed_is_named_with_the_remedy(monkeypatch, capsys):

@@ -51,8 +51,9 @@ def running(text):
 
 def intruder(federation):
     """A process that knows where the server is and has the CA's certificate, but a key of its own."""
-    for place in (federation.folder / "sites", federation.folder.parent / "data"):
-        shutil.copytree(place / "NYU", place / "intruder")
+    sites, data = federation.folder / "sites", federation.folder.parent / "data"
+    shutil.copytree(sites / "NYU", sites / "intruder")
+    shutil.copy(data / "NYU.csv", data / "intruder.csv")
     deployment.write_key(federation.folder / "sites" / "intruder")
     return demo.start(federation, "intruder")
 
@@ -75,7 +76,6 @@ def test_a_site_is_killed_and_all_ends_as_in_one_process(tmp_path):
         assert status_of(federation, "/v1/control/list-nodes", "127.0.0.5") == 403
         assert status_of(federation, "/v1/control/list-nodes", "127.0.0.1") != 403
         assert status_of(federation, "/v1/fleet/register-node", "127.0.0.5") != 403
-        p = federation.profile
         there = runs.folder_of(p, runs.grid(p, "binary")[0])
         with ThreadPoolExecutor() as pool:
             trained = pool.submit(lambda: next(processes.run(federation)))

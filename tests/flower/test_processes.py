@@ -38,7 +38,7 @@ def test_other_machines_are_answered_only_what_sites_ask(path):
         await send({"type": "http.response.body"})
 
     async def status(address):
-        transport = httpx.ASGITransport(superlink.FromHereOnly(app), client=(address, 1234))
+        transport = httpx.ASGITransport(superlink.from_here_only(app), client=(address, 1234))
         async with httpx.AsyncClient(transport=transport) as client:
             return (await client.post(f"https://server{path}")).status_code
 
@@ -57,7 +57,7 @@ def test_a_site_verifies_the_server_and_shows_its_key(federation, tmp_path):
     assert parse_config_args([value_of(command, "--node-config")]) == told
     with pytest.raises(FederationError, match="cannot be passed on"):
         processes.site_command(place, data, tmp_path / "a' site='MCF", "scores")
-    with pytest.raises(FederationError, match=r"nowhere: no such folder; --data names"):
+    with pytest.raises(FederationError, match=r"nowhere: no such file or folder; --data names"):
         processes.site_command(place, tmp_path / "nowhere", tmp_path, "scores")
 
 

@@ -3,9 +3,10 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from hospitals import RUN, largest_difference, profile
+from hospitals import RUN, SITES, largest_difference, profile
 
 from ipmn_core import models
+from ipmn_core.flower.deployment import FederationError
 from ipmn_core.flower.site import Site, introduce, train
 
 
@@ -15,7 +16,8 @@ def at(nodes):
 
     def opened(token="a_run", **changes):
         p = profile("/the/servers/own", data="/the/servers/data")
-        return Site(nodes["NYU"] | changes, {"profile": p.model_dump_json(), "run": RUN, "token": token})
+        order = {"profile": p.model_dump_json(), "run": RUN, "token": token, "sites": list(SITES)}
+        return Site(nodes["NYU"] | changes, order)
 
     return opened
 
@@ -37,9 +39,10 @@ def test_the_folders_are_the_sites_own_as_seen_from_where_it_was_started(at, nod
     assert site.folder == tmp_path / "kept" / "a_run" and site.p.rounds == 2
 
 
-def test_another_centers_cases_are_not_trained_on(at):
-    with pytest.raises(ValueError, match="holds scans of NYU, this is NU"):
+def test_another_sites_cases_are_not_trained_on(at):
+    with pytest.raises(FederationError, match="are not what the sites agreed on") as refused:
         introduce(at(site="NU"))
+    assert "holds scans of NYU, this is the site NU" in str(refused.value.__cause__)
 
 
 def test_a_site_judges_its_scans_as_any_cohort(at, nodes, tmp_path):

@@ -190,7 +190,8 @@ def test_each_center_of_local_only_is_asked_for_its_own_cases(setting):
     run = runs.Run("binary", "t1", "local_only", 0)
     rows = finished_run(p, run, cohort.scans, own)
     for look in gradcam.of_run(p, run, cohort, rows["case_id"]):
-        assert look.prob == pytest.approx(probability(own[["NYU", "IU"].index(look.center)], look.cube), abs=1e-5)
+        network = own[["NYU", "IU"].index(look.center)]
+        assert look.prob == pytest.approx(probability(network, look.cube), abs=1e-5)
 
 
 def test_the_lesion_comes_to_the_cube_as_the_image_does(setting, phantom_root, monkeypatch):
