@@ -70,6 +70,6 @@ def test_the_page_leads_to_the_report(tmp_path, monkeypatch, capsys):
     results = tmp_path / "outputs" / "own"
     table = pd.read_csv(results / "tables" / "table3.csv")
     assert {"Lakeside", "St. Anne's", "global"} == set(table["center"]) and set(table["modality"]) == {"mri"}
-    assert set(table["method"]) == {"centralized", "fedavg", "fedprox_0.1", "local_only"}
-    report = (results / "report.html").read_text()
-    assert "malignant" in report and "NYU" not in report
+    assert set(table["method"]) == {"centralized", "fedavg", "fedprox_0.1"}
+    report = re.sub(r"[A-Za-z0-9+/]{99,}", "", (results / "report.html").read_text())  # without pictures
+    assert "malignant" in report and not re.search(r"\bNYU\b", report)
