@@ -119,8 +119,9 @@ def test_the_files_depend_on_seed_and_shortcut_and_not_on_the_number_of_processe
     some, here = [0, 9, 20], digests(phantom_root)  # among them int16 and float32 centers
     two = digests(write_some(monkeypatch, tmp_path / "two", some, jobs=2))
     assert len(two) == 12 and two.items() <= here.items()
+    monkeypatch.chdir(tmp_path)  # the processes of joblib stay where they began
     for settings in ({"seed": 1}, {"shortcut": 1}):
-        other = write_some(monkeypatch, tmp_path / str(settings), some, **settings)
+        other = write_some(monkeypatch, Path(str(settings)), some, jobs=2, **settings)
         truth = pd.read_csv(other / "truth.csv")
         changed = truth[(truth.protocol == "dedicated") | ("seed" in settings)].patient_id
         assert len(changed) > 0
