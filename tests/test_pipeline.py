@@ -95,7 +95,7 @@ def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path,
     (tmp_path / "t" / "report.html").write_text("old")
     p, calls = params.validate({"profile": "t", "outputs": str(tmp_path)}, "test"), []
 
-    def execute(source, target, parameters):
+    def execute(source, target, parameters, without):
         assert {path.name for path in (tmp_path / "t").iterdir()} == {"runs", "params.yaml"}
         calls.append((source, target, parameters))
         return target
