@@ -155,7 +155,7 @@ def _gemm(dtype: str) -> float:
 
 def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
     """The case's scans of the cohort in `folder`: `n`, or for an arm `n` per center, in center order."""
-    scans = read(folder / "first")
+    scans = read(folder / "first").scans
     scans = scans[scans["modality"] == "t2"]
     if case.arm:
         scans = scans.groupby("center", sort=False).head(case.n)
@@ -223,7 +223,7 @@ def _ours(case: Case, folder: Path) -> float:
 
 
 def _preprocessing(folder: Path, repeats: int, jobs: int) -> Iterator[tuple]:
-    scans, size = read(folder / "second"), 96
+    scans, size = read(folder / "second").scans, 96
     sides = {"plain": (_plain_cubes, scans, size), "ours": (_our_cubes, scans, size, jobs)}
     measured = [{side: apart(*call)[0] for side, call in sides.items()} for _ in range(repeats)]
     yield _row("preprocessing", "volumes/s", **{s: statistics.median(m[s] for m in measured) for s in sides})

@@ -133,9 +133,7 @@ def check(options: argparse.Namespace) -> int:
     p = params.load(options.root) if options.root.suffix == ".yaml" else None
     root = p.cohort_root if p else options.root
     cohort, problems = data.inspect(root, p, volumes=True)
-    for row in problems.itertuples():
-        line = f"{row.severity}: {row.where}: {row.problem}; {row.remedy}"
-        print("".join(c if c.isprintable() else "?" for c in line))  # the name of a file may hold anything
+    print(*data.told(problems), sep="\n")
     errors = int((problems["severity"] == "error").sum())
     if not errors:
         print(f"\n{data.table1(cohort).to_markdown(index=False)}")

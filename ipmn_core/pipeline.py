@@ -26,6 +26,7 @@ from ipmn_core.process import end_with
 NOTEBOOKS = ("01_data_exploration", "02_three_class_benchmark", "03_federated_binary", "04_analysis")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WRITTEN = ("notebooks", "tables", "figures")  # folders of a profile that each `ipmn run` writes anew
+MOST_TOLD = 20  # lines about the cohort
 START = "spawn"  # not from a fork server: its processes end without joblib's tidying
 
 
@@ -104,6 +105,8 @@ def _prepare(p: Params, fresh: bool) -> None:
     scans = data.subset(data.open_cohort(p), p.max_per_cell)
     for task in TASKS:
         data.assign_folds(scans, p.folds(task), p.fold_rule, task)
+    _, problems = data.inspect(p.cohort_root, p)  # what was chosen is said here, too; `ipmn check` says all
+    print(*data.told(problems)[:MOST_TOLD], sep="\n", file=sys.stderr)
     cohort = data.load_cohort(p)
     runs.check_folds(p, TASKS, cohort)
     if fresh:

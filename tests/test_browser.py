@@ -52,7 +52,7 @@ def large(tmp_path_factory):
     mask = np.zeros(LARGE, np.uint8)
     mask[150:250, 180:260, 30:50] = 1
     for case in ("one", "two"):
-        row = {"case_id": case, "center": "NYU", "modality": "t2", "label": 0}
+        row = {"case_id": case, "center": "NYU", "modality": "t2", "label": 0, "class": "no risk"}
         for kind, voxels in (("image", rng.normal(300, 60, LARGE).astype(np.int16)), ("mask", mask)):
             row[kind] = str(folder / f"{case}_{kind}.nii.gz")
             nib.save(nib.Nifti1Image(voxels, np.diag([-0.9, -0.9, 3, 1])), row[kind])

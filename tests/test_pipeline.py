@@ -88,14 +88,15 @@ def test_the_death_of_a_kernel_is_a_failure_of_the_notebook(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"chapter.ipynb", "done.failed.ipynb"}
 
 
-def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path, monkeypatch):
+def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path, phantom_root, monkeypatch):
     for name in ("notebooks", "tables", "figures", "runs"):
         (tmp_path / "t" / name).mkdir(parents=True)
         (tmp_path / "t" / name / "old").write_text("old")
     (tmp_path / "t" / "report.html").write_text("old")
-    p, calls = params.validate({"profile": "t", "outputs": str(tmp_path)}, "test"), []
+    settings = {"profile": "t", "outputs": str(tmp_path), "data": str(phantom_root)}
+    p, calls = params.validate(settings, "test"), []
 
-    def execute(source, target, parameters):
+    def execute(source, target, parameters, without):
         assert {path.name for path in (tmp_path / "t").iterdir()} == {"runs", "params.yaml"}
         calls.append((source, target, parameters))
         return target
@@ -170,8 +171,10 @@ def test_what_would_stop_the_notebooks_is_found_before_anything_is_done(tmp_path
     assert (p.folder / "runs" / "old").exists()
 
 
-def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(tmp_path, monkeypatch):
-    p = params.validate({"profile": "t", "outputs": "out", "jobs": 2}, "test")
+def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(
+    tmp_path, phantom_root, monkeypatch
+):
+    p = params.validate({"profile": "t", "outputs": "out", "data": str(phantom_root), "jobs": 2}, "test")
     for name in ("params", "notebooks", "out/t/tables"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "out" / "t" / "tables" / "table2.csv").write_text("of an earlier run")

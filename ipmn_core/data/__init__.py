@@ -11,6 +11,7 @@ from ipmn_core.data.cohort import (
     read_truth,
     subset,
     table1,
+    told,
 )
 from ipmn_core.data.cubes import area_weights, load_cubes, scanner_facts, to_cube, volume_problems
 from ipmn_core.data.folds import assign_folds, inner_validation, targets

@@ -137,6 +137,12 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     return cohort, table.loc[worst_first].reset_index(drop=True)
 
 
+def told(problems: pd.DataFrame) -> list[str]:
+    """A printable line for each problem: the name of a file may hold anything."""
+    lines = [f"{row.severity}: {row.where}: {row.problem}; {row.remedy}" for row in problems.itertuples()]
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+
+
 def _names(cohort: Cohort, root: Path, p: Params, of_release: bool):
     """Problems of the names of centers, classes and modalities, and what was chosen for the user."""
     scans = cohort.scans

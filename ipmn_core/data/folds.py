@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ipmn_core.data.releases import CohortError
-
-if TYPE_CHECKING:
-    from ipmn_core.data.cohort import Cohort
 
 
 def targets(scans: pd.DataFrame, task: str) -> pd.Series:
@@ -19,8 +15,8 @@ def targets(scans: pd.DataFrame, task: str) -> pd.Series:
     return (scans["positive"] if task == "binary" else scans["label"]).astype(np.int64)
 
 
-def assign_folds(cohort: Cohort, n_folds: int, rule: str = "center", task: str = "multiclass") -> pd.Series:
-    """The fold (0 ... n_folds-1) in which each scan is tested, on the index of `cohort.scans`.
+def assign_folds(cohort, n_folds: int, rule: str = "center", task: str = "multiclass") -> pd.Series:
+    """The fold (0 ... n_folds-1) in which each scan of a `Cohort` is tested, on the index of its `scans`.
 
     `rule="center"` is the paper's: unshuffled `StratifiedKFold` on the task's class within each modality and
     center, over patients, by the largest of a patient's classes there. `rule="patient"`: Departs from the
@@ -41,7 +37,7 @@ def assign_folds(cohort: Cohort, n_folds: int, rule: str = "center", task: str =
     return fold
 
 
-def problems(cohort: Cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str, str, str]]:
+def problems(cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str, str, str]]:
     """Problems of a task's folds: refused ones (warnings), classes of fewer patients than folds (notes)."""
     found = []
     try:

@@ -124,5 +124,6 @@ def table3(p: Params) -> str:
     if any((runs.folder_of(p, run) / "centers.csv").exists() for run in runs.grid(p, "binary")):
         return "a site shares no scores: centers.csv of each run has the sites' metrics, there is no table 3"
     selected = metrics.select(runs.predictions(p, "binary"), "best_test")
-    tables.write(tables.table3(metrics.over_folds(metrics.by_fold(selected))), "table3", p.folder / "tables")
+    table = tables.table3(metrics.over_folds(metrics.by_fold(selected)))
+    tables.write(table, 3, p.folder / "tables", is_paper=False)
     return f"{(p.folder / 'tables' / 'table3.md').read_text()}\ntables  {p.folder / 'tables'}/"

@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
 from ipmn_core import data, federated, params
-from ipmn_core.data.manifest import SUFFIXES, TAKEN
+from ipmn_core.data.manifest import SUFFIXES
 from ipmn_core.data.sheets import NA
 from ipmn_core.params import Params
 
@@ -77,7 +77,7 @@ class Federation(BaseModel):
     @model_validator(mode="after")
     def _can_federate(self) -> Federation:
         p, names = self.profile, [name.casefold() for name in self.sites]
-        wrong = [n for n in self.sites if not re.fullmatch(SITE, n) or n.casefold() in (*TAKEN, *NA)]
+        wrong = [n for n in self.sites if not re.fullmatch(SITE, n) or n.casefold() in ("global", *NA)]
         if wrong:
             rule = "take up to 64 of a-z, A-Z, 0-9, '.', '_', '-', the first no '.' or '-'"
             raise FederationError(f"sites: {', '.join(map(repr, wrong))} cannot be a site's name; {rule}")

@@ -134,7 +134,7 @@ def write(
     of its own (`AXES`, in turn); affine and a column of truth.csv tell which. The files do not depend on jobs
     (processes). Raises FileExistsError if root exists, ValueError for centers in another layout.
     """
-    root = Path(root)
+    root = Path(root).absolute()  # a process that joblib keeps may be in another folder
     if root.exists():
         raise FileExistsError(f"{root} exists: remove it, or write the phantom to another folder")
     if centers and layout != "manifest":

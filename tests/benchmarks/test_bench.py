@@ -38,7 +38,7 @@ def test_both_sides_run_an_epoch_a_round_and_preprocessing(small_cohorts, tmp_pa
     for arm in (None, "fedprox_0.1"):
         case = bench.Case("densenet121", 32, 2, 2, arm)
         assert bench._plain(case, tmp_path / "cohorts") > 0 and bench._ours(case, tmp_path / "cohorts") > 0
-    scans = read(tmp_path / "cohorts" / "second").head(2)
+    scans = read(tmp_path / "cohorts" / "second").scans.head(2)
     assert bench._plain_cubes(scans, 32) > 0 and bench._our_cubes(scans, 32, jobs=1) > 0
 
 

@@ -16,7 +16,7 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def rois(first_root):
     """Scans of a phantom in the first release's layout, T1 and T2, whose files are clean ROIs."""
-    scans = read(first_root)
+    scans = read(first_root).scans
     return scans.assign(target=(scans["label"] == 2).astype(int))
 
 

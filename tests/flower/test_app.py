@@ -52,7 +52,7 @@ def test_the_hospitals_asked_to_train_are_those_that_are_drawn(nodes, p, tmp_pat
 
 
 def test_no_case_patient_or_folder_occurs_in_any_answer(trained, together):
-    scans = data.read(together)
+    scans = data.read(together).scans
     secret = {*scans["case_id"], *scans["patient_id"], ".nii", ".xlsx", str(together.parent)}
     secret |= {str(trained.work)}
     assert len(secret) >= 23 and len(trained.grid.left) == 3 * (1 + 2 + 2)
