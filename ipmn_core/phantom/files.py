@@ -143,9 +143,7 @@ def write(
     cohort = (patients_of if invented else patients)(*invented, seed, max_per_cell, shortcut)
     if axes:
         cohort["stored_axes"] = [AXES[k % len(AXES)] for k in pd.factorize(cohort["center"])[0]]
-    partial = root.absolute().with_name(
-        f".{root.name}.{os.getpid()}.partial"
-    )  # absolute: processes that wait for work stay in the folder they began in
+    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
         write_sheets(cohort, layout, partial)
         rows = list(cohort.itertuples(index=False))
