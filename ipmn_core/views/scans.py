@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core.data import bounding_box, headers, read_scan, to_cube
+from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
-from ipmn_core.views.style import PALETTE, SMALL, centers_in
+from ipmn_core.views.style import PALETTE, SMALL, centers_in, short
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
 HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
@@ -112,6 +113,17 @@ def widest_slice(mask: np.ndarray) -> int:
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
+def pairs(n: int, most: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with room for `n` pairs of pictures, one above the other, at most `most` (inches) across."""
+    down = -(-n // most)
+    across = -(-n // down)
+    rows = {"squeeze": False, "height_ratios": (3, 2) * down}
+    figure, axes = plt.subplots(2 * down, across, figsize=(width * across, height * down), **rows)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2).tolist()[:n]
+
+
 def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None = None) -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
@@ -120,21 +132,16 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None 
     chosen = scans[scans["modality"] == modality]
     label = scans["label"].max() if label is None else label
     centers = centers_in(chosen["center"])
-    down = -(-len(centers) // 8)
-    across = -(-len(centers) // down)
-    rows = {"squeeze": False, "height_ratios": (3, 2) * down}
-    figure, axes = plt.subplots(2 * down, across, figsize=(1.75 * across, 2.9 * down), **rows)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    pairs = axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2)
-    for center, (above, below) in zip(centers, pairs, strict=False):
+    figure, axes = pairs(len(centers), 8, 1.75, 2.9)
+    for center, (above, below) in zip(centers, axes, strict=True):
         cases = chosen[chosen["center"] == center]
         scan = cases.sort_values("label", key=lambda v: v != label, kind="stable").iloc[0]
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        above.set_title(f"{center}\n{scan['case_id']}, {scan['class']}", fontsize=8, parse_math=False)
-    title = f"{modality.upper()}: pancreas outlined (above), masked and cropped ROI (below)"
+        case = short(f"{scan['case_id']}, {scan['class']}")
+        above.set_title(f"{short(center)}\n{case}", fontsize=SMALL)
+    title = f"{display_name(modality)}: mask outlined (above), masked and cropped ROI (below)"
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -148,7 +155,7 @@ def slices(scan) -> Figure:
     for k in range(depth):
         show_slice(figure.add_subplot(rows, columns, k + 1), roi, k)
     title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {scan['class']}"
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -204,7 +211,7 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
     roi = nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     show_slice(left, roi, widest_slice(roi.dataobj))
-    left.set_title(f"{result.case}, ROI", parse_math=False)
+    left.set_title(f"{result.case}, ROI")
     prob = result.folds[classes]
     right.barh(classes, prob.mean(), color=PALETTE[5])
     for k, name in enumerate(classes):
