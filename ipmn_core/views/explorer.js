@@ -227,7 +227,7 @@ function explorer(root, { rules, metrics, views, scans }, ask) {
     const { view, rule, center } = state;
     const mixed = (a) => isAll() && view.arms[a].personal;
     const found = shown.map((a) => [view.arms[a], mixed(a) ? null : roc(tested(view, rule, a, center)), a]);
-    const why = (a) => mixed(a) ? "n/a, see below" : "n/a: one class only";
+    const why = (a) => mixed(a) ? "n/a, see above" : "n/a: one class only";
     const rows = found.map(([arm, curve, a]) => [html("th", { scope: "row" }, swatch(arm), arm.label),
       html("td", {}, curve ? three(curve.auc) : why(a)), html("td", {}, mean(a))]);
     const lines = found.filter(([, curve]) => curve).map(([arm, curve]) => [arm, curve.points]);

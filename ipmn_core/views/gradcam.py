@@ -228,7 +228,7 @@ def by_class(looks: Sequence[Look]) -> Figure:
     looks. The slice with most lesion or, without one, with most attention on the pancreas; lesion outlined.
     """
     labels = sorted({look.label for look in looks})
-    figure, axes = pairs(len(labels), 3, 2.85, 3.6)
+    figure, axes = pairs(len(labels), 3, 2.85, (2.0, 1.8))
     for label, (above, below) in zip(labels, axes, strict=True):
         cases = [look for look in looks if look.label == label]
         look = sorted(cases, key=lambda one: np.nan_to_num(one.expected))[len(cases) // 2]
@@ -239,13 +239,13 @@ def by_class(looks: Sequence[Look]) -> Figure:
         over = HEAT(heat := section(heat, "axial", k))
         over[..., 3] = OPACITY * heat
         below.imshow(over, origin="lower", aspect=below.get_aspect(), interpolation="bilinear")
-        title = f"{short(look.center)}, {look.case_id}: {short(look.label_name)}\n"
+        title = f"{short(look.center)} {look.case_id}\n{short(look.label_name)}\n"
         title += f"probability of {short(look.asked_name)} {look.prob:.2f}"
         above.set_title(title, fontsize=SMALL)
         words = f"attention in the lesion {look.share:.1%}\n"
         words += f"expected {look.expected:.1%}, ratio {look.ratio:.2f}"
         if np.isnan(look.ratio):
-            words = f"{np.nan_to_num(look.in_pancreas):.0%} of attention on the pancreas"
+            words = f"{np.nan_to_num(look.in_pancreas):.0%} of attention inside the mask"
         below.set_title(words, fontsize=SMALL)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
     figure.colorbar(scale, ax=figure.axes, label="Grad-CAM (0 to 1)", pad=0.01, shrink=0.5)

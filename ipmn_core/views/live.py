@@ -265,7 +265,7 @@ def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[s
         units = "unknown"
     doubt = "; ".join(problem for _, problem, _ in headers.place(header)[1])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
-    part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
+    part = "the whole image" if whole else f"the ROI and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
     mask = "beside the image" if case.scan["mask"] else "none: a clean ROI"
     facts = {"units": units, "mask": mask, "shown": part + means}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,12 +114,12 @@ def widest_slice(mask: np.ndarray) -> int:
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
-def pairs(n: int, most: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with room for `n` pairs of pictures, one above the other, at most `most` (inches) across."""
+def pairs(n: int, most: int, width: float, heights: tuple[float, float]):
+    """A figure for `n` pairs of pictures, one above the other, at most `most` across; axes (above, below)."""
     down = -(-n // most)
     across = -(-n // down)
-    rows = {"squeeze": False, "height_ratios": (3, 2) * down}
-    figure, axes = plt.subplots(2 * down, across, figsize=(width * across, height * down), **rows)
+    rows = {"squeeze": False, "height_ratios": heights * down}
+    figure, axes = plt.subplots(2 * down, across, figsize=(width * across, sum(heights) * down), **rows)
     for ax in axes.flat:
         ax.set_axis_off()
     return figure, axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2).tolist()[:n]
@@ -132,14 +133,14 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None 
     chosen = scans[scans["modality"] == modality]
     label = scans["label"].max() if label is None else label
     centers = centers_in(chosen["center"])
-    figure, axes = pairs(len(centers), 8, 1.75, 2.9)
+    figure, axes = pairs(len(centers), 8, 1.75, (1.74, 1.16))
     for center, (above, below) in zip(centers, axes, strict=True):
         cases = chosen[chosen["center"] == center]
         scan = cases.sort_values("label", key=lambda v: v != label, kind="stable").iloc[0]
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        case = short(f"{scan['case_id']}, {scan['class']}")
+        case = textwrap.fill(f"{scan['case_id']}, {scan['class']}", 26)
         above.set_title(f"{short(center)}\n{case}", fontsize=SMALL)
     title = f"{display_name(modality)}: mask outlined (above), masked and cropped ROI (below)"
     figure.suptitle(title, fontsize=10)
@@ -154,7 +155,7 @@ def slices(scan) -> Figure:
     figure = plt.figure(figsize=(1.3 * columns, 0.75 * rows + 0.3))
     for k in range(depth):
         show_slice(figure.add_subplot(rows, columns, k + 1), roi, k)
-    title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {scan['class']}"
+    title = f"{scan['center']} {scan['case_id']}, {display_name(scan['modality'])}, {scan['class']}"
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -226,7 +227,7 @@ def header_facts(case: Case) -> dict[str, str]:
     stored, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
     spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
     return {
-        "case": f"{case.scan['center']} {case.scan['case_id']}, {case.scan['modality'].upper()}",
+        "case": f"{case.scan['center']} {case.scan['case_id']}, {display_name(case.scan['modality'])}",
         "class": case.scan["class"],
         "stored": f"{' × '.join(map(str, stored.get_data_shape()))} voxels, {stored.get_data_dtype()}",
         "voxel": f"{spacing} mm",
