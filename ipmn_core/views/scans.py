@@ -24,9 +24,7 @@ OPACITY = 0.75  # of a heat map where it is 1; where it is 0 the image shows as 
 EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top, bottom
 
 
-def scan_volumes(
-    scan, how: Preprocessing | None = None
-) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:
+def scan_volumes(scan, how: Preprocessing | None = None):
     """Whole image, mask (X, Y, Z) bool and clean ROI of a cohort row, in canonical (RAS+) orientation.
 
     A clean ROI has no whole image: it is both, and the mask is None. Only the ROI is resampled, if `how` says
@@ -54,6 +52,13 @@ class Case:
     box: tuple[slice, slice, slice]
 
     @property
+    def window(self) -> tuple[float, float]:
+        """Stored values to show black and white: percentiles 1 and 99.5 of at most 2^18 of the image."""
+        voxels = np.asanyarray(self.image.dataobj).ravel("K")
+        low, high = np.percentile(voxels[:: max(1, voxels.size // 2**18)], (1, 99.5))
+        return float(low), float(high)
+
+    @property
     def cube_window(self) -> tuple[float, float]:
         """Values of the cube to show black and white: 0 and 1, or all if some are beyond."""
         return min(0.0, float(self.cube.min())), max(1.0, float(self.cube.max()))
@@ -66,18 +71,13 @@ def open_case(scan: pd.Series, how: Preprocessing) -> Case:
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), how.size, how.intensity), box)
 
 
-def middle(case: Case) -> list[int]:
-    """Voxel of the image to show first: the middle of the pancreas in its widest axial slice."""
-    inside = np.asanyarray(case.roi.dataobj) != 0 if case.mask is None else case.mask
+def middle(inside: np.ndarray) -> list[int]:
+    """The voxel to show first: in the widest axial slice, of those inside the one nearest to their middle."""
+    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
     k = widest_slice(inside)
-    return [*(int(v) for v in np.argwhere(inside[:, :, k]).mean(axis=0).round()), k]
-
-
-def window_of(case: Case) -> tuple[float, float]:
-    """Stored values to show black and white: percentiles 1 and 99.5 of at most 2^18 voxels of the image."""
-    voxels = np.asanyarray(case.image.dataobj).ravel("K")
-    low, high = np.percentile(voxels[:: max(1, voxels.size // 2**18)], (1, 99.5))
-    return float(low), float(high)
+    plane = np.argwhere(inside[:, :, k])
+    i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
+    return [int(i), int(j), k]
 
 
 def section(volume: np.ndarray, plane: str, k: int) -> np.ndarray:
@@ -180,7 +180,7 @@ def three_planes(case: Case, position: Sequence[int]) -> Figure:
     within = (np.array(position) - start + 0.5) * size / length
     within = np.clip(within, 0, size - 1).astype(int)  # the cube's nearest voxel, if it is outside
     rows = [
-        ("image", case.image, case.mask, window_of(case), position),
+        ("image", case.image, case.mask, case.window, position),
         ("cube", cube, None, case.cube_window, within),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.2))
