@@ -239,7 +239,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     Of many centers the largest. The AUCs are right of each panel, the arms' names once below. All centers
     together lack `local_only`: its models' scores share no scale to pool.
     """
-    largest = selected.drop_duplicates("case_id")["center"].value_counts(sort=True)[:MANY].index
+    largest = selected.drop_duplicates("case_id")["center"].value_counts()[: MANY - 1].index
     places = [metrics.GLOBAL, *(name for name in centers_in(selected["center"]) if name in largest)]
     down = -(-len(places) // 4)
     figure, axes = plt.subplots(down, 4, figsize=(WIDTH, 2.2 * down + 0.4), squeeze=False)
@@ -274,7 +274,8 @@ def confusions(selected: pd.DataFrame, center: str, classes: Sequence[str]) -> F
     `selected` are rows of one task and modality, one epoch per run; `classes` the names of its classes.
     """
     here = centers.at(selected, center).assign(center=center)
-    axes, shown = panels(here, "arm", "center", 2.1, sharex=True, sharey=True)
+    height = 2.1 if len(classes) < 4 else 1.8 + 0.3 * len(classes)
+    axes, shown = panels(here, "arm", "center", height, sharex=True, sharey=True)
     for ax, rows in shown:
         matrix = centers.confusion(rows)
         numbered(ax, matrix, list(classes), cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))

@@ -121,8 +121,8 @@ def drift(table: pd.DataFrame) -> Figure:
     """
     moved = table.groupby("client")["distance"].mean()
     if len(moved) > MANY:
-        shown = table["client"].isin(moved.nlargest(MANY - 1).index)
-        table = table.assign(client=table["client"].where(shown, "mean of the others"))
+        others = ~table["client"].isin(moved.nlargest(MANY - 1).index)
+        table = pd.concat([table[~others], table[others].assign(client="mean of the others")])
     ylabel = "distance from the\nglobal model (no unit)"
     return fold_curves(table, "round", "distance", "client", "modality", "round", ylabel)
 

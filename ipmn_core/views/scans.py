@@ -140,7 +140,7 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None 
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        case = textwrap.fill(f"{scan['case_id']}, {scan['class']}", 26)
+        case = textwrap.fill(f"{scan['case_id']}, {scan['class']}", 30)
         above.set_title(f"{short(center)}\n{case}", fontsize=SMALL)
     title = f"{display_name(modality)}: mask outlined (above), masked and cropped ROI (below)"
     figure.suptitle(title, fontsize=10)

@@ -184,7 +184,7 @@ def test_few_and_many_centers_and_classes_with_long_names_have_room(n_centers, n
     forest = views.forests(metrics.over_folds(metrics.by_fold(two)))
     assert len(forest.axes[0].get_yticks()) == n_centers + 1 and forest.get_size_inches()[1] < 16
     roc = views.roc_by_center(two)
-    assert sum(bool(ax.get_title()) for ax in roc.axes) == 1 + min(n_centers, style.MANY)
+    assert sum(bool(ax.get_title()) for ax in roc.axes) == min(1 + n_centers, style.MANY)
     several = two.assign(task="multiclass", y_true=rows["k"] % n_classes)
     several[[f"prob_{k}" for k in range(n_classes)]] = rng.dirichlet(np.ones(n_classes), len(several))
     classes = [f"{k} (invasive carcinoma, grade {k})" for k in range(n_classes)]

@@ -193,7 +193,18 @@ def test_of_many_clients_those_that_move_most_are_named_and_a_map_has_no_numbers
 
 @pytest.mark.parametrize("figure", [review.drift, review.cosines, review.gain])
 def test_a_profile_without_a_federated_arm_is_told_so(figure):
-    columns = ["modality", "arm", "fold", "round", "client", "other", "center", "over", "difference"]
+    columns = [
+        "modality",
+        "arm",
+        "fold",
+        "round",
+        "client",
+        "other",
+        "center",
+        "over",
+        "difference",
+        "distance",
+    ]
     assert any(
         text.startswith("n/a: nothing to show") for text in texts(figure(pd.DataFrame(columns=columns)))
     )
