@@ -225,7 +225,7 @@ def test_the_page_of_another_cohort_has_its_own_tables_and_a_title_that_is_true_
     p = profile(tmp_path)
     shutil.rmtree(p.folder / "tables")
     for n in tables.KEYS:
-        ours = tables.paper(n).query("modality == 't2'")
+        ours = tables.paper(n).query("modality == 't2'").drop(columns="name", errors="ignore")
         ours = ours.replace({"center": {"NYU": "007"}}) if "center" in ours else ours
         tables.write(ours, n, p.folder / "tables", is_paper=False)
     page = parsed(p)
