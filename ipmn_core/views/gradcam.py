@@ -248,6 +248,6 @@ def by_class(looks: Sequence[Look]) -> Figure:
             words = f"{np.nan_to_num(look.in_pancreas):.0%} of attention inside the mask"
         below.set_title(words, fontsize=SMALL)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
-    figure.colorbar(scale, ax=figure.axes, label="Grad-CAM (0 to 1)", pad=0.01, shrink=0.5)
+    figure.colorbar(scale, ax=figure.axes, label="Grad-CAM (0 to 1)", pad=0.04, shrink=0.5)
     figure.suptitle(f"Grad-CAM of “{look.asked_name}”, layer {look.layer}", fontsize=10)
     return figure

@@ -198,7 +198,8 @@ def scanners(facts: pd.DataFrame) -> Figure:
         "roi_median": ("median intensity in the ROI", "as stored, no unit"),
     }
     rng, names = np.random.default_rng(0), centers_in(facts["center"])
-    axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")[1]
+    size = WIDTH, 2.6 if len(names) <= MANY else 3.6
+    axes = plt.subplots(1, 3, figsize=size, squeeze=False, layout="constrained")[1]
     for ax, column in zip(axes[0], shown, strict=True):
         for m, (modality, rows) in enumerate(facts.groupby("modality")):
             x = rows["center"].map(names.index) + 0.3 * m - 0.15 + rng.uniform(-0.08, 0.08, len(rows))
