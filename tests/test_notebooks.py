@@ -1,4 +1,5 @@
 import ast
+import builtins
 import json
 import re
 from pathlib import Path
@@ -98,6 +99,34 @@ def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
     for other in (number - 1, number + 1):
         assert f"](0{other}_" in first or other not in (1, 2, 3, 4), f"no link to chapter {other}"
     assert "**What to take home.**" in last
+
+
+@every_notebook
+def test_what_remains_without_the_cells_about_paper_and_phantom_stands_on_its_own(path):
+    own = [cell for cell in cells(path) if not {"paper", "phantom"} & set(cell.metadata.get("tags", []))]
+    names = [node for cell in own for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
+    imported = {
+        alias.asname or alias.name
+        for cell in own
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    known = imported | {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    assert {name.id for name in names} <= known
+    text = "".join(cell.source for cell in nbformat.read(path, 4).cells if not cell.metadata.get("tags"))
+    theirs = r"\b(?:NYU|MCF|NU|AHN|MCA|EMC|seven|IPMN)\b|high.risk cases"
+    assert not re.findall(theirs, text.partition("\n## ")[2])
+
+
+def test_cells_about_another_cohort_are_left_out_of_what_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tagged = {"parameters": "x = 1", "paper": "x = 2", "phantom": "x = 3", "try-it": "print(x)"}
+    new = [nbformat.v4.new_code_cell(text, metadata={"tags": [tag]}) for tag, text in tagged.items()]
+    nbformat.write(nbformat.v4.new_notebook(cells=new), tmp_path / "all.ipynb")
+    done = pipeline.execute(tmp_path / "all.ipynb", tmp_path / "done.ipynb", {}, {"paper", "phantom"})
+    assert cells(done)[-1].outputs[0].text == "1\n"
+    assert len(cells(tmp_path / "all.ipynb")) == 4
 
 
 @every_notebook

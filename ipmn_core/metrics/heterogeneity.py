@@ -51,8 +51,9 @@ def gain(selected: pd.DataFrame) -> pd.DataFrame:
         federated = [arm for arm in trained if arm not in OTHERS]
         for reference, arm in product((arm for arm in OTHERS if arm in trained), federated):
             pairs = inference.paired(trained[arm], trained[reference])
-            for center, part in scores.places(pairs):
-                y = part["y_true"].to_numpy()
+            parts = dict(scores.places(pairs))  # sorted by case
+            for center in (*trained[arm]["center"].unique(), scores.GLOBAL):
+                part, y = parts[center], parts[center]["y_true"].to_numpy()
                 tested = inference.delong_test(y, part["prob_1"], part["prob_1_reference"])[:3]
                 undefined = scores.absent_classes(y, 2) or inference.no_delong(y, 2)
                 if reference == "local_only" and center == scores.GLOBAL:

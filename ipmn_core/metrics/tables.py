@@ -36,7 +36,7 @@ def complexity(counted: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
 
 
 def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
-    """The 3-class benchmark in percent, rounded to 2 decimals, in the paper's row order.
+    """The benchmark of all classes in percent, rounded to 2 decimals, in the paper's row order.
 
     Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
     `metrics.over_folds` (its global multiclass rows count); `complexity` gives each model's MACs (10^9) and
@@ -48,7 +48,7 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
         params_m=[round(complexity[model][1], 2) for model in rows["arm"]],
         **(100 * rows[NUMBERS]).round(2),
     )
-    return _in_paper_order(table[["model", "macs_g", "params_m", "modality", *NUMBERS]], 2)
+    return _in_order(table[["model", "macs_g", "params_m", "modality", *NUMBERS]], 2)
 
 
 def table3(summary: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
-    return _in_paper_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
+    return _in_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
 
 
 def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
@@ -67,13 +67,18 @@ def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
     return paper(n).set_index(KEYS[n]).index.union(table.set_index(KEYS[n]).index, sort=False)
 
 
-def _in_paper_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The same rows, those of the paper first and in its order; the others key by key, as they appear."""
+def _in_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The same rows, key by key: the paper's names in its order, then others as they appear.
+
+    Centers, if some are not the paper's, as they appear, "global" last.
+    """
     for key in reversed(KEYS[n]):
-        order = {name: place for place, name in enumerate(table[key].unique())}
+        theirs, ours = (list(dict.fromkeys(one[key])) for one in (paper(n), table))
+        if key == "center" and not set(ours) <= set(theirs):
+            theirs = sorted(ours, key=lambda name: name == "global")
+        order = {name: place for place, name in enumerate(dict.fromkeys([*theirs, *ours]))}
         table = table.sort_values(key, key=lambda names, order=order: names.map(order), kind="stable")
-    keyed = table.set_index(KEYS[n], drop=False)
-    return keyed.loc[[key for key in _order(table, n) if key in keyed.index]].reset_index(drop=True)
+    return table.reset_index(drop=True)
 
 
 def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:

@@ -40,13 +40,18 @@ def results(folder: Path) -> list[tuple[str, str]]:
     return [(f"Table {n}. {caption}", _html(beside(folder, n))) for n, caption in CAPTIONS.items()]
 
 
+def is_paper(folder: Path) -> bool:
+    """Return whether a profile's tables stand beside the paper's."""
+    return (folder / "tables" / "table1_beside_paper.csv").exists()
+
+
 def beside(folder: Path, n: int) -> pd.DataFrame:
     """Return table `n` as printed; for the paper's cohort each row of this run above the paper's."""
-    path = folder / "tables" / f"table{n}_beside_paper.csv"
-    is_paper = path.exists()
-    printed = tables.as_printed(pd.read_csv(path if is_paper else path.with_name(f"table{n}.csv")))
+    stem = f"table{n}_beside_paper" if is_paper(folder) else f"table{n}"
+    exact = {"dtype": dict.fromkeys(tables.KEYS[n], str), "keep_default_na": False, "na_values": "n/a"}
+    printed = tables.as_printed(pd.read_csv(folder / "tables" / f"{stem}.csv", **exact))
     printed = printed.set_index(list(printed.columns[: len(tables.KEYS[n]) - 1]))
-    if not is_paper:
+    if not is_paper(folder):
         return printed
     printed.columns = pd.MultiIndex.from_product([printed.columns[::2], ["this run", "paper"]])
     return printed.stack(future_stack=True)

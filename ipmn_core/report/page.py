@@ -50,6 +50,7 @@ def page_of(p: Params, notebooks: Sequence[Path]) -> str:
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
+    is_paper = facts.is_paper(p.folder)
     resources = {
         "policy": _policy(live.module()),
         "styles": [_resource("report.css"), live.css()],
@@ -57,7 +58,8 @@ def page_of(p: Params, notebooks: Sequence[Path]) -> str:
         "profile": p.profile,
         "data": hide(p.data),
         "synthetic": p.data == "phantom" or not read_truth(p).empty,
-        "is_paper": (p.folder / "tables" / "table1_beside_paper.csv").exists(),
+        "is_paper": is_paper,
+        "title": "Risk of pancreatic cysts (IPMN) from MRI" if is_paper else "Classification of scans",
         "contents": words.contents,
         "results": facts.results(p.folder),
         "facts": facts.about(p, read, hide),

@@ -4,15 +4,7 @@ from ipmn_core.views.by_hand import fedprox_by_hand
 from ipmn_core.views.explorer import center_explorer
 from ipmn_core.views.gradcam import by_class
 from ipmn_core.views.live import attention_viewer, roi_viewer
-from ipmn_core.views.results import (
-    benchmark,
-    confusions,
-    forests,
-    overview,
-    roc_by_center,
-    scanners,
-    training_curves,
-)
+from ipmn_core.views.results import benchmark, confusions, forests, roc_by_center, scanners, training_curves
 from ipmn_core.views.review import (
     auc_intervals,
     cosines,
@@ -24,12 +16,5 @@ from ipmn_core.views.review import (
     reliability_diagrams,
     within_and_between,
 )
-from ipmn_core.views.scans import (
-    center_gallery,
-    prediction,
-    roi_and_cube,
-    scan_volumes,
-    show_slice,
-    slices,
-)
+from ipmn_core.views.scans import center_gallery, prediction, roi_and_cube, scan_volumes, show_slice, slices
 from ipmn_core.views.style import color, save, show, use_style

@@ -171,6 +171,7 @@ def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> 
     return objective(grid).view(len(w_1), len(w_0)).numpy()
 
 
+@plt.rc_context({"text.parse_math": True})
 def beside(centers: Centers, paths: pd.DataFrame) -> Figure:
     """Plane and drift of each mu, side by side on the same axes; `paths` as of `compare`."""
     runs = [rows for _, rows in paths.groupby(RUN, sort=False)]

@@ -61,9 +61,11 @@ function axis(x, y, name) { // from 0 to 1
 }
 
 function forest(view, arms, chosen, find, name, pick) {
-  const [step, height] = [11, arms.length * 11 + 12];
-  const bottom = view.centers.length * height + 4;
-  const x = (value) => 90 + value * 740;
+  const step = view.centers.length > 12 ? 8 : 11;
+  const names = view.centers.map((center) => (center.length > 34 ? `${center.slice(0, 33)}…` : center));
+  const left = Math.max(90, 24 + 7 * Math.max(...names.map((one) => one.length)));
+  const [height, bottom] = [arms.length * step + 12, view.centers.length * (arms.length * step + 12) + 4];
+  const x = (value) => left + value * (830 - left);
   const rows = view.centers.map((center, c) => {
     const found = arms.map((arm) => find(arm, c));
     const [top, middle] = [c * height + 2, (c + 0.5) * height + 5];
@@ -74,7 +76,7 @@ function forest(view, arms, chosen, find, name, pick) {
       arms.map((arm, a) => `${view.arms[arm].label} ${interval(found[a])}`),
       svg("rect", { class: "ground", x: 2, y: top, width: 846, height: height - 2, rx: 3 }),
       ...(name.includes("AUC") ? [path(`M${x(0.5)} ${top}V${top + height}`, { class: "guide" })] : []),
-      text(12, middle, center), ...marks);
+      text(12, middle, names[c]), ...marks);
   });
   const size = { class: "forest", viewBox: `0 0 850 ${bottom + 44}` };
   return svg("svg", { ...size, role: "group", "aria-label": name }, ...rows, axis(x, bottom, name));
@@ -105,11 +107,9 @@ function histogram(cases, classes) { // of the probability of the last class, a 
   for (const { y, p } of cases) counts[y][Math.min(Math.floor(p[high] * bins), bins - 1)]++;
   const most = Math.max(1, ...counts.flat());
   const x = (value) => 10 + value * 400;
-  const bar = (n, bin, bottom) => {
-    const size = (n / most) * (strip - 24);
-    return svg("rect", { x: x(bin / bins) + 1, y: bottom - size, width: 18, height: size, class: "bar" },
+  const bar = (n, bin, bottom, size = (n / most) * (strip - 24)) =>
+    svg("rect", { x: x(bin / bins) + 1, y: bottom - size, width: 18, height: size, class: "bar" },
       svg("title", {}, `${bin / bins} to ${(bin + 1) / bins}: ${n} cases`));
-  };
   const strips = counts.map((found, y) => svg("g", {},
     text(x(0), y * strip + 17, `${classes[y]} (n = ${found.reduce((sum, n) => sum + n)})`),
     ...found.map((n, bin) => bar(n, bin, (y + 1) * strip)),
@@ -227,7 +227,7 @@ function explorer(root, { rules, metrics, views, scans }, ask) {
     const { view, rule, center } = state;
     const mixed = (a) => isAll() && view.arms[a].personal;
     const found = shown.map((a) => [view.arms[a], mixed(a) ? null : roc(tested(view, rule, a, center)), a]);
-    const why = (a) => mixed(a) ? "n/a, see below" : "n/a: one class only";
+    const why = (a) => mixed(a) ? "n/a, see above" : "n/a: one class only";
     const rows = found.map(([arm, curve, a]) => [html("th", { scope: "row" }, swatch(arm), arm.label),
       html("td", {}, curve ? three(curve.auc) : why(a)), html("td", {}, mean(a))]);
     const lines = found.filter(([, curve]) => curve).map(([arm, curve]) => [arm, curve.points]);

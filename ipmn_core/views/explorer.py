@@ -71,7 +71,7 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
     centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
     return {
         "task": task,
-        "taskName": f"{classes[1]} or not" if task == "binary" else ", ".join(classes),
+        "taskName": f"{classes[1]} against the rest" if task == "binary" else ", ".join(classes),
         "modality": modality,
         "modalityName": display_name(modality),
         "classes": classes,

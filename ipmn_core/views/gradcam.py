@@ -25,8 +25,8 @@ from ipmn_core import data, federated, models, phantom, runs
 from ipmn_core.data import Cohort
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import Run, store, trained
-from ipmn_core.views.scans import HEAT, OPACITY, section, show_slice
-from ipmn_core.views.style import PALETTE, SMALL
+from ipmn_core.views.scans import HEAT, OPACITY, pairs, section, show_slice
+from ipmn_core.views.style import PALETTE, SMALL, short
 
 EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
 # Modules that the whole image passes through (in one of two branches, Grad-CAM misses what the other knows):
@@ -228,8 +228,8 @@ def by_class(looks: Sequence[Look]) -> Figure:
     looks. The slice with most lesion or, without one, with most attention on the pancreas; lesion outlined.
     """
     labels = sorted({look.label for look in looks})
-    figure, axes = plt.subplots(2, len(labels), figsize=(0.5 + 2.7 * len(labels), 3.6), squeeze=False)
-    for label, (above, below) in zip(labels, axes.T, strict=True):
+    figure, axes = pairs(len(labels), 3, 2.85, (2.0, 1.8))
+    for label, (above, below) in zip(labels, axes, strict=True):
         cases = [look for look in looks if look.label == label]
         look = sorted(cases, key=lambda one: np.nan_to_num(one.expected))[len(cases) // 2]
         cube, heat, lesion, mm = canonical(look)
@@ -239,15 +239,15 @@ def by_class(looks: Sequence[Look]) -> Figure:
         over = HEAT(heat := section(heat, "axial", k))
         over[..., 3] = OPACITY * heat
         below.imshow(over, origin="lower", aspect=below.get_aspect(), interpolation="bilinear")
-        title = f"{look.center} {look.case_id}: {look.label_name}\n"
-        title += f"probability of {look.asked_name} {look.prob:.2f}"
-        above.set_title(title, fontsize=SMALL, parse_math=False)
+        title = f"{short(look.center)} {look.case_id}\n{short(look.label_name)}\n"
+        title += f"probability of {short(look.asked_name)} {look.prob:.2f}"
+        above.set_title(title, fontsize=SMALL)
         words = f"attention in the lesion {look.share:.1%}\n"
         words += f"expected {look.expected:.1%}, ratio {look.ratio:.2f}"
         if np.isnan(look.ratio):
-            words = f"{np.nan_to_num(look.in_pancreas):.0%} of attention on the pancreas"
+            words = f"{np.nan_to_num(look.in_pancreas):.0%} of attention inside the mask"
         below.set_title(words, fontsize=SMALL)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
-    figure.colorbar(scale, ax=axes[1], label="Grad-CAM (0 to 1)", pad=0.01)
+    figure.colorbar(scale, ax=figure.axes, label="Grad-CAM (0 to 1)", pad=0.04, shrink=0.5)
     figure.suptitle(f"Grad-CAM of “{look.asked_name}”, layer {look.layer}", fontsize=10)
     return figure

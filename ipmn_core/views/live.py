@@ -25,17 +25,7 @@ from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.views import gradcam
 from ipmn_core.views.gradcam import Look
-from ipmn_core.views.scans import (
-    HEAT,
-    OPACITY,
-    Case,
-    header_facts,
-    middle,
-    open_case,
-    three_planes,
-    widest_slice,
-    window_of,
-)
+from ipmn_core.views.scans import HEAT, OPACITY, Case, header_facts, middle, open_case, three_planes
 from ipmn_core.views.style import centers_in, png
 
 MIME = "application/vnd.ipmn.view+json"
@@ -148,9 +138,7 @@ def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
     return _viewer(mine, looks[0].how, first, {look.case_id: look for look in looks})
 
 
-def _viewer(
-    scans: pd.DataFrame, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Look] | None = None
-):
+def _viewer(scans, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Look] | None = None):
     """The viewer of `scans`, of which a page holds those `shown`."""
 
     def page() -> dict[str, Any]:
@@ -159,7 +147,8 @@ def _viewer(
 
     def still() -> Figure:
         first = open_case(shown.iloc[0], how)
-        return three_planes(first, middle(first))
+        inside = np.asanyarray(first.image.dataobj) if first.mask is None else first.mask
+        return three_planes(first, middle(inside))
 
     alt = "The first case in three planes, and below them the cube that a network sees"
     return LiveView("viewer", viewer_state(scans, how), still, alt, page, answering(scans, how, looks))
@@ -200,9 +189,7 @@ def on_page(scan: pd.Series, how: Preprocessing, look: Look | None = None) -> di
     return about | {"arrays": packed(arrays)}
 
 
-def case_or_reason(
-    scan: pd.Series, how: Preprocessing, look: Look | None = None, most: int | None = None
-) -> tuple[dict[str, Any], Arrays]:
+def case_or_reason(scan, how: Preprocessing, look: Look | None = None, most: int | None = None):
     """The `case_data` of a cohort row, or why it cannot be read."""
     try:
         return case_data(open_case(scan, how), look, most)
@@ -220,7 +207,7 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
     spacing, shape = np.array(case.image.header.get_zooms()[:3], float), case.image.shape
     box = case.box
     cut, step = framing(shape, spacing, box, most or np.inf)
-    (low, high), voxels, scale = window_of(case), np.asanyarray(case.image.dataobj), [0.0, 1.0]
+    (low, high), voxels, scale = case.window, np.asanyarray(case.image.dataobj), [0.0, 1.0]
     if most:
         voxels, scale = averaged(windowed(voxels, low, high)[cut], step), [low, (high - low) / 255]
     elif voxels.dtype.name not in STORED:
@@ -241,7 +228,7 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
         "step": list(step),
         "shape": list(voxels.shape),
         "box": [[side.start, side.stop - side.start] for side in box],
-        "at": _first_look(voxels if inside is None else inside),
+        "at": middle(voxels if inside is None else inside),
         "window": [low, high],
         "scale": scale,  # stored value of a voxel: scale[0] + scale[1] * voxel
     }
@@ -265,7 +252,7 @@ def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[s
         units = "unknown"
     doubt = "; ".join(problem for _, problem, _ in headers.place(header)[1])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
-    part = "the whole image" if whole else f"the pancreas and {MARGIN} mm around it"
+    part = "the whole image" if whole else f"the ROI and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
     mask = "beside the image" if case.scan["mask"] else "none: a clean ROI"
     facts = {"units": units, "mask": mask, "shown": part + means}
@@ -307,12 +294,3 @@ def averaged(volume: np.ndarray, step: tuple[int, ...]) -> np.ndarray:
     whole = volume[tuple(slice(0, n * s) for n, s in zip(length, step, strict=True))]
     blocks = whole.reshape([n for pair in zip(length, step, strict=True) for n in pair])
     return np.uint8(np.rint(blocks.mean(axis=(1, 3, 5))))
-
-
-def _first_look(inside: np.ndarray) -> list[int]:
-    """A voxel of the widest axial slice: of those inside the one nearest to their middle."""
-    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
-    k = widest_slice(inside)
-    plane = np.argwhere(inside[:, :, k])
-    i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
-    return [int(i), int(j), k]

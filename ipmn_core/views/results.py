@@ -17,17 +17,8 @@ from sklearn.metrics import roc_curve
 from ipmn_core import metrics
 from ipmn_core.metrics import centers
 from ipmn_core.names import display_name
-from ipmn_core.views.style import (
-    BLACK,
-    MANY,
-    REFERENCES,
-    SMALL,
-    WIDTH,
-    centers_in,
-    color,
-    in_order,
-    name_ticks,
-)
+from ipmn_core.views import style
+from ipmn_core.views.style import BLACK, MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
 
 def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
@@ -113,7 +104,7 @@ def _draw_forest(ax: Axes, rows: pd.DataFrame, names: list[str], arms: list[str]
             text = textwrap.shorten(f"n/a: {why}" if why else "n/a", 26, placeholder=" ...")
             look = {"color": hue, "fontsize": SMALL, "va": "center", "zorder": 4}
             ax.text(0.01, at, text, transform=ax.get_yaxis_transform(), **look)
-    ax.set_yticks(range(len(names)), [display_name(name) for name in names])
+    ax.set_yticks(range(len(names)), [style.short(display_name(name)) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     for k in range(0, len(names), 2):
         ax.axhspan(k - 0.5, k + 0.5, color="0.95", linewidth=0, zorder=-1)
@@ -167,13 +158,14 @@ def overview(summary: pd.DataFrame) -> Figure:
 def fold_curves(table: pd.DataFrame, x: str, y: str, by: str, row: str, xlabel: str, ylabel: str) -> Figure:
     """`y` over `x`, a panel per arm and `row`, a color per `by`: a thin line per fold, a thick mean."""
     axes, shown = panels(table, "arm", row, 2.3, sharex="col", sharey=True)
+    shades = {n: style.hue(k) if by == "client" else color(n) for k, n in enumerate(in_order(table[by]))}
     for ax, rows in shown:
         for name in in_order(rows[by]):
-            folds = rows[rows[by] == name].pivot(index=x, columns="fold", values=y)
-            look = {"color": color(name), "marker": "." if len(folds) <= 10 else None}
+            folds = rows[rows[by] == name].pivot_table(y, x, "fold", dropna=False)
+            look = {"color": shades[name], "marker": "." if len(folds) <= 10 else None}
             ax.plot(folds.index, folds, alpha=0.35, linewidth=0.8, markersize=3, **look)
-            label = display_name(name)
-            ax.plot(folds.index, folds.mean(axis=1), linewidth=2, markersize=8, label=label, **look)
+            look["label"] = style.short(display_name(name))
+            ax.plot(folds.index, folds.mean(axis=1), linewidth=2, markersize=8, **look)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)  # also of one epoch
         ax.set_xlim(rows[x].min() - 0.5, rows[x].max() + 0.5)
     return labelled(axes, xlabel, ylabel, "thin: a fold\nthick: mean")
@@ -188,11 +180,14 @@ def training_curves(
     for ax in figure.axes if reference is not None else ():
         ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
     if values.min() > 0 and values.max() > max(1, 5 * values.min()):
-        y = figure.axes[0]  # a loss that one arm begins high; an AUC is never above 1
-        y.set_yscale("log")
-        y.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
-        y.yaxis.set_major_formatter("{x:g}")
+        _by_factors(figure.axes[0])  # a loss that one arm begins high; an AUC is never above 1
     return figure
+
+
+def _by_factors(ax: Axes) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def scanners(facts: pd.DataFrame) -> Figure:
@@ -203,14 +198,15 @@ def scanners(facts: pd.DataFrame) -> Figure:
         "roi_median": ("median intensity in the ROI", "as stored, no unit"),
     }
     rng, names = np.random.default_rng(0), centers_in(facts["center"])
-    axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), squeeze=False, layout="constrained")[1]
+    size = WIDTH, 2.6 if len(names) <= MANY else 3.6
+    axes = plt.subplots(1, 3, figsize=size, squeeze=False, layout="constrained")[1]
     for ax, column in zip(axes[0], shown, strict=True):
         for m, (modality, rows) in enumerate(facts.groupby("modality")):
             x = rows["center"].map(names.index) + 0.3 * m - 0.15 + rng.uniform(-0.08, 0.08, len(rows))
             look = {"color": color(modality), "label": display_name(modality)}
             ax.scatter(x, rows[column], s=7, alpha=0.5, **look)
-        name_ticks(ax.xaxis, names)
-    axes[0, 2].set_yscale("log")
+        style.name_ticks(ax.xaxis, names)
+    _by_factors(axes[0, 2])
     figure = labelled(axes, "center", title="a point: a scan")
     for ax, (title, unit) in zip(axes[0], shown.values(), strict=True):
         ax.set(title=title, ylabel=unit)
@@ -233,8 +229,7 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
         ax.text(0.5, 0.6, "n/a: one class only" if len(selected) else "n/a", ha="center")
     ax.plot((0, 1), (0, 1), color="0.8", linewidth=0.8, zorder=0)
     cases = selected.drop_duplicates("case_id")["y_true"]
-    ax.set_title(f"{title[:24]}\n{cases.sum()} of {len(cases)} positive", parse_math=False)
-    ax.set_aspect("equal")
+    ax.set(title=f"{style.short(title)}\n{cases.sum()} of {len(cases)} positive", aspect="equal")
     ax.set(xlabel="1 - specificity", ylabel="sensitivity", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     return ax
 
@@ -245,7 +240,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     Of many centers the largest. The AUCs are right of each panel, the arms' names once below. All centers
     together lack `local_only`: its models' scores share no scale to pool.
     """
-    largest = selected.drop_duplicates("case_id")["center"].value_counts(sort=True)[:MANY].index
+    largest = selected.drop_duplicates("case_id")["center"].value_counts()[: MANY - 1].index
     places = [metrics.GLOBAL, *(name for name in centers_in(selected["center"]) if name in largest)]
     down = -(-len(places) // 4)
     figure, axes = plt.subplots(down, 4, figsize=(WIDTH, 2.2 * down + 0.4), squeeze=False)
@@ -269,8 +264,8 @@ def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
         text = f"{number:z.2f}" if isinstance(number, float) else str(number)  # z: no -0.00
         hue = "white" if abs(number) > 0.6 * image.norm.vmax else BLACK
         ax.text(j, i, text.replace("nan", "n/a"), color=hue, fontsize=SMALL, ha="center", va="center")
-    name_ticks(ax.xaxis, names)
-    name_ticks(ax.yaxis, names)
+    style.name_ticks(ax.xaxis, names)
+    style.name_ticks(ax.yaxis, names)
     return image
 
 
@@ -280,7 +275,8 @@ def confusions(selected: pd.DataFrame, center: str, classes: Sequence[str]) -> F
     `selected` are rows of one task and modality, one epoch per run; `classes` the names of its classes.
     """
     here = centers.at(selected, center).assign(center=center)
-    axes, shown = panels(here, "arm", "center", 2.1, sharex=True, sharey=True)
+    height = 2.1 if len(classes) < 4 else 1.8 + 0.3 * len(classes)
+    axes, shown = panels(here, "arm", "center", height, sharex=True, sharey=True)
     for ax, rows in shown:
         matrix = centers.confusion(rows)
         numbered(ax, matrix, list(classes), cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))

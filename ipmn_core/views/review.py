@@ -13,7 +13,7 @@ from ipmn_core.metrics import RULES
 from ipmn_core.metrics.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.names import display_name
 from ipmn_core.views.results import beside_paper, fold_curves, forest, labelled, numbered, panels
-from ipmn_core.views.style import PAIRS, REFERENCES, centers_in, color
+from ipmn_core.views.style import MANY, PAIRS, REFERENCES, centers_in, color
 
 DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
 
@@ -116,8 +116,13 @@ def optimism(table: pd.DataFrame) -> Figure:
 def drift(table: pd.DataFrame) -> Figure:
     """Distance of each client from the global model by round: a panel per arm (across) and modality (down).
 
-    From `heterogeneity.drift`. A color per client, a thin line per fold, a thick one their mean.
+    From `heterogeneity.drift`. A color per client, a thin line per fold, a thick one their mean. Of many
+    clients those that move most; the others are one line, their mean.
     """
+    moved = table.groupby("client")["distance"].mean()
+    if len(moved) > MANY:
+        others = ~table["client"].isin(moved.nlargest(MANY - 1).index)
+        table = pd.concat([table[~others], table[others].assign(client="mean of the others")])
     ylabel = "distance from the\nglobal model (no unit)"
     return fold_curves(table, "round", "distance", "client", "modality", "round", ylabel)
 
@@ -128,7 +133,8 @@ def cosines(matrices: pd.DataFrame) -> Figure:
     From `heterogeneity.cosines`. The colors run from -1 to 1.
     """
     clients = centers_in(matrices["client"])
-    axes, shown = panels(matrices, "arm", "modality", 2.8, sharex=True, sharey=True)
+    height = 2.8 if len(clients) <= MANY else 3.6
+    axes, shown = panels(matrices, "arm", "modality", height, sharex=True, sharey=True)
     for ax, rows in shown:
         cells = rows.pivot(index="client", columns="other", values="cosine")
         cells = cells.reindex(index=clients, columns=clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipmn_core.data import bounding_box, headers, read_scan, to_cube
+from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
-from ipmn_core.views.style import PALETTE, SMALL, centers_in
+from ipmn_core.views.style import PALETTE, SMALL, centers_in, short
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
 HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
@@ -22,9 +24,7 @@ OPACITY = 0.75  # of a heat map where it is 1; where it is 0 the image shows as 
 EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top, bottom
 
 
-def scan_volumes(
-    scan, how: Preprocessing | None = None
-) -> tuple[nib.Nifti1Image, np.ndarray | None, nib.Nifti1Image]:
+def scan_volumes(scan, how: Preprocessing | None = None):
     """Whole image, mask (X, Y, Z) bool and clean ROI of a cohort row, in canonical (RAS+) orientation.
 
     A clean ROI has no whole image: it is both, and the mask is None. Only the ROI is resampled, if `how` says
@@ -52,6 +52,13 @@ class Case:
     box: tuple[slice, slice, slice]
 
     @property
+    def window(self) -> tuple[float, float]:
+        """Stored values to show black and white: percentiles 1 and 99.5 of at most 2^18 of the image."""
+        voxels = np.asanyarray(self.image.dataobj).ravel("K")
+        low, high = np.percentile(voxels[:: max(1, voxels.size // 2**18)], (1, 99.5))
+        return float(low), float(high)
+
+    @property
     def cube_window(self) -> tuple[float, float]:
         """Values of the cube to show black and white: 0 and 1, or all if some are beyond."""
         return min(0.0, float(self.cube.min())), max(1.0, float(self.cube.max()))
@@ -64,18 +71,13 @@ def open_case(scan: pd.Series, how: Preprocessing) -> Case:
     return Case(scan, image, mask, roi, to_cube(np.asanyarray(roi.dataobj), how.size, how.intensity), box)
 
 
-def middle(case: Case) -> list[int]:
-    """Voxel of the image to show first: the middle of the pancreas in its widest axial slice."""
-    inside = np.asanyarray(case.roi.dataobj) != 0 if case.mask is None else case.mask
+def middle(inside: np.ndarray) -> list[int]:
+    """The voxel to show first: in the widest axial slice, of those inside the one nearest to their middle."""
+    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
     k = widest_slice(inside)
-    return [*(int(v) for v in np.argwhere(inside[:, :, k]).mean(axis=0).round()), k]
-
-
-def window_of(case: Case) -> tuple[float, float]:
-    """Stored values to show black and white: percentiles 1 and 99.5 of at most 2^18 voxels of the image."""
-    voxels = np.asanyarray(case.image.dataobj).ravel("K")
-    low, high = np.percentile(voxels[:: max(1, voxels.size // 2**18)], (1, 99.5))
-    return float(low), float(high)
+    plane = np.argwhere(inside[:, :, k])
+    i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
+    return [int(i), int(j), k]
 
 
 def section(volume: np.ndarray, plane: str, k: int) -> np.ndarray:
@@ -112,6 +114,17 @@ def widest_slice(mask: np.ndarray) -> int:
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
+def pairs(n: int, most: int, width: float, heights: tuple[float, float]):
+    """A figure for `n` pairs of pictures, one above the other, at most `most` across; axes (above, below)."""
+    down = -(-n // most)
+    across = -(-n // down)
+    rows = {"squeeze": False, "height_ratios": heights * down}
+    figure, axes = plt.subplots(2 * down, across, figsize=(width * across, sum(heights) * down), **rows)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2).tolist()[:n]
+
+
 def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None = None) -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
@@ -120,21 +133,16 @@ def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None 
     chosen = scans[scans["modality"] == modality]
     label = scans["label"].max() if label is None else label
     centers = centers_in(chosen["center"])
-    down = -(-len(centers) // 8)
-    across = -(-len(centers) // down)
-    rows = {"squeeze": False, "height_ratios": (3, 2) * down}
-    figure, axes = plt.subplots(2 * down, across, figsize=(1.75 * across, 2.9 * down), **rows)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    pairs = axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2)
-    for center, (above, below) in zip(centers, pairs, strict=False):
+    figure, axes = pairs(len(centers), 8, 1.75, (1.74, 1.16))
+    for center, (above, below) in zip(centers, axes, strict=True):
         cases = chosen[chosen["center"] == center]
         scan = cases.sort_values("label", key=lambda v: v != label, kind="stable").iloc[0]
         image, mask, roi = scan_volumes(scan)
         show_slice(above, image, widest_slice(mask if mask is not None else image.dataobj), mask)
         show_slice(below, roi, widest_slice(roi.dataobj))
-        above.set_title(f"{center}\n{scan['case_id']}, {scan['class']}", fontsize=8, parse_math=False)
-    title = f"{modality.upper()}: pancreas outlined (above), masked and cropped ROI (below)"
+        case = textwrap.fill(f"{scan['case_id']}, {scan['class']}", 30)
+        above.set_title(f"{short(center)}\n{case}", fontsize=SMALL)
+    title = f"{display_name(modality)}: mask outlined (above), masked and cropped ROI (below)"
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -147,8 +155,8 @@ def slices(scan) -> Figure:
     figure = plt.figure(figsize=(1.3 * columns, 0.75 * rows + 0.3))
     for k in range(depth):
         show_slice(figure.add_subplot(rows, columns, k + 1), roi, k)
-    title = f"{scan['center']} {scan['case_id']}, {scan['modality'].upper()}, {scan['class']}"
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    title = f"{scan['center']} {scan['case_id']}, {display_name(scan['modality'])}, {scan['class']}"
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -172,7 +180,7 @@ def three_planes(case: Case, position: Sequence[int]) -> Figure:
     within = (np.array(position) - start + 0.5) * size / length
     within = np.clip(within, 0, size - 1).astype(int)  # the cube's nearest voxel, if it is outside
     rows = [
-        ("image", case.image, case.mask, window_of(case), position),
+        ("image", case.image, case.mask, case.window, position),
         ("cube", cube, None, case.cube_window, within),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.2))
@@ -204,7 +212,7 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
     roi = nib.as_closest_canonical(roi)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     show_slice(left, roi, widest_slice(roi.dataobj))
-    left.set_title(f"{result.case}, ROI", parse_math=False)
+    left.set_title(f"{result.case}, ROI")
     prob = result.folds[classes]
     right.barh(classes, prob.mean(), color=PALETTE[5])
     for k, name in enumerate(classes):
@@ -219,7 +227,7 @@ def header_facts(case: Case) -> dict[str, str]:
     stored, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
     spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
     return {
-        "case": f"{case.scan['center']} {case.scan['case_id']}, {case.scan['modality'].upper()}",
+        "case": f"{case.scan['center']} {case.scan['case_id']}, {display_name(case.scan['modality'])}",
         "class": case.scan["class"],
         "stored": f"{' × '.join(map(str, stored.get_data_shape()))} voxels, {stored.get_data_dtype()}",
         "voxel": f"{spacing} mm",

@@ -16,7 +16,7 @@ from pandas.io.formats.style import Styler
 
 from ipmn_core.disk import atomic
 from ipmn_core.metrics import GLOBAL, RULES
-from ipmn_core.names import ARMS, CENTERS, MODELS
+from ipmn_core.names import ARMS, MODELS
 
 # Okabe and Ito's palette: told apart with any common color vision
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
@@ -24,14 +24,14 @@ BLACK = "#000000"
 # drawn dashed or square, for they train no network and share colors with arms that do
 REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
 PAIRS = {"pooled": "all pairs (pooled)", "within": "within a center", "between": "between centers"}
-GROUPS = (ARMS, MODELS, CENTERS, tuple(RULES.values()), tuple(PAIRS.values()))
+GROUPS = (ARMS, MODELS, tuple(RULES.values()), tuple(PAIRS.values()))
 COLORS = {name: PALETTE[k] for names in GROUPS for k, name in enumerate(names)}
 COLORS |= dict(zip(REFERENCES, (*PALETTE[5:], PALETTE[2], BLACK, PALETTE[3]), strict=True))
 COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn beside each other in an arm
-_others: dict[str, str] = {}  # colors of names that COLORS lacks, in order of first appearance
+_others: list[str] = []  # names that COLORS lacks, in order of first appearance
 
 WIDTH = 9  # inches: a page that shows a figure 900 pixels wide shows letters of 8 points 11 pixels high
-MANY = 12  # more centers than that are drawn in another form
+MANY = 12  # of more centers a figure shows some, or names some
 SMALL = 8  # points, the smallest letters
 STYLE = {
     "figure.dpi": 100,
@@ -45,18 +45,22 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a name with two dollars is no formula
 }
 
 
-def color(name: str) -> str:
-    """Color of an arm, model, modality or center, one in all figures.
+def hue(k: int) -> str:
+    """Color number `k`: the palette's, then dark ones unlike it, which never repeat (the golden angle)."""
+    if k < len(PALETTE):
+        return PALETTE[k]
+    return to_hex(hsv_to_rgb(((0.08 + 0.381966 * (k - len(PALETTE))) % 1, 0.9, 0.5)))
 
-    A name that COLORS lacks gets a hue of its own: dark, unlike the palette's, by order of first appearance.
-    """
+
+def color(name: str) -> str:
+    """Color of an arm, model or modality, one in all figures; a name that COLORS lacks gets its own `hue`."""
     if name not in COLORS and name not in _others:
-        hue = (0.08 + 0.381966 * len(_others)) % 1  # the golden angle: hues that never repeat
-        _others[name] = to_hex(hsv_to_rgb((hue, 0.9, 0.5)))
-    return COLORS.get(name) or _others[name]
+        _others.append(name)
+    return COLORS.get(name) or hue(len(PALETTE) + _others.index(name))
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
@@ -71,10 +75,16 @@ def centers_in(names: Iterable[str]) -> list[str]:
 
 
 def name_ticks(axis: Axis, names: Sequence[str]) -> None:
-    """Write names at the ticks of an axis, upright along x if they would run into each other."""
-    axis.set_ticks(range(len(names)), names, fontsize=SMALL if len(names) <= MANY else 5)
-    if axis.axis_name == "x" and len(names) * max(map(len, names)) > 40:
+    """Write names, some of many, at the ticks of an axis, upright along x if they would meet."""
+    step, names = -(-len(names) // MANY), [short(name) for name in names]
+    axis.set_ticks(range(0, len(names), step), names[::step], fontsize=SMALL)
+    if axis.axis_name == "x" and len(names) * max(map(len, names), default=0) > 40:
         axis.set_tick_params(rotation=90)
+
+
+def short(name: str) -> str:
+    """A name cut to what a title or tick has room for."""
+    return name if len(name) <= 22 else f"{name[:13]} … {name[-6:]}"
 
 
 def use_style() -> None:

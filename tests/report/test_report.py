@@ -221,6 +221,19 @@ def test_the_papers_numbers_stand_below_ours_as_printed(small, page, n):
     assert numbers[0] != numbers[1] and "n/a" in numbers[0]
 
 
+def test_the_page_of_another_cohort_has_its_own_tables_and_a_title_that_is_true_for_it(tmp_path):
+    p = profile(tmp_path)
+    shutil.rmtree(p.folder / "tables")
+    for n in tables.KEYS:
+        ours = tables.paper(n).query("modality == 't2'").drop(columns="name", errors="ignore")
+        ours = ours.replace({"center": {"NYU": "007"}}) if "center" in ours else ours
+        tables.write(ours, n, p.folder / "tables", is_paper=False)
+    page = parsed(p)
+    assert "IPMN" not in page.h1.get_text() and "IPMN" not in page.title.get_text()
+    _, first, *_ = after(page, "Table 1")
+    assert first[0] == "007" and not [row for row in after(page, "Table 3") if "paper" in row]
+
+
 def test_settings_that_differ_stand_beside_default_and_meaning(tmp_path):
     p = profile(tmp_path, size=48, epochs_by_model={"resnet34": 2})
     cells = {name: row for name, *row in after(parsed(p), "Settings that differ")}

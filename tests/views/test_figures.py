@@ -11,7 +11,7 @@ from sklearn.metrics import auc, roc_auc_score
 from ipmn_core import data, metrics, views
 from ipmn_core.metrics import centers, tables
 from ipmn_core.names import ARMS, MODELS
-from ipmn_core.views import style
+from ipmn_core.views import results, style
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 ROWS = ["NYU", "MCF", "AHN", "global"]
@@ -135,7 +135,7 @@ def test_table_2_is_drawn_with_ours_filled_and_the_papers_hollow():
 def test_the_overview_has_every_arms_interval(binary_predictions):
     found = centers.summary(centers.by_rules(binary_predictions), n_resamples=50)
     rows = found.query("modality == 't2' and rule == 'last' and metric == 'auc'")
-    figure = views.overview(rows)
+    figure = results.overview(rows)
     expected = rows.loc[rows["arm"] == "centralized", "mean"].astype(float)
     np.testing.assert_allclose(line(figure.axes[0], "Centralized").get_xdata(), expected)
     assert "AUC, mean over folds, with 95 % interval" in texts(figure) and is_clean(figure)
@@ -171,6 +171,35 @@ def test_the_confusions_of_a_center_have_a_panel_for_each_arm(t2):
     figure = views.confusions(three, metrics.GLOBAL, "abc")
     assert len(figure.axes[0].texts) == 9 and titles(figure)[0] == "Global, Centralized" and is_clean(figure)
     assert "n/a" in " ".join(texts(views.confusions(t2, "EMC", "ab")))  # no cases
+
+
+@pytest.mark.parametrize(("n_centers", "n_classes"), [(2, 2), (30, 5)])
+def test_few_and_many_centers_and_classes_with_long_names_have_room(n_centers, n_classes):
+    rng, names = np.random.default_rng(0), [f"Hôpital général Saint-Luc {k}" for k in range(n_centers)]
+    keys = itertools.product(("centralized", "fedavg", "local_only"), (0, 1), names, range(6))
+    rows = pd.DataFrame(keys, columns=["arm", "fold", "center", "k"]).assign(modality="CT", seed=0, epoch=1)
+    rows["case_id"] = rows["center"] + rows["fold"].astype(str) + rows["k"].astype(str)
+    rows["prob_1"] = rng.random(len(rows))
+    two = rows.assign(task="binary", y_true=rows["k"] % 2, prob_0=1 - rows["prob_1"]).drop(columns="k")
+    forest = views.forests(metrics.over_folds(metrics.by_fold(two)))
+    assert len(forest.axes[0].get_yticks()) == n_centers + 1 and forest.get_size_inches()[1] < 16
+    roc = views.roc_by_center(two)
+    assert sum(bool(ax.get_title()) for ax in roc.axes) == min(1 + n_centers, style.MANY)
+    several = two.assign(task="multiclass", y_true=rows["k"] % n_classes)
+    several[[f"prob_{k}" for k in range(n_classes)]] = rng.dirichlet(np.ones(n_classes), len(several))
+    classes = [f"{k} (invasive carcinoma, grade {k})" for k in range(n_classes)]
+    confusions = views.confusions(several, metrics.GLOBAL, classes)
+    assert len(confusions.axes) == 3 and len(confusions.axes[0].texts) == n_classes**2
+    facts = rows.assign(in_plane_mm=1.0, slice_mm=3.0, roi_median=rng.uniform(90, 900, len(rows)))
+    for figure in (forest, roc, confusions, views.scanners(facts)):
+        assert is_clean(figure)
+        box, page = figure.get_tightbbox(), figure.bbox_inches  # nothing is cut off: legends, names
+        assert box.x0 > -0.3 and box.x1 < page.width + 0.3 and box.y0 > -0.3 and box.y1 < page.height + 0.3
+
+
+def test_a_name_with_two_dollars_is_no_formula(summary):
+    figure = views.forests(summary.replace({"center": {"NYU": "A $x_$ B"}}))
+    assert is_clean(figure) and "A $x_$ B" in texts(figure)
 
 
 def test_scanners_draw_a_point_for_each_scan(phantom_scans):

@@ -124,12 +124,12 @@ def test_drift_has_a_thin_line_a_fold_and_the_mean_of_every_client_in_its_color(
     frame = table(columns, MODALITIES, METHODS[1:], (0, 1, 2), CENTERS[::-1], range(1, n_rounds + 1))
     figure = review.drift(frame)
     assert titles(figure) == ["T1, FedAvg", "T1, FedProx (μ=0.1)", "T2, FedAvg", "T2, FedProx (μ=0.1)"]
-    assert legend(figure.axes[1]) == list(CENTERS)
+    assert legend(figure.axes[1]) == list(CENTERS[::-1])
     for ax, (_, rows) in zip(figure.axes, frame.groupby(["modality", "arm"]), strict=True):
         assert len(ax.lines) == 7 * 4  # three folds and their mean
         mean, expected = line(ax, "EMC"), rows[rows["client"] == "EMC"].groupby("round")["distance"].mean()
         np.testing.assert_allclose(mean.get_ydata(), expected, rtol=1e-12)  # sums in another order
-        assert mean.get_color() == style.color("EMC")
+        assert mean.get_color() == style.PALETTE[0]  # it comes first
         assert (mean.get_marker() == ".") == (n_rounds <= 10)  # a line of one point shows nothing
     assert is_clean(figure) and all(tick.is_integer() for tick in figure.axes[2].get_xticks())
 
@@ -175,9 +175,36 @@ def test_a_reference_is_square_or_dashed(binary_predictions):
     assert line(curves.axes[0], "Oracle").get_linestyle() == "--"
 
 
+def test_of_many_clients_those_that_move_most_are_named_and_a_map_has_no_numbers():
+    many, keys = [f"Universitätsklinikum {k}" for k in range(30)], ["modality", "arm"]
+    frame = table([*keys, "fold", "client", "round", "distance"], ("mri",), METHODS[1:], (0, 1), many, (1, 2))
+    figure = review.drift(frame)
+    far = frame.groupby("client")["distance"].mean().sort_values()
+    named = legend(figure.axes[-1])
+    assert {name[-2:] for name in named[:-1]} == {name[-2:] for name in far.index[-len(named) + 1 :]}
+    others = frame[frame["client"].isin(far.index[: 1 - len(named)]) & (frame["arm"] == METHODS[1])]
+    mean = line(figure.axes[0], "mean of the others").get_ydata()
+    np.testing.assert_allclose(mean, others.groupby("round")["distance"].mean())
+    assert named[-1] == "mean of the others" and len(named) == style.MANY and is_clean(figure)
+    cosines = review.cosines(table([*keys, "client", "other", "cosine"], ("mri",), METHODS[1:], many, many))
+    assert not cosines.axes[0].texts and cosines.axes[0].images[0].get_array().shape == (30, 30)
+    assert is_clean(cosines)
+
+
 @pytest.mark.parametrize("figure", [review.drift, review.cosines, review.gain])
 def test_a_profile_without_a_federated_arm_is_told_so(figure):
-    columns = ["modality", "arm", "fold", "round", "client", "other", "center", "over", "difference"]
+    columns = [
+        "modality",
+        "arm",
+        "fold",
+        "round",
+        "client",
+        "other",
+        "center",
+        "over",
+        "difference",
+        "distance",
+    ]
     assert any(
         text.startswith("n/a: nothing to show") for text in texts(figure(pd.DataFrame(columns=columns)))
     )

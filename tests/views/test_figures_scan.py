@@ -75,6 +75,13 @@ def test_the_gallery_has_a_column_for_each_center_by_a_case_of_the_class_or_its_
     assert mca == f"MCA\n{first['case_id']}, low risk" and emc.endswith("no risk") and below == ["", ""]
 
 
+def test_thirty_centers_stand_in_rows(tmp_path):
+    row = stored(tmp_path, "RAS")
+    many = pd.DataFrame([{**row, "center": f"Hôpital général Saint-Luc {k}"} for k in range(30)])
+    figure = views.center_gallery(many, "t2")
+    assert sum(bool(ax.images) for ax in figure.axes) == 60 and is_clean(figure, 15)
+
+
 def test_the_outline_runs_round_the_mask(phantom_scans):
     image, mask, _ = scans.scan_volumes(phantom_scans.query("center == 'IU' and modality == 't2'").iloc[0])
     k = scans.widest_slice(mask)

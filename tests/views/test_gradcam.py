@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drawn import is_clean
 from made_up import paper_cohort
 from torch import nn
 
@@ -227,7 +228,16 @@ def test_the_figure_has_a_column_per_class_and_says_the_shares(n, classes):
     assert all(ax.collections for ax in figure.axes[: 2 * classes])  # the lesion's outline
     real = views.by_class(looks_of(n, lesion=None, heat=heat))
     assert not any(ax.collections for ax in real.axes[: 2 * classes])
-    assert "on the pancreas" in real.axes[classes].get_title()
+    assert "inside the mask" in real.axes[classes].get_title()
+
+
+@pytest.mark.usefixtures("house_style")
+def test_of_five_classes_with_long_names_three_are_side_by_side():
+    name = "III or IV (invasive, or not known)"
+    long = {"center": "Universitätsklinikum Nord 26", "classes": ("not", name), "label_name": name}
+    looks = [replace(look, label=k, **long) for k, look in enumerate(looks_of(5))]
+    figure = views.by_class(looks)
+    assert is_clean(figure) and sum(bool(ax.images) for ax in figure.axes) == 10
 
 
 def test_the_figure_turns_the_cube_as_radiologists_see_it():

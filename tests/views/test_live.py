@@ -429,7 +429,7 @@ def test_the_curves_and_counts_of_a_center_are_those_of_its_rows(page, tables, p
         assert matrix == confusion_matrix(y, prob.argmax(axis=1), labels=range(len(prob[0]))).tolist()
         is_high, score = y == len(prob[0]) - 1, prob[:, -1]
         if name == "Local only" and center == "Global":
-            assert auc == "n/a, see below" and page.get_by_text("share no scale").is_visible()
+            assert auc == "n/a, see above" and page.get_by_text("share no scale").is_visible()
         elif not is_high.any():
             assert auc == "n/a: one class only"
         else:
