@@ -29,8 +29,8 @@ LIMITS = (
 )
 OPTIMISM = (
     "**Each fold's checkpoint is the epoch with the highest AUC on the very cases it is tested on (the "
-    "paper's rule), so these figures are optimistic.** Intervals are 95 %; with three classes `auc` is the "
-    "macro average, one against the rest, `positives` and `high_risk_auc` are those of high risk."
+    "paper's rule), so these figures are optimistic.** Intervals are 95 %; of three classes or more `auc` is "
+    "the macro average, one against the rest, `positives` and `positive_auc` are those of the last class."
 )
 LICENSE = """\
 The code is the package `ipmn`: its `LICENSE` and `CITATION.cff` hold terms and authors. Please cite the
@@ -98,7 +98,7 @@ def model_card(arm_folder: str | Path) -> str:
     names = dict.fromkeys(display_name(settings[key]) for key in ("model", "arm", "modality"))
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(found[0]["classes"]))
     head = f"# {', '.join(names)}\n\n**{predict.NOTICE}**\n\n"
-    head += f"Risk of pancreatic cysts (IPMN) in MRI: {classes}."
+    head += f"Classes: {classes}."
     return "\n\n".join([head, *(f"## {name}\n\n{text}" for name, text in sections.items())]) + "\n"
 
 
@@ -165,8 +165,8 @@ def _by_fold(selected: pd.DataFrame) -> str:
         reasons.append("; ".join(filter(None, (undefined, inference.no_delong(high, 2)))))
     epochs = table["fold"].map(selected.groupby("fold")["epoch"].first())
     shown = table[["fold", "n", "positives", "acc", "auc"]]
-    shown = _markdown(shown.assign(epoch=epochs, high_risk_auc=limits, undefined=reasons))
-    return f"By fold, with DeLong's interval of high risk against the rest:\n\n{shown}"
+    shown = _markdown(shown.assign(epoch=epochs, positive_auc=limits, undefined=reasons))
+    return f"By fold, with DeLong's interval of the last class against the rest:\n\n{shown}"
 
 
 def _by_center(selected: pd.DataFrame) -> str:
@@ -191,7 +191,7 @@ def _limits(found: list[dict[str, Any]], selected: pd.DataFrame) -> list[str]:
         said.append("One model per center, each tested on the cases of its own center only.")
     high = (selected["y_true"] == len(found[0]["classes"]) - 1).groupby(selected["center"])
     fewest, cases = high.sum().idxmin(), high.size()
-    count = f"{high.sum()[fewest]} high-risk case(s) among {cases[fewest]} tested"
+    count = f"{high.sum()[fewest]} positive case(s) among {cases[fewest]} tested"
     return [*said, f"Small centers: {fewest} has {count}; one case more or less moves its figures."]
 
 

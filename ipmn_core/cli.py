@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ipmn_core.flower import cli
 
+NEW_FOLDER = {"type": Path, "help": "the folder to write; it must not exist yet"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0 if done, 1 after an explained error, 2 for wrong usage, 130 if interrupted."""
@@ -34,7 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add = partial(cli.command, commands)
     profile = {"type": Path, "help": "a profile, for instance params/demo.yaml"}
-    new_folder = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
     argument = add(init)
     argument("folder", type=Path, help="where to put params/ and notebooks/")
@@ -46,11 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     argument = add(report)
     argument("params", **profile)
 
+    _add_data(add)
+    _add_models(add)
+    add(params)
+    cli.add(commands)
+    return parser
+
+
+def _add_data(add) -> None:
+    """Add the commands of cohorts."""
     argument = add(check)
     argument("root", type=Path, help="a release's folder, a manifest, or a profile (.yaml)")
 
     argument = add(phantom)
-    argument("root", **new_folder)
+    argument("root", **NEW_FOLDER)
     text = "a release's layout, or manifest: scans.csv with other centers and classes (default: second)"
     argument("--layout", choices=("second", "first", "third", "manifest"), default="second", help=text)
     argument("--centers", nargs="+", metavar="NAME", help="centers of a manifest, any names")
@@ -69,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     argument("--cases", type=int, metavar="N", help="volumes of the first N cases per modality only")
     argument("--yes", action="store_true", help="do not ask before downloading")
 
+
+def _add_models(add) -> None:
+    """Add the commands of trained models."""
     argument = add(predict)
     argument("image", type=Path, help="a scan with --mask, or a clean ROI")
     argument("--mask", type=Path, help="the pancreas, on the image's grid")
@@ -82,11 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add(export)
     argument("arm", type=Path, help="<outputs>/runs/<task>/<modality>/<arm>")
-    argument("target", **new_folder)
-
-    add(params)
-    cli.add(commands)
-    return parser
+    argument("target", **NEW_FOLDER)
 
 
 def init(options: argparse.Namespace) -> int:

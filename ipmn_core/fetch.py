@@ -66,17 +66,7 @@ def fetch(
     missing = [listing[path] for path in chosen if not (root / path).exists()]
     if not missing:
         return len(chosen)
-    total, to_come = (sum(f.size for f in files) for files in (map(listing.get, chosen), missing))
-    free = shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
-    if to_come > free:
-        remedy = "make room, choose another folder, or fetch less (--only, --modality, --cases)"
-        raise FetchError(f"{root}: {_size(free)} free, {_size(to_come)} to download; {remedy}")
-    license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
-    if not ask(
-        f"{PAGE}, revision {info.sha[:12]}\nlicense: {_printable(license)}\n"
-        f"{', '.join(parts)}: {len(chosen)} files, {_size(total)}\n"
-        f"to download: {len(missing)} files, {_size(to_come)}; free: {_size(free)}\nDownload to {root}?"
-    ):
+    if not ask(_question(root, info, parts, [listing[path] for path in chosen], missing)):
         raise FetchError("download cancelled")
     with _explained(root):
         names = [escape(file.path) for file in missing]
@@ -86,6 +76,21 @@ def fetch(
             (root / path).unlink(missing_ok=True)
         raise FetchError(f"{root}: {_some(wrong)} did not come whole; run the same command again")
     return len(chosen)
+
+
+def _question(root, info, parts, chosen, missing):
+    """What a download takes, and whether to begin it; FetchError without room for it."""
+    total, to_come = (sum(file.size for file in files) for files in (chosen, missing))
+    free = shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
+    if to_come > free:
+        remedy = "make room, choose another folder, or fetch less (--only, --modality, --cases)"
+        raise FetchError(f"{root}: {_size(free)} free, {_size(to_come)} to download; {remedy}")
+    license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
+    return (
+        f"{PAGE}, revision {info.sha[:12]}\nlicense: {_printable(license)}\n"
+        f"{', '.join(parts)}: {len(chosen)} files, {_size(total)}\n"
+        f"to download: {len(missing)} files, {_size(to_come)}; free: {_size(free)}\nDownload to {root}?"
+    )
 
 
 def _chosen(listing, parts, modality, cases):

@@ -102,13 +102,10 @@ def _prepare(p: Params, fresh: bool) -> None:
     try_notebooks(p)
     for task in TASKS:
         runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
-    scans = data.subset(data.open_cohort(p), p.max_per_cell)
-    for task in TASKS:
-        data.assign_folds(scans, p.folds(task), p.fold_rule, task)
+    runs.check_folds(p, TASKS, data.subset(data.open_cohort(p), p.max_per_cell))
     _, problems = data.inspect(p.cohort_root, p)  # what was chosen is said here, too; `ipmn check` says all
     print(*data.told(problems)[:MOST_TOLD], sep="\n", file=sys.stderr)
     cohort = data.load_cohort(p)
-    runs.check_folds(p, TASKS, cohort)
     if fresh:
         shutil.rmtree(p.folder / "runs", ignore_errors=True)
     for task in TASKS:

@@ -92,7 +92,7 @@ def test_the_card_counts_the_cases_and_states_the_limits_of_these_runs(arm, trai
         cells = [" / ".join(str(r.count(name)) for name in ("train", "validation", "test")) for r in roles]
         assert [center, *cells] in rows(text, center)
     assert (
-        "Small centers: AHN has 4 high-risk case(s) among 12 tested" in text and "folds are here" not in text
+        "Small centers: AHN has 4 positive case(s) among 12 tested" in text and "folds are here" not in text
     )
     change_record(arm / "fold1", cohort="phantom")
     shutil.rmtree(arm / "fold0")

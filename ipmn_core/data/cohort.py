@@ -115,11 +115,11 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
         if found or not problems:  # without a scan there is no class either
             problems.append(("error", *error.args))
         naming, classes, positive = {label: label for label in labels}, tuple(sorted(labels)), ()
-    unknown = [scan for scan in found if str(scan["label"]) not in naming]
-    for scan in unknown:
+    known = [scan for scan in found if str(scan["label"]) in naming]
+    for scan in (scan for scan in found if str(scan["label"]) not in naming):
         text = f"label {scan['label']!r} of {scan['case_id']} is none of {', '.join(naming)}"
         problems.append(("error", scan["where"], text, "correct it, clear it, or list it in `classes`"))
-    scans = _table([scan for scan in found if scan not in unknown], p, naming, classes, of_release)
+    scans = _table(known, p, naming, classes, of_release)
     scans["class"] = scans["label"].map(dict(enumerate(classes)))
     scans["positive"] = scans["class"].isin(positive)
     scans.attrs["unlabelled"] = unlabelled
@@ -177,11 +177,11 @@ def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> p
     scans = pd.DataFrame(found, columns=SCAN_COLUMNS)
     scans["label"] = [classes.index(naming[str(label)]) for label in scans["label"]]
     called = p.center_names or {name: name for name in (CENTERS if of_release else ())}
-    order = list(dict.fromkeys([*called.values(), *(called.get(name, name) for name in scans["center"])]))
     scans["center"] = scans["center"].map(lambda name: called.get(name, name))
-    places = {name: k for k, name in enumerate([*scans["modality"].unique(), *order])}
-    by = scans["modality"].map(places) * len(places) + scans["center"].map(places)
-    return scans.loc[by.sort_values(kind="stable").index].reset_index(drop=True).astype({"label": int})
+    first = {"center": called.values(), "modality": ()}  # others follow as they are met
+    order = {of: list(dict.fromkeys([*names, *scans[of]])) for of, names in first.items()}
+    places = {"key": lambda names: names.map(order[names.name].index), "ignore_index": True}
+    return scans.sort_values(["modality", "center"], **places).astype({"label": int})
 
 
 def _disagreements(cohort: Cohort) -> list[tuple[str, str, str, str]]:

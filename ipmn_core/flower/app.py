@@ -103,7 +103,7 @@ class Sites:
 
     def __init__(self, grid: Grid, federation: Federation, run: runs.Run, nodes: dict[str, int]):
         self.grid, self.federation, self.run = grid, federation, run
-        self.nodes = {site: nodes[site] for site in federation.sites if site in nodes}
+        self.nodes = {name: nodes[name] for name in federation.sites if name in nodes}
         self.folder = runs.folder_of(federation.profile, run)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "token"  # the name of the run at the sites, kept until it is whole

@@ -49,6 +49,9 @@ COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows
     "left_out": ["round", "client", "reason"],
     "centers": ["round", "center", "n", "acc", "auc"],
 }
+# a center may be called 042, or NA
+AS_WRITTEN = {"dtype": dict.fromkeys(("client", "other", "center"), str)}
+AS_WRITTEN |= {"keep_default_na": False, "na_values": [""]}
 
 
 def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> bool:
@@ -256,5 +259,5 @@ def _of_runs(p: Params, task: str, name: str) -> pd.DataFrame:
     for run, protocol in protocols(p, task).items():
         path = whole(folder_of(p, run), protocol) / f"{name}.csv"
         if path.exists():
-            frames.append(pd.read_csv(path).assign(**asdict(run)))
+            frames.append(pd.read_csv(path, **AS_WRITTEN).assign(**asdict(run)))
     return pd.concat(frames or [pd.DataFrame(columns=columns)], ignore_index=True)[columns]

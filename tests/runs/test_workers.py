@@ -159,3 +159,12 @@ def test_a_worker_ends_with_the_process_that_started_it():
     assert parent.stdout.read() == b""  # until the worker, too, has closed it
     assert time.monotonic() - killed < 20  # seconds
     parent.wait()
+
+
+def test_centers_of_any_name_stay_themselves(tmp_path, cohort):
+    names = {"NYU": "042", "AHN": "42", "EMC": "1.50"}
+    cohort = replace(cohort, scans=cohort.scans.replace({"center": names}))
+    p = profile(tmp_path, arms=["fedavg", "local_only"], epochs=1, rounds=1)
+    assert set(runs.run_grid(p, "binary", cohort)["center"]) == set(names.values())
+    updates = runs.updates(p)
+    assert set(updates["client"]) == set(updates["other"]) == set(names.values())
