@@ -15,6 +15,7 @@ ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # 
 
 DISPLAY = {
     "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
     "shufflenetv2": "ShuffleNet-V2",
     "mobilenetv2": "MobileNet-V2",
     "efficientnetb0": "EfficientNet-B0",

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from ipmn_core import data, federated, params
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
-from ipmn_core.runs.trained import PredictError, Trained, find, load
+from ipmn_core.runs.trained import PredictError, Trained, find, load, probabilities
 
 NOTICE = "Not for clinical use: a research model without external validation."
 
@@ -58,7 +57,7 @@ def predict(
     scan = data.read_scan(image, mask, case, of.how)
     cube = data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity)
     x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
-    prob = [_probabilities(load(one, center).to(where), x, one.weights) for one in trained]
+    prob = [probabilities(load(one, center).to(where), x, one.weights)[0] for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
     folds = names.join(pd.DataFrame(prob, columns=list(of.classes)))
     warnings = [f"{Path(where).name}: {problem}; {remedy}" for _, where, problem, remedy in scan.remarks]
@@ -73,16 +72,6 @@ def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
     shared = [one for one in trained if one.arm != LOCAL_ONLY]
     if center and shared:
         raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
-
-
-@torch.inference_mode()
-def _probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndarray:
-    """Class probabilities (K,) float64 of one cube (1, 1, S, S, S); the same bits each time."""
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
-        prob = network(x).softmax(1)[0].double().cpu().numpy()
-    if not np.isfinite(prob).all():
-        raise PredictError(f"{source}: its probabilities are not numbers; its training diverged: repeat it")
-    return prob
 
 
 def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:

@@ -152,7 +152,7 @@ def test_bare_weights_predict_as_the_network_they_are_of(tmp_path, scan, monkeyp
         "EMC_01_002 was a case of these models or may have been (weights.pt: unknown)" in result.warnings[0]
     )
     torch.save({"out.weight": torch.zeros(4, 8)}, tmp_path / "weights.pt")
-    with pytest.raises(PredictError, match="its last layer has 4 classes"):
+    with pytest.raises(PredictError, match="its last layer has 4 outputs"):
         predict.predict(*scan, tmp_path / "weights.pt")
 
 

@@ -1,6 +1,6 @@
-"""The paper's five 3D CNNs by name, and their MACs and parameters (Table 2).
+"""The paper's five 3D CNNs and ResNet-50 by name, and their MACs and parameters (Table 2).
 
-ResNet-34, EfficientNet-B0 and DenseNet-121 are MONAI's. `mobilenet` and `shufflenet` are 3D forms of the 2D
+The ResNets, EfficientNet-B0 and DenseNet-121 are MONAI's. `mobilenet` and `shufflenet` are 3D forms of the 2D
 papers, after Köpüklü et al. (2019, arXiv 1904.02422): the first convolution has stride (1, 2, 2), weights
 start as PyTorch's layers do. Every model maps (N, 1, D, H, W) to logits (N, n_classes).
 """
@@ -20,6 +20,13 @@ def resnet34(n_classes: int) -> nn.Module:
     from monai.networks import nets
 
     return nets.resnet34(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
+
+
+def resnet50(n_classes: int) -> nn.Module:
+    """ResNet-50 (He et al., 2016). Departs from the paper: a network of the data set's newer code."""
+    from monai.networks import nets
+
+    return nets.resnet50(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
 
 
 def efficientnetb0(n_classes: int) -> nn.Module:
@@ -42,6 +49,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "efficientnetb0": efficientnetb0,
     "densenet121": densenet121,
+    "resnet50": resnet50,
 }
 
 # Networks that a CPU trains faster in channels-last; EfficientNet-B0 would need twice its time there.

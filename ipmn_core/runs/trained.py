@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +35,7 @@ class Trained:
     arm: str | None = None
     fold: int | None = None
     centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
+    outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
 
     @property
     def name(self) -> str:
@@ -41,12 +43,17 @@ class Trained:
         return self.weights.name if self.arm is None else f"{self.arm} fold {self.fold}"
 
 
-def find(folders: str | Path | Sequence[str | Path], how: Preprocessing | None = None) -> list[Trained]:
+def find(
+    folders: str | Path | Sequence[str | Path],
+    how: Preprocessing | None = None,
+    network: str = "densenet121",
+) -> list[Trained]:
     """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
 
-    A file is the state dict of a 3D DenseNet-121 with two or three classes, for scans preprocessed as `how`
-    says, by default as in the paper. Raises PredictError naming what is absent, unfinished or damaged, and a
-    run that was trained on scans preprocessed in another way than `how`.
+    A file is a state dict of `network` with one, two or three outputs, for scans preprocessed as `how` says,
+    by default as in the paper; one output is the positive class, through a sigmoid, as the data set's authors
+    release them. Raises PredictError naming what is absent, unfinished or damaged, and a run that was trained
+    on scans preprocessed in another way than `how`.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
@@ -55,7 +62,10 @@ def find(folders: str | Path | Sequence[str | Path], how: Preprocessing | None =
         if not path.exists():
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
-        of = [_of_file(path, how or Preprocessing())] if path.is_file() else [_of_run(fold) for fold in folds]
+        if path.is_file():
+            of = [_of_file(path, how or Preprocessing(), network)]
+        else:
+            of = [_of_run(fold) for fold in folds]
         if how and any(one.how != how for one in of):
             raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
@@ -80,13 +90,15 @@ def _of_run(folder: Path) -> Trained:
     return Trained(folder / "model.pt", *known)
 
 
-def _of_file(path: Path, how: Preprocessing) -> Trained:
+def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
+    models.factory(network)
     layers = [value for value in weights(path).values() if value.ndim == 2]
-    n_classes = len(layers[-1]) if layers else 0
-    if n_classes not in (2, 3):
-        raise PredictError(f"{path}: its last layer has {n_classes} classes; expected a network with 2 or 3")
-    task, names = ("binary", binary_names(LABELS[2:])) if n_classes == 2 else ("multiclass", LABELS)
-    return Trained(path, "densenet121", task, names, how)
+    outputs = len(layers[-1]) if layers else 0
+    if outputs not in (1, 2, 3):
+        raise PredictError(f"{path}: its last layer has {outputs} outputs; expected a network with 1 to 3")
+    multiclass = outputs == 3
+    task, names = ("multiclass", LABELS) if multiclass else ("binary", binary_names(LABELS[2:]))
+    return Trained(path, network, task, names, how, outputs=outputs)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +128,7 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
         mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
-    network = models.build(trained.network, len(trained.classes))
+    network = models.build(trained.network, trained.outputs or len(trained.classes))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:  # torch names what is missing, unexpected, of another shape
@@ -127,3 +139,18 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         if not value.isfinite().all():
             raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
     return network.eval()
+
+
+@torch.inference_mode()
+def probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndarray:
+    """Class probabilities (N, K) float64 of cubes (N, 1, S, S, S), one by one: the same bits each time.
+
+    A network of one output gives (1 - p, p). Raises PredictError naming `source` if one is not a number.
+    """
+    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+        logits = torch.cat([network(cube[None]).float() for cube in x]).double().cpu()
+    p = logits.sigmoid()
+    prob = torch.cat([1 - p, p], 1) if logits.shape[1] == 1 else logits.softmax(1)
+    if not prob.isfinite().all():
+        raise PredictError(f"{source}: its probabilities are not numbers; its training diverged: repeat it")
+    return prob.numpy()
