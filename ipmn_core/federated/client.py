@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,7 +134,8 @@ def train_epoch(
     order = order.to(cases.y.device)  # once: a GPU then never waits for the host
     total = torch.zeros((), device=cases.y.device)
     seen = 0
-    for batch in batches(len(order), settings.batch_size)[: settings.batches_per_epoch]:
+    single = len(order) % settings.batch_size == 1 and trains_on_one(model, cases.x)
+    for batch in batches(len(order), settings.batch_size, single)[: settings.batches_per_epoch]:
         x = augmented(cases.x[order[batch]], axes[batch], quarters[batch]).float()
         loss = local_objective(forward(model, x, settings), cases.y[order[batch]])
         learner.optimizer.zero_grad(set_to_none=True)
@@ -187,15 +189,27 @@ def seeded(seed: Sequence[int]) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[1]))
 
 
-def batches(n: int, size: int) -> list[slice]:
-    """`n` cases in pieces of `size`; a last piece of one joins the piece before it.
+def batches(n: int, size: int, single: bool = True) -> list[slice]:
+    """`n` cases in pieces of `size`.
 
-    Departs from the paper: its code is silent on a batch of one, on which BatchNorm fails at small sizes.
+    Departs from the paper: unless `single`, a last piece of one joins the piece before it.
     """
     ends = [*range(size, n, size), n]
-    if len(ends) > 1 and n - ends[-2] == 1:
+    if not single and len(ends) > 1 and n - ends[-2] == 1:
         del ends[-2]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def trains_on_one(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `model` trains on a batch of one of the cubes `x` (N, 1, S, S, S).
+
+    BatchNorm cannot where only one voxel of a feature map is left, as in DenseNet-121 at 32^3.
+    """
+    try:
+        copy.deepcopy(model).to("meta").train()(x[:1].to("meta", torch.float32))
+    except ValueError:
+        return False
+    return True
 
 
 def draw_augmentations(n: int, prob: float, rng: torch.Generator) -> tuple[list[int], list[int]]:

@@ -23,7 +23,7 @@ def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
     """Eq. (2): w = sum_k N_k w_k / sum_k N_k over the whole state dict, BatchNorm buffers included.
 
     States are consumed one at a time, in client order, and summed in float64, so the result depends neither
-    on memory nor on which process aggregates; integer buffers are rounded. Raises ValueError if the numbers
+    on memory nor on which process aggregates; integer buffers are truncated. Raises ValueError if the numbers
     of states and of cases differ, or if there are no cases.
     """
     total = 0
@@ -38,10 +38,7 @@ def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
             sums[key].add_(value, alpha=n)
     if total <= 0:
         raise ValueError("aggregation needs at least one training case")
-    return {
-        key: (value / total if dtypes[key].is_floating_point else (value / total).round()).to(dtypes[key])
-        for key, value in sums.items()
-    }
+    return {key: (value / total).to(dtypes[key]) for key, value in sums.items()}
 
 
 def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor], mu: float) -> None:

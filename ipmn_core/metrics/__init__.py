@@ -9,6 +9,7 @@ from ipmn_core.metrics.scores import (
     PredictionsError,
     accuracy,
     auc,
+    best_epoch,
     by_fold,
     check,
     optimism,

@@ -4,6 +4,8 @@ Every function is a pure function of the predictions: one row per test case and 
 `case_id, center, modality, task, arm, fold, seed, epoch, y_true, prob_0 ... prob_{K-1}`.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -132,8 +134,7 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
     for k in scored_classes(prob):
         pos, neg = weights[:, y == k], weights[:, y != k]
         n_pairs = pos.sum(axis=1, dtype=float) * neg.sum(axis=1, dtype=float)
-        # halves have exact sums, so equal AUCs compare equal and the earliest epoch wins: scikit-learn's
-        # trapezoids differ in the last bit
+        # halves have exact sums, so equal AUCs compare equal; scikit-learn's trapezoids do not
         right = (pos @ ordered(y == k, prob[:, k]).astype(np.result_type(pos, np.float32)) * neg).sum(
             axis=1, dtype=float
         )
@@ -142,12 +143,26 @@ def weighted_auc(y, prob, weights) -> np.ndarray:
 
 
 def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Global AUC of every epoch: columns task, modality, arm, fold, epoch, auc."""
+    """Global ACC and AUC of every epoch: columns task, modality, arm, fold, epoch, acc, auc."""
     keys, rows = [*RUN, "epoch"], []
     for _, frame in predictions.groupby("task"):
         y, prob = y_and_prob(frame)
-        rows += [(*key, auc(y[i], prob[i])) for key, i in frame.groupby(keys).indices.items()]
-    return pd.DataFrame(rows, columns=[*keys, "auc"]).sort_values(keys, ignore_index=True)
+        for key, i in frame.groupby(keys).indices.items():
+            rows.append((*key, accuracy(y[i], prob[i]), auc(y[i], prob[i])))
+    return pd.DataFrame(rows, columns=[*keys, "acc", "auc"]).sort_values(keys, ignore_index=True)
+
+
+def best_epoch(epochs: Iterable[tuple[int, float, float]]) -> int:
+    """The epoch that the released code keeps, of (epoch, ACC, AUC) in order: that of the highest AUC.
+
+    Of equal AUCs the later, if no epoch before it has a higher ACC; the last epoch if no AUC is defined.
+    """
+    best, top_acc, top_auc = 0, -1.0, -1.0
+    for epoch, acc, auc_ in epochs:
+        if not auc_ < top_auc and (auc_ != top_auc or acc >= top_acc):
+            best, top_auc = epoch, auc_
+        top_acc = max(top_acc, acc)
+    return best
 
 
 def select(
@@ -155,8 +170,8 @@ def select(
 ) -> pd.DataFrame:
     """Predictions of one epoch per run, chosen by `rule`.
 
-    "best_test" is the paper's rule: the epoch (round) with the highest global AUC on the test fold, the
-    earliest of equals, the last if no AUC is defined. It is optimistic: it reports on the cases that choose.
+    "best_test" is the paper's rule: the epoch (round) with the highest global AUC on the test fold
+    (`best_epoch`). It is optimistic: it reports on the cases that choose.
     The paper's text does not name the set (see the ledger), its released code uses the test fold.
     Departs from the paper: "best_inner" takes that AUC from `validation`, predictions of cases held out of
     the training fold; "last" is the last epoch. Raises ValueError for another rule, and for "best_inner"
@@ -167,10 +182,11 @@ def select(
     judged = predictions
     if rule == "best_inner":
         judged = predictions.iloc[:0] if validation is None else validation
-    scored = per_epoch(judged)
-    # an AUC that is undefined is so in every epoch: then the last, too
-    scored["auc"] = scored["epoch"] if rule == "last" else scored["auc"].fillna(scored["epoch"])
-    chosen = scored.loc[scored.groupby(RUN)["auc"].idxmax(), [*RUN, "epoch"]]
+    chosen = []
+    for run, of in per_epoch(judged).groupby(RUN):
+        epochs = of[["epoch", "acc", "auc"]].itertuples(index=False)
+        chosen.append((*run, of["epoch"].max() if rule == "last" else best_epoch(epochs)))
+    chosen = pd.DataFrame(chosen, columns=[*RUN, "epoch"])
     known = set(chosen[RUN].itertuples(index=False, name=None))
     for run in predictions[RUN].drop_duplicates().itertuples(index=False, name=None):
         if run not in known:

@@ -115,15 +115,13 @@ def record(
     saved = time.perf_counter()
     started, cost = saved - progress.seconds, 0.0  # cost: seconds that the last checkpoint took
     for epoch in epochs:
-        auc = note(progress, epoch, settings, tested)
+        note(progress, epoch, settings, tested)
         for client, reason in epoch.left_out.items():
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         store.note_share(folder, epoch.number / settings.epochs)
-        was_tested = epoch.prob is not None or epoch.centers
-        if was_tested and not auc <= progress.best_auc:  # undefined: the last, as `metrics.select` takes
-            progress.best_auc = auc
-            if keeps_model(p, run):
-                store.save_model(folder, model)
+        judged = [(number, acc, auc) for number, _, acc, auc in progress.history if acc == acc]
+        if keeps_model(p, run) and metrics.best_epoch(judged) == epoch.number:
+            store.save_model(folder, model)
         now = time.perf_counter()
         progress.seconds = now - started
         pause = max(p.checkpoint_seconds, cost / CHECKPOINT_SHARE) if p.checkpoint_seconds else 0.0
@@ -142,8 +140,8 @@ def indices(scans: pd.DataFrame, *roles: str) -> dict[str, torch.Tensor]:
     return {center: torch.tensor(places[center].to_numpy()) for center in order if center in places}
 
 
-def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> float:
-    """Add an epoch to `progress`; return its global AUC on the test fold."""
+def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> None:
+    """Add an epoch to `progress`, with its global ACC and AUC on the test fold; NaN if it was not tested."""
     number, acc, auc = epoch.number, float("nan"), float("nan")
     if epoch.prob is not None:
         frame = predictions_of(number, epoch.prob, settings, tested)
@@ -161,7 +159,6 @@ def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.Dat
         pairs = itertools.product(epoch.learners, repeat=2)
         values = epoch.inner_products.ravel().tolist()
         progress.updates += [(number, *pair, value) for pair, value in zip(pairs, values, strict=True)]
-    return auc
 
 
 def predictions_of(

@@ -38,7 +38,6 @@ class Progress:
     updates: list[tuple] = field(default_factory=list)
     left_out: list[tuple] = field(default_factory=list)
     centers: list[tuple] = field(default_factory=list)
-    best_auc: float = -1.0
     seconds: float = 0.0
     learning: dict[str, Any] | None = None
 

@@ -4,6 +4,7 @@ import torch
 from monai.transforms import Flip, Rotate90
 from small import cases, largest_difference, settings, small_net, steps_taken
 
+from ipmn_core import models
 from ipmn_core.federated import Cases, DivergedError, Learner, client, fit_centralized
 
 TRAIN, TEST = {"a": torch.arange(20)}, {"a": torch.arange(20, 33)}
@@ -24,12 +25,34 @@ def test_one_seed_gives_the_same_bits_and_every_seed_counts():
 
 
 @pytest.mark.parametrize(
-    ("n", "sizes"), [(2, [2]), (16, [16]), (17, [17]), (32, [16, 16]), (33, [16, 17]), (34, [16, 16, 2])]
+    ("n", "sizes", "joined"),
+    [
+        (2, [2], [2]),
+        (16, [16], [16]),
+        (17, [16, 1], [17]),
+        (32, [16, 16], [16, 16]),
+        (33, [16, 16, 1], [16, 17]),
+        (34, [16, 16, 2], [16, 16, 2]),
+    ],
 )
-def test_a_tail_of_one_joins_the_batch_before_it(n, sizes):
-    pieces = [torch.arange(n)[batch] for batch in client.batches(n, 16)]
-    assert [len(piece) for piece in pieces] == sizes
-    assert torch.cat(pieces).tolist() == list(range(n))
+def test_a_batch_of_one_joins_the_one_before_it_where_it_must(n, sizes, joined):
+    for single, expected in ((True, sizes), (False, joined)):
+        pieces = [torch.arange(n)[batch] for batch in client.batches(n, 16, single)]
+        assert [len(piece) for piece in pieces] == expected
+        assert torch.cat(pieces).tolist() == list(range(n))
+
+
+def test_a_batch_of_one_is_trained_on_where_batch_norm_can():
+    network = models.build("densenet121", 2).eval()
+    assert [client.trains_on_one(network, torch.zeros(3, 1, s, s, s)) for s in (32, 64)] == [False, True]
+    assert not network.training and {value.device.type for value in network.state_dict().values()} == {"cpu"}
+    steps = {}
+    for size in (4, 8):  # the feature map has one voxel, or 27
+        net, x = small_net(), torch.randn(5, 1, size, size, size)
+        learner = Learner("NYU", net, torch.arange(5), settings(batch_size=4))
+        client.train_epoch(net, learner, Cases(x, torch.arange(5) % 2), settings(batch_size=4), [0])
+        steps[size] = int(net[1].num_batches_tracked)
+    assert steps == {4: 1, 8: 2}
 
 
 def test_one_training_case_is_refused_with_its_reason():

@@ -51,10 +51,10 @@ def test_mu_zero_is_fedavg_bit_for_bit():
 def test_the_average_weighs_by_cases_batchnorm_buffers_included():
     one = {"weight": torch.tensor([1.0]), "running_mean": torch.tensor([10.0]), "n": torch.tensor(3)}
     two = {"weight": torch.tensor([5.0]), "running_mean": torch.tensor([30.0]), "n": torch.tensor(8)}
-    average = weighted_average([one, two], [30, 10])
-    assert average["weight"].item() == 2.0
-    assert average["running_mean"].item() == 15.0
-    assert average["n"].item() == 4 and average["n"].dtype == torch.int64
+    average = weighted_average([one, two], [10, 30])
+    assert average["weight"].item() == 4.0
+    assert average["running_mean"].item() == 25.0
+    assert average["n"].item() == 6 and average["n"].dtype == torch.int64
 
 
 def test_equal_clients_leave_the_weights_as_they_are():

@@ -55,16 +55,11 @@ def test_an_independent_loop_of_deep_copies_gives_the_same_weights(mu):
         of_clients = []
         for k, own in enumerate(clients.values()):
             order = own[torch.randperm(len(own), generator=client.seeded([0, 0, round_, k, 0]))]
-            pieces = list(order.split(4))
-            if len(pieces[-1]) == 1:
-                pieces[-2:] = [torch.cat(pieces[-2:])]
+            pieces = order.split(4)  # the last ones have one case
             of_clients.append([(MetaTensor(data.x[piece].float()), data.y[piece]) for piece in pieces])
         plain.federated_round(theirs, copies, optimizers, of_clients, [9, 13, 11], mu)
-    theirs = theirs.state_dict()
-    counts = {key for key in theirs if key.endswith("num_batches_tracked")}  # plain cuts off, we round
-    assert len(counts) == 1
-    floats = [{key: state[key] for key in theirs.keys() - counts} for state in (ours, theirs)]
-    assert largest_difference(*floats) < 1e-5  # AdamW turns float32 rounding of the sums into this much
+    # AdamW turns float32 rounding of the sums into this much; the counts of batches are whole numbers
+    assert largest_difference(ours, theirs.state_dict()) < 1e-5
 
 
 FITS = {
@@ -100,8 +95,8 @@ def test_training_resumed_from_a_checkpoint_ends_bit_identical(name):
 
 def test_clients_keep_their_own_optimizer_and_schedule_across_rounds():
     _, epochs = federation(STRATEGIES["fedavg"], split(9, 12), local_epochs=2, lr_step=2)
-    # 9 cases in batches of 4: a tail of one joins, 2 steps an epoch; 12 cases: 3; 3 rounds of 2 epochs
-    assert steps_taken(epochs[-1]) == {"center 0": {12.0}, "center 1": {18.0}}
+    # 3 steps an epoch, for 9 cases the last on one of them; 3 rounds of 2 epochs
+    assert steps_taken(epochs[-1]) == {"center 0": {18.0}, "center 1": {18.0}}
     for learner in epochs[-1].learners.values():
         assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.1**3)
 
@@ -164,7 +159,7 @@ def test_a_client_that_was_left_out_is_back_in_the_next_round_with_new_moments(m
     _, epochs = federation(STRATEGIES["fedavg"], split(9, 12, 12), lr_step=2)
     assert [list(epoch.left_out) for epoch in epochs] == [["center 1"], [], []]
     # the second has lost the steps of its first round, but follows the schedule
-    assert steps_taken(epochs[-1]) == {"center 0": {6.0}, "center 1": {6.0}, "center 2": {9.0}}
+    assert steps_taken(epochs[-1]) == {"center 0": {9.0}, "center 1": {6.0}, "center 2": {9.0}}
     learners = epochs[-1].learners.values()
     assert len({learner.optimizer.param_groups[0]["lr"] for learner in learners}) == 1
 

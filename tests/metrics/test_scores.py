@@ -72,13 +72,27 @@ def test_global_auc_pools_centers_instead_of_averaging_them():
 def test_per_epoch_equals_the_auc_of_each_epoch_taken_alone():
     frame = pd.concat([random_run(2), random_run(3, seed=1), random_run(2, seed=2, fold=1)])
     table = scores.per_epoch(frame.sample(frac=1, random_state=0))  # row order must not matter
-    assert list(table.columns) == [*metrics.RUN, "epoch", "auc"] and len(table) == 9
+    assert list(table.columns) == [*metrics.RUN, "epoch", "acc", "auc"] and len(table) == 9
     for row in table.itertuples():
         alone = frame[(frame.task == row.task) & (frame.fold == row.fold) & (frame.epoch == row.epoch)]
-        assert row.auc == global_auc(alone)
+        assert row.auc == global_auc(alone) and row.acc == metrics.accuracy(*metrics.y_and_prob(alone))
 
 
-def test_the_earliest_epoch_of_highest_auc_is_selected_by_each_run_on_its_own():
+@pytest.mark.parametrize(
+    ("epochs", "best"),
+    [
+        ([(0.5, 0.7), (0.5, 0.8), (0.6, 0.7)], 2),  # the highest AUC
+        ([(0.5, 0.8), (0.6, 0.8), (0.6, 0.8)], 3),  # of equals a later one of no lower ACC
+        ([(0.6, 0.8), (0.5, 0.8)], 1),  # of a lower one not
+        ([(0.5, 0.8), (0.9, 0.7), (0.6, 0.8)], 1),  # any epoch's ACC counts, also that of a lower AUC
+        ([(0.5, np.nan), (0.4, np.nan)], 2),  # no AUC is defined: the last
+    ],
+)
+def test_of_equal_aucs_a_later_epoch_counts_if_none_before_it_has_a_higher_accuracy(epochs, best):
+    assert metrics.best_epoch((k, *pair) for k, pair in enumerate(epochs, 1)) == best
+
+
+def test_the_epoch_of_highest_auc_is_selected_by_each_run_on_its_own():
     aucs = {0: [0, 1, 0], 1: [0, 1, 1], 2: [1, 0, 1]}
     frame = [
         rows([1, 0], [0.2, 0.8] if auc == 0 else [0.8, 0.2], fold=fold, epoch=epoch)
@@ -89,7 +103,7 @@ def test_the_earliest_epoch_of_highest_auc_is_selected_by_each_run_on_its_own():
     frame.append(rows([0, 0], [0.2, 0.8], fold=3, epoch=2))
     frame = pd.concat(frame, ignore_index=True)
     chosen = {rule: metrics.select(frame, rule).groupby("fold")["epoch"] for rule in ("best_test", "last")}
-    assert chosen["best_test"].agg(list).to_list() == [[2, 2], [2, 2], [1, 1], [2, 2]]
+    assert chosen["best_test"].agg(list).to_list() == [[2, 2], [3, 3], [3, 3], [2, 2]]
     assert chosen["last"].agg(list).to_list() == [[3, 3], [3, 3], [3, 3], [2, 2]]
     with pytest.raises(ValueError, match="best_test, best_inner, last"):
         metrics.select(frame, "best_validation")

@@ -133,15 +133,20 @@ def test_the_model_kept_is_that_of_the_epoch_with_the_highest_auc(trained, cohor
         np.testing.assert_allclose(prob[:, 1], of_center["prob_1"], atol=1e-6)  # another batch size
 
 
-def test_the_best_epoch_is_the_first_of_the_highest_auc(tmp_path, cohort, monkeypatch):
-    aucs, saved = iter([0.5, 0.7, 0.7, 0.6]), []
-    monkeypatch.setattr(run, "note", lambda progress, *_: progress.history.append(()) or next(aucs))
-    monkeypatch.setattr(store, "save_model", lambda folder, model: saved.append(folder))
+def test_the_weights_that_are_kept_are_those_of_the_selected_epoch(tmp_path, cohort, monkeypatch):
+    noted, saved = iter([(1, 0.5, 0.5), (2, 0.6, 0.7), (3, 0.6, 0.7), (4, 0.5, 0.7), (5, 0.9, 0.6)]), []
+
+    def note(progress, *_):
+        number, acc, auc = next(noted)
+        progress.history.append((number, 0.1, acc, auc))
+
+    monkeypatch.setattr(run, "note", note)
+    monkeypatch.setattr(store, "save_model", lambda *_: saved.append(1))
     monkeypatch.setattr(store, "save_checkpoint", None)  # none in the first minute
     monkeypatch.setattr(store, "write", lambda *_: None)
-    p = profile(tmp_path, epochs=4, checkpoint_seconds=60.0)
+    p = profile(tmp_path, epochs=5, checkpoint_seconds=60.0)
     runs.execute(p, Run("binary", "t1", "centralized", 0), cohort)
-    assert len(saved) == 2
+    assert len(saved) == 3
 
 
 def interrupt(monkeypatch, module, name, at):
