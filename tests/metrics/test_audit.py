@@ -34,7 +34,7 @@ def test_readmes_disagreements_are_the_ledger_row_by_row():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     ledger = audit.ledger()
     assert list(ledger) == ["where", "text", "tables_or_code", "here"]
-    assert rows == ledger.to_numpy().tolist() and len(rows) == 9
+    assert rows == ledger.to_numpy().tolist() and len(rows) == 10
 
 
 def test_every_file_of_the_papers_numbers_is_packaged():
