@@ -23,6 +23,7 @@ def test_cases(most):
         labels = [label for label, n in counts for _ in range(min(n, most))]
         rows += [(cell.center, label) for label in labels]
     cases = pd.DataFrame(rows, columns=["center", "label"]).assign(modality="t2")
+    cases["patient_id"] = [f"patient_{i}" for i in cases.index]
     cases["fold"] = data.assign_folds(paper_cohort(cases), 4, "center", "binary")
     names = [f"case_{i}" for i in range(len(cases))]
     return cases.assign(case_id=names, y_true=(cases["label"] == 2) * 1, task="binary", arm="a", epoch=1)
