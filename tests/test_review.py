@@ -5,16 +5,16 @@ Every network is the tiny one under another's name, every cube noise.
 
 import itertools
 import re
+from dataclasses import replace
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
-from made_up import paper_cohort
+from tiny import first_release
 
-from ipmn_core import models, params, pipeline, runs
-from ipmn_core.names import CENTERS, LABELS, MODALITIES, TASKS
+from ipmn_core import data, models, params, pipeline, runs
+from ipmn_core.names import CENTERS, LABELS, TASKS
 from ipmn_core.runs import probes
 
 NAME = "04_analysis.ipynb"
@@ -27,8 +27,8 @@ def shown(folder):
     """
     notebook = nbformat.read(folder / "notebooks" / NAME, 4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    data = [output.data for output in outputs if "data" in output]
-    text = "\n".join(bundle.get("text/html", bundle.get("text/plain", "")) for bundle in data)
+    shown = [output.data for output in outputs if "data" in output]
+    text = "\n".join(bundle.get("text/html", bundle.get("text/plain", "")) for bundle in shown)
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     assert not re.findall(r"(?i)traceback|warning|>\s*(?:nan|none|-?inf)\s*<", text)
     source = "\n".join(cell.source for cell in notebook.cells)
@@ -37,13 +37,11 @@ def shown(folder):
     return text
 
 
-def six_of_each_class():
-    """Six cases of each modality, center and class, none of high risk at AHN."""
-    cells = itertools.product(MODALITIES, CENTERS, range(len(LABELS)), range(6))
-    scans = pd.DataFrame(cells, columns=["modality", "center", "label", "k"])
-    scans["case_id"] = [f"{row.center}_{row.label}{row.k}" for row in scans.itertuples()]
-    scans["patient_id"] = scans["case_id"].str.casefold()
-    return scans.query("not (center == 'AHN' and label == 2)").drop(columns="k").reset_index(drop=True)
+def six_of_each_class(root):
+    """A release with six patients of each center and class, none of high risk at AHN."""
+    cells = itertools.product(CENTERS, range(len(LABELS)), range(6))
+    rows = [(f"{center}_{label}{k}", label) for center, label, k in cells if (center, label) != ("AHN", 2)]
+    return first_release(root, rows, rows)
 
 
 def test_the_review_of_the_smoke_run_is_clean(smoke):
@@ -52,16 +50,18 @@ def test_the_review_of_the_smoke_run_is_clean(smoke):
 
 @pytest.mark.slow
 def test_the_review_of_all_arms_and_models_is_complete(tmp_path, monkeypatch):
-    values = {"profile": "review", "outputs": str(tmp_path), "data": str(tmp_path), "device": "cpu"}
+    values = {"profile": "review", "outputs": str(tmp_path), "data": str(tmp_path / "data"), "device": "cpu"}
     values |= {"size": 32, "epochs": 2, "rounds": 2, "inner_validation": 0.2, "threads": 1, "jobs": 1}
     values |= {"multiclass_folds": 3, "binary_folds": 3}
     (tmp_path / "review.yaml").write_text(yaml.safe_dump(values))
-    p, scans = params.load(tmp_path / "review.yaml"), six_of_each_class()
-    noise = np.random.default_rng(0).random((len(scans), 32, 32, 32)).astype(np.float16)
-    cohort = paper_cohort(scans, noise, "noise")
+    p = params.load(tmp_path / "review.yaml")
+    six_of_each_class(tmp_path / "data")
+    cohort = data.open_cohort(p)
+    noise = np.random.default_rng(0).random((len(cohort), 32, 32, 32)).astype(np.float16)
+    cohort = replace(cohort, cubes=noise, key="noise")
     for name in p.multiclass_models:
         monkeypatch.setitem(models.MODELS, name, models.MODELS["tiny"])
-    features = np.random.default_rng(1).random((len(scans), 3))  # there are no files to read headers from
+    features = np.random.default_rng(1).random((len(cohort), 3))  # there are no files to read headers from
     for name in probes.PROBES:
         monkeypatch.setitem(probes.PROBES, name, lambda scans, _: features[: len(scans)])
     for task in TASKS:

@@ -1,6 +1,6 @@
 """Print how often 95 % intervals hold the truth; `inference.bootstrap_auc` quotes it. Minutes, no test.
 
-1,000 cohorts with the counts of the paper's T2, or at most 5 cases of a center and label, in 4 folds; scores
+2,000 cohorts with the counts of the paper's T2, or at most 5 cases of a center and label, in 4 folds; scores
 are normal, of one AUC everywhere. Run from the project's folder: python tests/metrics/proc/coverage.py
 """
 
@@ -12,7 +12,7 @@ from scipy.stats import norm
 from ipmn_core import data
 from ipmn_core.metrics import inference, tables
 
-AUC, COHORTS, RESAMPLES = 0.76, 1000, 500
+AUC, COHORTS, RESAMPLES = 0.76, 2000, 500
 
 
 def test_cases(most):
