@@ -2,6 +2,7 @@
 
 from ipmn_core.metrics.scores import (
     ARM,
+    AS_GIVEN,
     COLUMNS,
     GLOBAL,
     RULES,
@@ -11,6 +12,7 @@ from ipmn_core.metrics.scores import (
     auc,
     by_fold,
     check,
+    none,
     optimism,
     over_folds,
     select,
