@@ -54,13 +54,15 @@ def score(
     """
     given = find(paths, how, network)
     task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
-    of_fold = {0: given} if whole else {k: [one] for k, one in _folds(p, given, folds).items()}
-    weights = {Run(task, modality, arm, k): of for k, of in of_fold.items()}
     cohort = _cohort(p, given[0], modality, whole)
+    counts = cohort.scans["fold"].value_counts().sort_index()
+    of_fold = (
+        {0: given} if whole else {k: [one] for k, one in _folds(given, folds, list(counts.index)).items()}
+    )
+    weights = {Run(task, modality, arm, k): of for k, of in of_fold.items()}
     about = {run: _about(p, run, of, cohort, whole) for run, of in weights.items()}  # all is checked first
     known = sum(_trained_on(one, cohort, run.fold) for run, of in weights.items() for one in of)
     todo = [run for run in weights if not _there(folder_of(p, run), about[run])]
-    counts = cohort.scans["fold"].value_counts()
     total = sum(len(weights[run]) * counts[run.fold] for run in todo)
     with tqdm(desc="scoring", total=total, unit="scan", delay=2) as bar:
         for run in todo:
@@ -102,17 +104,17 @@ def _arm(p: Params, one: Trained, asked: str | None) -> str:
     return arm
 
 
-def _folds(p: Params, given: list[Trained], asked: Sequence[int] | None) -> dict[int, Trained]:
+def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) -> dict[int, Trained]:
     """The fold that each of the weights tests."""
     in_name = [re.fullmatch(r"fold(\d+)", one.weights.parent.name) for one in given]
     own = [one.fold for one in given] if given[0].arm else [int(name[1]) for name in in_name if name]
     own = own if len(own) == len(given) else list(range(len(given)))
-    folds, known = list(asked or own), range(p.folds(given[0].task))
+    folds = list(asked or own)
     of = dict(zip(folds, given, strict=False))
     if not len(of) == len(folds) == len(given) or {*of} - {*known} or (given[0].arm and folds != own):
-        text = f"{len(given)} weights for fold {', '.join(map(str, folds))} of {len(known)}, from 0"
+        text = f"{len(given)} weights for the folds {folds}, known are {known}"
         raise PredictError(f"{text}; give each file a fold of its own by `--folds`; runs have theirs")
-    return of
+    return dict(sorted(of.items()))
 
 
 def _cohort(p: Params, one: Trained, modality: str, whole: bool) -> Cohort:

@@ -144,8 +144,8 @@ def test_a_case_that_was_trained_on_is_refused_by_name_or_said_where_only_its_na
 
 
 REFUSED = {
-    "2 weights for fold 0, 2 of 2, from 0; give each file a fold": {"folds": [0, 2]},
-    "2 weights for fold 0, 1, 1 of 2": {"folds": [0, 1, 1]},
+    r"2 weights for the folds \[0, 2\], known are \[0, 1\]; give each file a fold": {"folds": [0, 2]},
+    r"2 weights for the folds \[0, 1, 1\]": {"folds": [0, 1, 1]},
     "arm 'centralized' is trained by the profile": {"arm": "centralized", "arms": ("centralized",)},
     "arm 'oracle' is .* a reference": {"arm": "oracle"},
     "arm '../x' is .* no plain name": {"arm": "../x"},
