@@ -217,7 +217,7 @@ def score(options: argparse.Namespace) -> int:
         of = {name: getattr(options, name) for name in names}
         scored = score.score(p, options.models, how=_how(options), **of)
     print(scored.folds.to_markdown(index=False, floatfmt=".4f"))
-    print(*(f"note: {remark}" for remark in scored.remarks), sep="\n")
+    print("", *(f"note: {remark}" for remark in scored.remarks), sep="\n")
     print(f"not trained here; in {scored.arm}/, which `ipmn run {options.params}` shows")
     return 0
 

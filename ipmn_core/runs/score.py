@@ -27,7 +27,7 @@ from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, pr
 
 @dataclass(frozen=True)
 class Scored:
-    """Folder of a scored arm; a row per fold (fold, weights, n, positives, acc, auc); what is in doubt."""
+    """Folder of a scored arm; a row per fold (fold, n, positives, acc, auc, weights); what is in doubt."""
 
     arm: Path
     folds: pd.DataFrame
@@ -52,6 +52,7 @@ def score(
     file and SHA-256. What was scored before is kept. Raises PredictError for weights that do not fit the
     profile or were trained on a case that they would test, and for an arm that was made with others.
     """
+    federated.prepare(p.threads)
     given = find(paths, how, network)
     task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
     cohort = _cohort(p, given[0], modality, whole)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_the_command_says_what_was_tested_and_what_is_in_doubt(there, tmp_path, 
     asked = ["score", str(tmp_path / "there.yaml"), "--network", "quick", "--size", "32", "--device", "cpu"]
     assert cli.main([*asked, "--models", *map(str, bare(tmp_path))]) == 0
     printed = capsys.readouterr().out
-    assert "| fold |" in printed.replace("  ", " ") and "fold1/model_auc.pth" in printed
+    assert re.search(r"\|\s+fold \|\s+n \|", printed) and "fold1/model_auc.pth" in printed
     assert "note: what bare files were trained on is not known" in printed and "released/" in printed
     assert cli.main([*asked, "--models", "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("ipmn: nowhere: no such folder or file")
