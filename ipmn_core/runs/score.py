@@ -57,9 +57,7 @@ def score(
     task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
     cohort = _cohort(p, given[0], modality, whole)
     counts = cohort.scans["fold"].value_counts().sort_index()
-    of_fold = (
-        {0: given} if whole else {k: [one] for k, one in _folds(given, folds, list(counts.index)).items()}
-    )
+    of_fold = {0: given} if whole and not folds else _folds(given, folds, list(counts.index))
     weights = {Run(task, modality, arm, k): of for k, of in of_fold.items()}
     about = {run: _about(p, run, of, cohort, whole) for run, of in weights.items()}  # all is checked first
     known = sum(_trained_on(one, cohort, run.fold) for run, of in weights.items() for one in of)
@@ -105,8 +103,8 @@ def _arm(p: Params, one: Trained, asked: str | None) -> str:
     return arm
 
 
-def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) -> dict[int, Trained]:
-    """The fold that each of the weights tests."""
+def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) -> dict[int, list[Trained]]:
+    """The weights that test each fold."""
     in_name = [re.fullmatch(r"fold(\d+)", one.weights.parent.name) for one in given]
     own = [one.fold for one in given] if given[0].arm else [int(name[1]) for name in in_name if name]
     own = own if len(own) == len(given) else list(range(len(given)))
@@ -115,7 +113,7 @@ def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) 
     if not len(of) == len(folds) == len(given) or {*of} - {*known} or (given[0].arm and folds != own):
         text = f"{len(given)} weights for the folds {folds}, known are {known}"
         raise PredictError(f"{text}; give each file a fold of its own by `--folds`; runs have theirs")
-    return dict(sorted(of.items()))
+    return {k: [of[k]] for k in sorted(of)}
 
 
 def _cohort(p: Params, one: Trained, modality: str, whole: bool) -> Cohort:
@@ -183,4 +181,4 @@ def _test(p: Params, run: Run, of: list[Trained], cohort: Cohort, about: dict, b
     folder.mkdir(parents=True, exist_ok=True)
     frame = predictions_of(metrics.AS_GIVEN, total / len(of), run, 0, scans[test])
     store.write_table(folder / "predictions.parquet", frame.drop(columns="role"))
-    store.seal(folder, about, scans, time.perf_counter() - started)
+    store.seal(folder, about, scans, time.perf_counter() - started, device)

@@ -50,6 +50,7 @@ COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows
     "left_out": ["round", "client", "reason"],
     "centers": ["round", "center", "n", "acc", "auc"],
 }
+CPU = torch.device("cpu")
 # a center may be called 042, or NA
 AS_WRITTEN = {"dtype": dict.fromkeys(("client", "other", "center"), str)}
 AS_WRITTEN |= {"keep_default_na": False, "na_values": [""]}
@@ -156,8 +157,7 @@ def write(
     for name, columns in COLUMNS.items():
         if rows := getattr(progress, name):
             write_table(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    seal(folder, about, scans, progress.seconds, name)
+    seal(folder, about, scans, progress.seconds, device)
     for name in ("checkpoint.pt", "share_done"):
         (folder / name).unlink(missing_ok=True)
 
@@ -169,7 +169,7 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
 
 
 def seal(
-    folder: Path, about: dict[str, Any], scans: pd.DataFrame, seconds: float, device: str = platform.machine()
+    folder: Path, about: dict[str, Any], scans: pd.DataFrame, seconds: float, device: torch.device = CPU
 ) -> None:
     """Make a run whole: write `splits.csv`, the `role` of every case of `scans`, and, last, `run.json`."""
     settings = json.dumps(about["settings"], sort_keys=True)
@@ -181,7 +181,7 @@ def seal(
             "torch": torch.__version__,
             "monai": version("monai"),
         },
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "seconds": round(seconds, 2),
     }
     write_table(folder / "splits.csv", scans[["case_id", "center", "role"]])
