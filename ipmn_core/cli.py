@@ -85,17 +85,43 @@ def _add_models(add) -> None:
     argument = add(predict)
     argument("image", type=Path, help="a scan with --mask, or a clean ROI")
     argument("--mask", type=Path, help="the pancreas, on the image's grid")
-    text = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
-    argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
+    _add_weights(argument)
     argument("--center", help="which center's model to use; for the arm local_only")
-    for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
-        argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
-    argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
+
+    argument = add(score)
+    argument("params", type=Path, help="the profile of the cohort and its folds")
+    _add_weights(argument)
+    argument("--arm", help="name of the arm that is written (default: scored_<arm>, released for files)")
+    argument("--modality", help="of the weights, where their run does not say it")
+    text = "folds that files test, in their order (default: k in a folder fold<k>, else 0, 1, ...)"
+    argument("--folds", nargs="+", type=int, metavar="K", help=text)
+    argument("--whole", action="store_true", help="test every case by the mean over all weights")
 
     argument = add(export)
     argument("arm", type=Path, help="<outputs>/runs/<task>/<modality>/<arm>")
     argument("target", **NEW_FOLDER)
+
+
+def _add_weights(argument) -> None:
+    """Add the options of weights that are given."""
+    text = "runs (fold<k>), an arm, an export, or files of weights with 1 to 3 outputs"
+    argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
+    argument("--network", default="densenet121", help="of bare weights (default: densenet121)")
+    for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
+        argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
+    argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+
+
+def _how(options: argparse.Namespace):
+    """The preprocessing that is asked for, None if none is."""
+    from dataclasses import fields
+
+    from ipmn_core.params import Preprocessing
+
+    asked = {field.name: getattr(options, field.name) for field in fields(Preprocessing)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return Preprocessing(**asked) if asked else None
 
 
 def init(options: argparse.Namespace) -> int:
@@ -120,7 +146,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"{time.perf_counter() - start:6.0f} s  {path.stem} done", flush=True)
         page = pipeline.write_report(p)
     paths = [p.folder / "tables" / f"{name}.md" for name in ("table3_beside_paper", "table3")]
-    print(f"\n{next(path for path in paths if path.exists()).read_text()}")
+    for path in [path for path in paths if path.exists()][:1]:
+        print(f"\n{path.read_text()}")
     print(f"tables, figures and notebooks are in {p.folder}/, the report is {page}")
     return 0
 
@@ -167,21 +194,31 @@ def fetch(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Print a case's probabilities by each model, mean and spread, and warnings; not for clinical use."""
-    from dataclasses import fields
-
     from ipmn_core import predict, views
-    from ipmn_core.params import Preprocessing
 
-    asked = {field.name: getattr(options, field.name) for field in fields(Preprocessing)}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    how = Preprocessing(**asked) if asked else None
-    given = options.image, options.mask, options.models, options.center, how, options.device
-    result = predict.predict(*given)
+    given = options.image, options.mask, options.models, options.center, _how(options), options.device
+    result = predict.predict(*given, options.network)
     if options.picture:
         views.prediction(result, result.scan.roi).savefig(options.picture)
     print(predict.table(result).to_markdown(index=False, floatfmt=".3f"))
     print(f"\naxes as stored: {result.scan.axes}; cube: {predict.in_words(result.how)}")
     print("", *result.warnings, predict.NOTICE, sep="\n")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """Test given weights on a cohort, without training, and write them as runs, for tables and chapters."""
+    from ipmn_core import params, pipeline
+    from ipmn_core.runs import score
+
+    p = params.load(options.params).model_copy(update={"device": options.device})
+    names = ("arm", "modality", "folds", "whole", "network")
+    with pipeline.locked(p):
+        of = {name: getattr(options, name) for name in names}
+        scored = score.score(p, options.models, how=_how(options), **of)
+    print(scored.folds.to_markdown(index=False, floatfmt=".4f"))
+    print("", *(f"note: {remark}" for remark in scored.remarks), sep="\n")
+    print(f"not trained here; in {scored.arm}/, which `ipmn run {options.params}` shows")
     return 0
 
 

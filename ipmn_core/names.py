@@ -12,6 +12,8 @@ LABELS = ("no risk", "low risk", "high risk")
 TASKS = ("multiclass", "binary")  # all classes; the positive ones against the rest
 MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")  # as table 2
 ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # as table 3; the last is ours
+# arms that train no network: probes, and what only the phantom's truth knows
+REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
 
 DISPLAY = {
     "resnet34": "ResNet-34",

@@ -39,8 +39,10 @@ def _naming(values: Any) -> Any:
 
 Naming = Annotated[dict[str, str], BeforeValidator(_naming), Field(min_length=1)]
 T = TypeVar("T")
-Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]  # or a list
-Plain = Annotated[str, Field(pattern=r"^\w[\w .+-]*\Z")]  # also the name of a folder
+PLAIN = r"^\w[\w .+-]*\Z"  # also the name of a folder
+Maybe = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_distinct)]  # or a list
+Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]
+Plain = Annotated[str, Field(pattern=PLAIN)]
 Count = Annotated[int, Field(ge=1)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # "~" is the user's home
 
@@ -105,9 +107,9 @@ class Params(BaseModel):
     multiclass_folds: int = setting(5, "folds of the task of all classes", ge=2)
     binary_folds: int = setting(4, "folds of the binary task", ge=2)
     inner_validation: float = setting(0.0, "share of training cases to choose an epoch on", ge=0, le=0.5)
-    multiclass_models: Distinct[str] = setting(MODELS, "networks of the task of all classes")
+    multiclass_models: Maybe[str] = setting(MODELS, "networks of the task of all classes; [] trains none")
     binary_model: str = setting("densenet121", "network of the binary task")
-    arms: Distinct[str] = setting(ARMS, "arms of the binary task; local_only is not in the paper")
+    arms: Maybe[str] = setting(ARMS, "arms of the binary task; [] trains none; local_only is ours")
     epochs: Count = setting(100, "centralized epochs")
     epochs_by_model: dict[str, Count] = setting({}, "three-class networks with another number of epochs")
     rounds: Count = setting(100, "federated rounds")

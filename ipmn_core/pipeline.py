@@ -101,13 +101,14 @@ def _prepare(p: Params, fresh: bool) -> None:
 
     try_notebooks(p)
     for task in TASKS:
-        runs.on_this_machine(p, runs.run_settings(p, runs.grid(p, task)[0]))
+        for run in runs.grid(p, task)[:1]:
+            runs.on_this_machine(p, runs.run_settings(p, run))
     runs.check_folds(p, TASKS, data.subset(data.open_cohort(p), p.max_per_cell))
     _, problems = data.inspect(p.cohort_root, p)  # what was chosen is said here, too; `ipmn check` says all
     print(*data.told(problems)[:MOST_TOLD], sep="\n", file=sys.stderr)
     cohort = data.load_cohort(p)
     if fresh:
-        shutil.rmtree(p.folder / "runs", ignore_errors=True)
+        runs.discard(p)
     for task in TASKS:
         probes.unfinished(p, task, cohort)
     runs.train(p, ("binary", "multiclass"), cohort)  # the longer runs first: workers end together
@@ -189,10 +190,17 @@ def run(p: Params) -> Iterator[Path]:
 
 
 def _foreign(p: Params) -> set[str]:
-    """Tags of the cells that are not about this cohort: `paper` (its own numbers), `phantom` (its truth)."""
-    from ipmn_core import data
+    """Tags of the cells that are not about this profile.
+
+    `paper` (its own numbers), `phantom` (its truth); `multiclass` and `binary` where the task has no arm,
+    `multiclass-trained` and `binary-trained` where none was trained here (`ipmn score`).
+    """
+    from ipmn_core import data, runs
 
     applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
+    for task in TASKS:
+        trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))
+        applies |= {task: trained or scored, f"{task}-trained": trained}
     return {tag for tag, yes in applies.items() if not yes}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from ipmn_core import data, federated, params
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
-from ipmn_core.runs.trained import PredictError, Trained, find, load, probabilities
+from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
 
 NOTICE = "Not for clinical use: a research model without external validation."
 
@@ -41,17 +40,18 @@ def predict(
     center: str | None = None,
     how: Preprocessing | None = None,
     device: str = "cpu",
+    network: str = "densenet121",
 ) -> Prediction:
     """Predict a scan with the trained networks in `folders` (see `trained.find`), in float32.
 
     `image` with its pancreas `mask`, or a clean ROI without; preprocessed as the networks' runs say or, for
-    bare weights, as `how` (default: as in the paper). `center`: whose networks to use, for the arm
+    bare weights of `network`, as `how` (default: the paper). `center`: whose networks to use, for the arm
     `local_only`. `warnings` say what is in doubt. Raises PredictError, ParamsError or ScanError.
     """
     where = federated.device_of(
         params.validate({"device": device, **asdict(how or Preprocessing())}, "predict")
     )
-    trained = find(folders, how)
+    trained = find(folders, how, network)
     _refuse_mixed(trained, center)
     case, of = data.case_name(Path(image).name), trained[0]
     scan = data.read_scan(image, mask, case, of.how)
@@ -76,8 +76,8 @@ def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
 
 def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:
     """A warning if the case, by its name, was one of the models' own, or may have been."""
-    roles = {one.name: _role(case, one.weights.with_name("splits.csv"), center) for one in trained}
-    known = ", ".join(f"{name}: {role}" for name, role in roles.items() if role)
+    of = {one.name: _role(case, one, center) for one in trained}
+    known = ", ".join(f"{name}: {role}" for name, role in of.items() if role)
     return (
         [f"no independent test, {case} was a case of these models or may have been ({known})"]
         if known
@@ -85,25 +85,17 @@ def _case_warnings(case: str, trained: list[Trained], center: str | None) -> lis
     )
 
 
-def _role(case: str, path: Path, center: str | None) -> str:
+def _role(case: str, one: Trained, center: str | None) -> str:
     """What a run (its `center`) used a case for, by `splits.csv`: train, validation, test, "" or unknown."""
-    if not path.exists():
-        return "unknown"
-    splits = pd.read_csv(path, dtype=str, keep_default_na=False)
-    ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
-    mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
-    return next(iter(splits.loc[mine, "role"]), "")
+    known = roles(one)
+    mine = (known["case"] == hashed(case)) & (known["center"].eq(center) | (center is None))
+    return next(iter(known.loc[mine, "role"]), "" if len(known) else "unknown")
 
 
 def in_words(how: Preprocessing) -> str:
     """How scans are preprocessed: `96^3, spacing as stored, minmax, stored axes`."""
     spacing = f"{how.spacing:g} mm" if how.spacing else "spacing as stored"
     return f"{how.size}^3, {spacing}, intensity {how.intensity}, {how.orientation} axes"
-
-
-def hashed(case_id: str) -> str:
-    """SHA-256 of a case's name in lower case, because files and sheets differ in case."""
-    return hashlib.sha256(case_id.lower().encode()).hexdigest()
 
 
 def table(result: Prediction) -> pd.DataFrame:

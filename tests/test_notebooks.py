@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
 
+THEIRS, TRAINED = {"paper", "phantom"}, {"multiclass-trained", "binary-trained"}  # tags
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -75,7 +77,7 @@ def test_every_section_ends_with_something_to_try(path):
     _, *sections = re.split(r"(?m)^## ", "\n".join(told(cell) for cell in nbformat.read(path, 4).cells))
     for section in sections:
         *_, last = section.split("CODE ")
-        assert re.match(r"(paper |phantom )?try-it \w+ = .+  # change me: ", last), section[:60]
+        assert re.match(r"([a-z-]+ )*try-it \w+ = .+  # change me: ", last), section[:60]
         assert re.search(r"\*Try it\.\*.*\?", section, re.DOTALL), section[:60]
 
 
@@ -102,8 +104,11 @@ def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
 
 
 @every_notebook
-def test_what_remains_without_the_cells_about_paper_and_phantom_stands_on_its_own(path):
-    own = [cell for cell in cells(path) if not {"paper", "phantom"} & set(cell.metadata.get("tags", []))]
+@pytest.mark.parametrize(
+    "without", [THEIRS, TRAINED, {"multiclass"} | TRAINED, {"binary"} | TRAINED | THEIRS]
+)
+def test_what_remains_without_the_cells_of_some_tags_stands_on_its_own(path, without):
+    own = [cell for cell in cells(path) if not without & set(cell.metadata.get("tags", []))]
     names = [node for cell in own for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
     imported = {
         alias.asname or alias.name
@@ -114,7 +119,10 @@ def test_what_remains_without_the_cells_about_paper_and_phantom_stands_on_its_ow
     }
     known = imported | {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
     assert {name.id for name in names} <= known
-    text = "".join(cell.source for cell in nbformat.read(path, 4).cells if not cell.metadata.get("tags"))
+    every = nbformat.read(path, 4).cells
+    text = "".join(
+        cell.source for cell in every if not {*THEIRS, "try-it"} & set(cell.metadata.get("tags", []))
+    )
     theirs = r"\b(?:NYU|MCF|NU|AHN|MCA|EMC|seven|IPMN)\b|high.risk cases"
     assert not re.findall(theirs, text.partition("\n## ")[2])
 

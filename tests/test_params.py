@@ -40,7 +40,7 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("epochs", 0),
         ("modalities", ["t1/t3"]),
         ("modalities", "t1"),
-        ("arms", []),
+        ("modalities", []),
         ("multiclass_models", ["densenet121", "densenet121"]),
         ("profile", "../demo"),
         ("profile", "demo\n"),

@@ -12,6 +12,8 @@ from ipmn_core.params import ParamsError
 from ipmn_core.pipeline import NotebookError
 from ipmn_core.runs import probes
 
+OLD = "binary/t1/fedavg"  # an arm of an earlier training
+
 
 def notebook(folder, *sources, tags=("parameters",)):
     """A notebook in `folder`: a title, a cell `x = 1` for each of `tags`, then the `sources`."""
@@ -111,7 +113,7 @@ def test_a_run_removes_what_an_earlier_one_left_and_keeps_its_training(tmp_path,
 
 def prepared(tmp_path, phantom_root):
     """A profile of the phantom's T1 scans with a training run on disk."""
-    (tmp_path / "t" / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "t" / "runs" / OLD).mkdir(parents=True)
     small = {"profile": "t", "modalities": ["t1"], "size": 32, "device": "cpu"}
     return params.validate({**small, "outputs": str(tmp_path), "data": str(phantom_root)}, "test")
 
@@ -122,13 +124,13 @@ def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, mon
     for module, name in ((runs, "check_folds"), (runs, "train"), (probes, "unfinished"), (probes, "fit")):
         monkeypatch.setattr(module, name, lambda *_: [])
     pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
-    assert (tmp_path / "t" / "runs" / "old").exists() == (not fresh)
+    assert (tmp_path / "t" / "runs" / OLD).exists() == (not fresh)
 
 
 def test_training_runs_are_not_discarded_for_a_profile_that_cannot_run(tmp_path, phantom_root):
     with pytest.raises(data.CohortError, match="NYU t1: cannot be split into 5 folds"):
         pipeline.prepare(prepared(tmp_path, phantom_root), fresh=True)
-    assert (tmp_path / "t" / "runs" / "old").exists()
+    assert (tmp_path / "t" / "runs" / OLD).exists()
 
 
 def chapters(folder, *stems):
@@ -168,7 +170,7 @@ def test_what_would_stop_the_notebooks_is_found_before_anything_is_done(tmp_path
     notebook(tmp_path, "1", tags=()).rename(tmp_path / "notebooks" / "04_analysis.ipynb")
     with pytest.raises(ParamsError, match=r"04_analysis\.ipynb: 0 cells are tagged"):
         pipeline._prepare(p, fresh=True)
-    assert (p.folder / "runs" / "old").exists()
+    assert (p.folder / "runs" / OLD).exists()
 
 
 def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(

@@ -83,9 +83,9 @@ class Federation(BaseModel):
             raise FederationError(f"sites: {', '.join(map(repr, wrong))} cannot be a site's name; {rule}")
         if len(names) < 2 or len(set(names)) < len(names):
             raise FederationError("sites: name two or more, once each, which differ in more than case")
-        if alone := [arm for arm in p.arms if arm not in federated.STRATEGIES]:
-            known = ", ".join(federated.STRATEGIES)
-            raise FederationError(f"arms: {', '.join(alone)} do not federate; use {known}")
+        known, alone = ", ".join(federated.STRATEGIES), [a for a in p.arms if a not in federated.STRATEGIES]
+        if alone or not p.arms:
+            raise FederationError(f"arms: {', '.join(alone) or 'none'} do not federate; use {known}")
         if p.inner_validation:
             raise FederationError("inner_validation: sites draw no inner split yet; set it to 0.0")
         if p.classes is None and Path(p.data).suffix.lower() in SUFFIXES:

@@ -135,7 +135,8 @@ def evaluate(site: Site, w_global: State, round_: int) -> dict[str, Any]:
     model = site.model()
     model.load_state_dict(w_global)
     prob = federated.evaluate(model, torch.tensor(site.test.index), site.cases, site.settings)
-    frame = runs.predictions_of(round_, prob, site.settings, site.test).drop(columns="role")
+    frame = runs.predictions_of(round_, prob, site.settings, site.settings.seed[0], site.test)
+    frame = frame.drop(columns="role")
     path = site.folder / "predictions.parquet"
     earlier = [pd.read_parquet(path).query("epoch != @round_")] if path.exists() else []
     with atomic(path) as tmp:

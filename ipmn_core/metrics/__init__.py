@@ -2,6 +2,7 @@
 
 from ipmn_core.metrics.scores import (
     ARM,
+    AS_GIVEN,
     COLUMNS,
     GLOBAL,
     RULES,
@@ -12,6 +13,7 @@ from ipmn_core.metrics.scores import (
     best_epoch,
     by_fold,
     check,
+    none,
     optimism,
     over_folds,
     select,

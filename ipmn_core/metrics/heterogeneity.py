@@ -42,11 +42,13 @@ def gain(selected: pd.DataFrame) -> pd.DataFrame:
     """What each center gains by each federated arm over `OTHERS`, if trained: differences of its AUC.
 
     Columns modality, arm, over, center, n, positives, difference, low, high, undefined: AUC of the arm less
-    that of `over`, binary task, scores pooled over folds, with DeLong's paired 95 % interval. Raises
-    ValueError if a run has several epochs or two arms were not tested on the same cases.
+    that of `over`, binary task, scores pooled over folds, with DeLong's paired 95 % interval. Weights from
+    elsewhere are left out: how they were trained is not known. Raises ValueError if a run has several epochs
+    or two arms were not tested on the same cases.
     """
     rows = []
-    for modality, frame in selected[selected["task"] == "binary"].groupby("modality"):
+    mine = selected[(selected["task"] == "binary") & (selected["epoch"] != scores.AS_GIVEN)]
+    for modality, frame in mine.groupby("modality"):
         trained = {arm: rows for (_, _, arm), rows in scores.arms(frame)}
         federated = [arm for arm in trained if arm not in OTHERS]
         for reference, arm in product((arm for arm in OTHERS if arm in trained), federated):

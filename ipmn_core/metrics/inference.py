@@ -117,9 +117,10 @@ def _drawn(strata: tuple[int, ...], n_resamples: int, seed: int) -> np.ndarray:
 def bootstrap_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Limits of the mean over folds of the AUC of one arm: percentiles 2.5 and 97.5 of `resampled_auc`.
 
-    Efron and Tibshirani 1993, chapter 13. Coverage in 2,000 simulated cohorts (tests/metrics/proc/coverage.py)
-    with the paper's T2 counts: global 92.6 %, NYU 93.6 %, AHN 91.3 %, each ± 0.6 % (standard error); with at
-    most 5 cases per center and label 93.1 %, 89.6 %, 76.2 %: too narrow. NaN where no AUC is defined or every stratum is one case: nothing to resample.
+    Efron and Tibshirani 1993, chapter 13. Coverage in 2,000 simulated cohorts
+    (tests/metrics/proc/coverage.py) with the paper's T2 counts: global 92.6 %, NYU 93.6 %, AHN 91.3 %, each
+    ± 0.6 % (standard error); with at most 5 cases per center and label 93.1 %, 89.6 %, 76.2 %: too narrow.
+    NaN where no AUC is defined or every stratum is one case: nothing to resample.
     """
     aucs = resampled_auc(rows, n_resamples, seed)
     aucs = aucs[~np.isnan(aucs)]
@@ -186,6 +187,14 @@ def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return pairs
 
 
+def not_paired(arm: pd.DataFrame, reference: pd.DataFrame) -> str:
+    """Why weights from elsewhere cannot be compared with another arm case by case; "" if they can."""
+    if scores.AS_GIVEN not in {*arm["epoch"], *reference["epoch"]}:
+        return ""
+    cases = [set(zip(rows["fold"], rows["case_id"], strict=True)) for rows in (arm, reference)]
+    return "" if cases[0] == cases[1] else "not tested on the same cases in the same folds"
+
+
 def compare_arms(
     selected: pd.DataFrame, reference: str = "centralized", inner_validation: float = 0.0
 ) -> pd.DataFrame:
@@ -195,7 +204,7 @@ def compare_arms(
     scores, `delong_test` (two classes only); fold_difference, t, p_corrected: mean over folds and
     `corrected_t`, n_test/n_train = 1/(folds - 1), or more where a share `inner_validation` of each training
     fold was held out; p_delong_holm, p_corrected_holm: Holm over all rows of this table; undefined as in
-    `intervals`. Raises ValueError as `paired`, and if a run has several epochs.
+    `intervals`, or `not_paired`. Raises ValueError as `paired`, and if a run has several epochs.
     """
     # as if all were one center: the numbers of the others are not needed
     by_fold = scores.by_fold(selected.assign(center=GLOBAL))
@@ -205,6 +214,9 @@ def compare_arms(
         arms = dict(list(frame.groupby("arm", sort=False)))
         n_classes = y_and_prob(frame)[1].shape[1]
         for name in (name for name in arms if reference in arms and name != reference):
+            if why := not_paired(arms[name], arms[reference]):
+                rows.append((task, modality, name, reference, *[np.nan] * 8, why))
+                continue
             pairs = paired(arms[name], arms[reference])
             y, tested = pairs["y_true"].to_numpy(), (np.nan,) * 5
             if n_classes == 2:

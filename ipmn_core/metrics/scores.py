@@ -13,6 +13,7 @@ ARM = ["task", "modality", "arm"]  # what the folds of one arm share
 RUN = [*ARM, "fold"]  # what identifies one run
 GLOBAL = "global"  # the paper's name for all centers together
 COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
+AS_GIVEN = 0  # the epoch of weights from elsewhere: none was chosen here
 REPEAT = "delete the run's folder and repeat the run, or restore the file"
 RULES = {
     "best_test": "best on the test fold (paper)",
@@ -23,6 +24,12 @@ RULES = {
 
 class PredictionsError(ValueError):
     """A row of predictions is invalid; the message names the row and the file."""
+
+
+def none() -> pd.DataFrame:
+    """Predictions without a row."""
+    number = {"fold": int, "seed": int, "epoch": int, "y_true": int, "prob_0": float, "prob_1": float}
+    return pd.DataFrame(columns=list(dict.fromkeys([*COLUMNS, *number])), dtype=str).astype(number)
 
 
 def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictions") -> pd.DataFrame:
@@ -174,14 +181,16 @@ def select(
     (`best_epoch`). It is optimistic: it reports on the cases that choose.
     The paper's text does not name the set (see the ledger), its released code uses the test fold.
     Departs from the paper: "best_inner" takes that AUC from `validation`, predictions of cases held out of
-    the training fold; "last" is the last epoch. Raises ValueError for another rule, and for "best_inner"
-    naming a run that has no inner validation.
+    the training fold; "last" is the last epoch. Weights from elsewhere have one epoch, AS_GIVEN. Raises
+    ValueError for another rule, and for "best_inner" naming a run that has no inner validation.
     """
     if rule not in RULES:
         raise ValueError(f"Unknown selection rule {rule!r}: choose one of {', '.join(RULES)}.")
+    if predictions.empty:
+        return predictions
     judged = predictions
     if rule == "best_inner":
-        judged = predictions.iloc[:0] if validation is None else validation
+        judged = pd.concat([validation, predictions[predictions["epoch"] == AS_GIVEN]])
     chosen = []
     for run, of in per_epoch(judged).groupby(RUN):
         epochs = of[["epoch", "acc", "auc"]].itertuples(index=False)
@@ -250,8 +259,8 @@ def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) 
     """Global AUC, mean over folds, at the epoch chosen by each of the RULES: what choosing on the test adds.
 
     Columns task, modality, arm, epochs (to choose from), best_test, best_inner, last, peak_minus_inner,
-    peak_minus_last, undefined. Without an inner validation split `best_inner` is NaN and `undefined` says so.
-    Departs from the paper, which reports the first alone.
+    peak_minus_last, undefined. Without an inner validation split `best_inner` is NaN and `undefined` says so,
+    as all are of weights from elsewhere. Departs from the paper, which reports the first alone.
     """
     inner, groups = validation is not None and len(validation), predictions.groupby(ARM, sort=False)
     table = pd.DataFrame({"epochs": groups["epoch"].nunique()})
@@ -262,4 +271,7 @@ def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) 
             table[rule] = np.nan
     table["peak_minus_inner"] = table["best_test"] - table["best_inner"]
     table["peak_minus_last"] = table["best_test"] - table["last"]
-    return table.assign(undefined="" if inner else "no inner validation split").reset_index()
+    given, why = groups["epoch"].max() == AS_GIVEN, "weights from elsewhere: their epoch was chosen before"
+    table.loc[given, table.columns[1:]] = np.nan
+    table["undefined"] = np.where(given, why, "" if inner else "no inner validation split")
+    return table.reset_index()

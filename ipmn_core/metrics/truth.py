@@ -20,7 +20,7 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame, cohort: Cohort) 
     columns = [f"prob_{k}" for k in range(len(cohort.classes))]
     if list(truth.filter(regex=r"^prob_\d+$")) != columns:
         return selected.iloc[:0]
-    cases = selected.drop_duplicates(["task", "modality", "fold", "case_id"]).reset_index(drop=True)
+    cases = selected.drop_duplicates(["task", "modality", "case_id"]).reset_index(drop=True)
     patients = truth.set_index(truth["patient_id"].str.casefold())
     known = patients.reindex(cases["case_id"].str.casefold()).reset_index(drop=True)
     missing = cases.loc[known["prob_0"].isna(), "case_id"].unique()

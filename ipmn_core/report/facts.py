@@ -36,8 +36,9 @@ PACKAGES = ("ipmn", "numpy", "pandas", "scipy", "scikit-learn", "nibabel", "matp
 
 
 def results(folder: Path) -> list[tuple[str, str]]:
-    """Return caption and HTML of tables 1-3 of a profile's folder. Raises FileNotFoundError."""
-    return [(f"Table {n}. {caption}", _html(beside(folder, n))) for n, caption in CAPTIONS.items()]
+    """Return caption and HTML of those of tables 1-3 that a profile's folder has."""
+    written = [n for n in CAPTIONS if (folder / "tables" / f"table{n}.csv").exists()]
+    return [(f"Table {n}. {CAPTIONS[n]}", _html(beside(folder, n))) for n in written]
 
 
 def is_paper(folder: Path) -> bool:
@@ -96,7 +97,7 @@ def effort(records: pd.DataFrame) -> pd.DataFrame:
 
 def _records(p: Params) -> pd.DataFrame:
     """One row per finished run and probe of the profile, with the fields of its `run.json`."""
-    asked = [run for task in TASKS for run in (*runs.grid(p, task), *probes.grid(p, task))]
+    asked = [r for t in TASKS for r in (*runs.grid(p, t), *runs.scored(p, t), *probes.grid(p, t))]
     files = [runs.folder_of(p, run) / "run.json" for run in asked]
     found = pd.json_normalize([json.loads(file.read_text()) for file in files if file.is_file()])
     return found.reindex(columns=[*RECORDED.values(), *EFFORT])

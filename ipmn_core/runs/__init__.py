@@ -8,8 +8,11 @@ from ipmn_core.runs.grid import (
     folder_of,
     grid,
     named,
+    networks,
     on_this_machine,
+    protocols,
     run_settings,
+    scored,
 )
 from ipmn_core.runs.run import (
     build,
@@ -22,6 +25,7 @@ from ipmn_core.runs.run import (
 )
 from ipmn_core.runs.store import (
     StaleRunError,
+    discard,
     finished_predictions,
     histories,
     left_out,

@@ -85,7 +85,7 @@ def folder_of(p: Params, run: Run) -> Path:
 
 def keeps_model(p: Params, run: Run) -> bool:
     """Whether the weights of a run are kept: a pattern of `keep_models` matches it, or chapter 3 shows it."""
-    shown = [Run("binary", p.modalities[-1], arm, 0) for arm in (p.arms[0], p.arms[-1])]
+    shown = [Run("binary", p.modalities[-1], arm, 0) for arm in (*p.arms[:1], *p.arms[-1:])]
     path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
     return run in shown or any(fnmatch(path, pattern) for pattern in p.keep_models)
 
@@ -115,8 +115,32 @@ def run_settings(p: Params, run: Run) -> RunSettings:
 
 
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
-    """All runs of a task with what two runs must share to be the same run."""
+    """All runs of a task that the profile trains with what two runs must share to be the same run."""
     return {run: run_settings(p, run).protocol() for run in grid(p, task)}
+
+
+def scored(p: Params, task: str) -> dict[Run, dict[str, Any]]:
+    """All runs of a task whose weights are from elsewhere (`score`), as found on disk, as `protocols`.
+
+    Their settings are those of the weights and, where a case's fold depends on it, those of the profile. Arms
+    that the profile trains are none of them.
+    """
+    found, trained = {}, {run.arm for run in grid(p, task)}
+    for path in sorted((p.folder / "runs" / task).glob("*/*/fold*/run.json")):
+        record = json.loads(path.read_text())
+        of = record["settings"]
+        if record.get("trained_here", True) or of["arm"] in trained or of["modality"] not in p.modalities:
+            continue
+        now = {"folds": p.folds(task), "fold_rule": p.fold_rule} if of["folds"] > 1 else {}  # 1: the whole
+        run = Run(task, of["modality"], of["arm"], of["fold"])
+        found[run] = {**of, **now, "max_per_cell": p.max_per_cell}
+    return found
+
+
+def networks(p: Params) -> dict[str, str]:
+    """The network of each arm of the task of all classes: of its name or, where scored, of its weights."""
+    named = {name: name for name in p.multiclass_models}
+    return named | {run.arm: settings["model"] for run, settings in scored(p, "multiclass").items()}
 
 
 def on_this_machine(p: Params, settings: RunSettings) -> RunSettings:

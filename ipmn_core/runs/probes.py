@@ -23,6 +23,7 @@ from ipmn_core.data import Cohort, headers
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import Run, folder_of
+from ipmn_core.runs.run import predictions_of
 
 
 def center_one_hot(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
@@ -124,15 +125,12 @@ def _fit(p: Params, run: Run, cohort: Cohort, x: np.ndarray) -> None:
     test = (scans["fold"] == run.fold).to_numpy()
     y = data.targets(scans, run.task).to_numpy()
     prob = predict(run.arm, x, y, test, len(names), p.seed)
-    frame = scans.loc[test, ["case_id", "center", "modality"]].assign(
-        task=run.task, arm=run.arm, fold=run.fold, seed=p.seed, epoch=1, y_true=y[test]
-    )
-    frame = frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
+    roles = scans.assign(role=np.where(test, "test", "train"))
+    frame = predictions_of(1, prob, run, p.seed, roles[test]).drop(columns="role")
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     store.write_table(folder / "predictions.parquet", frame)
     about = {"settings": protocols(p, run.task)[run], "data": cohort.key, "classes": names}
-    roles = scans.assign(role=np.where(test, "test", "train"))
     store.seal(folder, about, roles, time.perf_counter() - started)
 
 

@@ -144,7 +144,7 @@ def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.Dat
     """Add an epoch to `progress`, with its global ACC and AUC on the test fold; NaN if it was not tested."""
     number, acc, auc = epoch.number, float("nan"), float("nan")
     if epoch.prob is not None:
-        frame = predictions_of(number, epoch.prob, settings, tested)
+        frame = predictions_of(number, epoch.prob, settings, settings.seed[0], tested)
         progress.frames.append(frame)
         test = (tested["role"] == "test").to_numpy()
         y, prob = frame.loc[test, "y_true"].to_numpy(), epoch.prob[test]
@@ -162,15 +162,11 @@ def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.Dat
 
 
 def predictions_of(
-    number: int, prob: np.ndarray, settings: RunSettings, tested: pd.DataFrame
+    number: int, prob: np.ndarray, run: Run | RunSettings, seed: int, tested: pd.DataFrame
 ) -> pd.DataFrame:
     """The rows of `predictions.parquet` of one epoch, with the `role` of each case in `tested`."""
+    about = {"task": run.task, "arm": run.arm, "fold": run.fold, "seed": seed, "epoch": number}
     frame = tested[["role", "case_id", "center", "modality"]].assign(
-        task=settings.task,
-        arm=settings.arm,
-        fold=settings.fold,
-        seed=settings.seed[0],
-        epoch=number,
-        y_true=data.targets(tested, settings.task),
+        **about, y_true=data.targets(tested, run.task)
     )
     return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from ipmn_core import metrics
 from ipmn_core.disk import atomic
 from ipmn_core.names import TASKS
 from ipmn_core.params import Params
-from ipmn_core.runs.grid import MACHINE, Run, folder_of, protocols
+from ipmn_core.runs.grid import MACHINE, Run, folder_of, protocols, scored
 
 
 class StaleRunError(RuntimeError):
@@ -48,6 +49,7 @@ COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows
     "left_out": ["round", "client", "reason"],
     "centers": ["round", "center", "n", "acc", "auc"],
 }
+CPU = torch.device("cpu")
 # a center may be called 042, or NA
 AS_WRITTEN = {"dtype": dict.fromkeys(("client", "other", "center"), str)}
 AS_WRITTEN |= {"keep_default_na": False, "na_values": [""]}
@@ -70,7 +72,7 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
         changes = [f"{name}: {found.get(name)!r} on disk, {wanted.get(name)!r} now" for name in differ]
         raise StaleRunError(
             f"{folder} was made with other settings or data ({'; '.join(changes)}). Give this profile "
-            "another name, delete that folder, or start the whole profile afresh with `ipmn run --fresh`"
+            "another name, delete that folder, or train all runs afresh with `ipmn run --fresh`"
         )
     return done
 
@@ -87,6 +89,13 @@ def whole(folder: Path, protocol: dict[str, Any]) -> Path:
 def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[Run]:
     """The runs in `wanted`, given with their protocols, that are not on disk yet. Raises StaleRunError."""
     return [run for run, protocol in wanted.items() if not finished(folder_of(p, run), protocol, key)]
+
+
+def discard(p: Params) -> None:
+    """Delete the runs and probes of a profile; keep those whose weights are from elsewhere (`score`)."""
+    kept = {folder_of(p, run).parent for task in TASKS for run in scored(p, task)}
+    for arm in set((p.folder / "runs").glob("*/*/*")) - kept:
+        shutil.rmtree(arm, ignore_errors=True)
 
 
 def note_share(folder: Path, share: float) -> None:
@@ -147,8 +156,7 @@ def write(
     for name, columns in COLUMNS.items():
         if rows := getattr(progress, name):
             write_table(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    seal(folder, about, scans, progress.seconds, name)
+    seal(folder, about, scans, progress.seconds, device)
     for name in ("checkpoint.pt", "share_done"):
         (folder / name).unlink(missing_ok=True)
 
@@ -160,7 +168,7 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
 
 
 def seal(
-    folder: Path, about: dict[str, Any], scans: pd.DataFrame, seconds: float, device: str = platform.machine()
+    folder: Path, about: dict[str, Any], scans: pd.DataFrame, seconds: float, device: torch.device = CPU
 ) -> None:
     """Make a run whole: write `splits.csv`, the `role` of every case of `scans`, and, last, `run.json`."""
     settings = json.dumps(about["settings"], sort_keys=True)
@@ -172,7 +180,7 @@ def seal(
             "torch": torch.__version__,
             "monai": version("monai"),
         },
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "seconds": round(seconds, 2),
     }
     write_table(folder / "splits.csv", scans[["case_id", "center", "role"]])
@@ -199,15 +207,16 @@ def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test")
 def read_all(p: Params, wanted: dict[Run, dict[str, Any]], role: str = "test") -> pd.DataFrame:
     """`read_predictions` of all runs in `wanted`, given with their protocols, one under the other."""
     frames = [read_predictions(folder_of(p, run), protocol, role) for run, protocol in wanted.items()]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames or [metrics.none()], ignore_index=True)
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:
     """The test predictions of all runs of a task, one row per case and epoch, checked (`metrics.check`).
 
-    Raises FileNotFoundError naming the first run that is not finished, PredictionsError naming a bad row.
+    Trained runs, then scored ones (`grid.scored`); empty if there are neither. Raises FileNotFoundError
+    naming the first run that is not finished, PredictionsError naming a bad row.
     """
-    frame = read_all(p, protocols(p, task))
+    frame = read_all(p, protocols(p, task) | scored(p, task))
     return metrics.check(frame, source=f"{p.folder / 'runs' / task}, all runs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -36,6 +38,7 @@ class Trained:
     fold: int | None = None
     centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
     outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
+    data: str = ""  # key of the cohort it was trained on
 
     @property
     def name(self) -> str:
@@ -87,7 +90,7 @@ def _of_run(folder: Path) -> Trained:
         known += [of["modality"], of["arm"], of["fold"], tuple(record["centers"])]
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
-    return Trained(folder / "model.pt", *known)
+    return Trained(folder / "model.pt", *known, data=record.get("data", ""))
 
 
 def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
@@ -114,6 +117,21 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PredictError(f"{path} holds more than tensors by name; ask for a plain state dict")
     return dict(state)
+
+
+def hashed(case_id: str) -> str:
+    """SHA-256 of a case's name in lower case, because files and sheets differ in case."""
+    return hashlib.sha256(case_id.lower().encode()).hexdigest()
+
+
+def roles(trained: Trained) -> pd.DataFrame:
+    """Hashed case, center and role of each case that the network's run knew; empty where that is unknown."""
+    path = trained.weights.with_name("splits.csv")
+    if not path.exists():
+        return pd.DataFrame(columns=["case", "center", "role"])
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    case = table["case_sha256"] if "case_sha256" in table else table["case_id"].map(hashed)
+    return table.assign(case=case)[["case", "center", "role"]]
 
 
 def load(trained: Trained, center: str | None = None) -> nn.Module:

@@ -9,7 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import joblib
@@ -25,7 +25,17 @@ from ipmn_core.data import Cohort
 from ipmn_core.params import Params
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
-from ipmn_core.runs.grid import CENTRALIZED, LOCAL_ONLY, Run, folder_of, grid, named, protocols, run_settings
+from ipmn_core.runs.grid import (
+    CENTRALIZED,
+    LOCAL_ONLY,
+    Run,
+    folder_of,
+    grid,
+    named,
+    protocols,
+    run_settings,
+    scored,
+)
 from ipmn_core.runs.run import execute, with_roles
 
 
@@ -36,6 +46,8 @@ class RunsFailedError(RuntimeError):
 def run_grid(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
     """Train the runs of `task` that are not on disk yet (`train`); return the predictions of all of them."""
     train(p, [task], cohort)
+    if not (grid(p, task) or scored(p, task)):
+        raise ValueError(f"{task}: no arm; list some in the profile, or score weights with `ipmn score`")
     return store.predictions(p, task)
 
 
@@ -51,6 +63,9 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     missing = []
     for task in tasks:
         missing += store.unfinished(p, protocols(p, task), cohort.key)
+        for run, protocol in scored(p, task).items():
+            alike = all(protocol[name] == value for name, value in asdict(p.preprocessing).items())
+            store.finished(folder_of(p, run), protocol, cohort.key if alike else None)
     if not missing:
         return
     share = lambda: sum(store.share_done(folder_of(p, run)) for run in missing)  # noqa: E731

@@ -117,7 +117,7 @@ def _scores(rows: pd.DataFrame, arms: list[str], cases: pd.DataFrame) -> list[di
         _, prob = metrics.y_and_prob(part)
         table = np.full((len(cases), prob.shape[1]), np.nan, "<f4")
         table[place[part["case_id"]]] = prob
-        epochs = part.groupby("fold")["epoch"].first().tolist()
+        epochs = [epoch or "as given" for epoch in part.groupby("fold")["epoch"].first().tolist()]
         packed = base64.b64encode(table.tobytes()).decode()
         scored.append({"arm": arms.index(arm), "rule": rule, "epochs": epochs, "p": packed})
     return scored

@@ -91,7 +91,8 @@ def gain(table: pd.DataFrame) -> Figure:
 
 def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> Figure:
     """The forest of columns of one table, a row per arm, without a column that has no number."""
-    keys = ["task", "modality", "center"]
+    keys = ["task", "modality", "center", "undefined"]
+    table = table.assign(undefined=table.get("undefined", ""))
     table = table.rename(columns={"arm": "center", **columns})[[*keys, *columns.values()]]
     table = table.dropna(axis=1, how="all").melt(keys, var_name="arm")
     return forest(table.assign(line=0.5), xlabel, "arm", limits=None)

@@ -16,13 +16,11 @@ from pandas.io.formats.style import Styler
 
 from ipmn_core.disk import atomic
 from ipmn_core.metrics import GLOBAL, RULES
-from ipmn_core.names import ARMS, MODELS
+from ipmn_core.names import ARMS, MODELS, REFERENCES  # these are drawn dashed or square
 
 # Okabe and Ito's palette: told apart with any common color vision
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
 BLACK = "#000000"
-# drawn dashed or square, for they train no network and share colors with arms that do
-REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
 PAIRS = {"pooled": "all pairs (pooled)", "within": "within a center", "between": "between centers"}
 GROUPS = (ARMS, MODELS, tuple(RULES.values()), tuple(PAIRS.values()))
 COLORS = {name: PALETTE[k] for names in GROUPS for k, name in enumerate(names)}

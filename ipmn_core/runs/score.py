@@ -1,0 +1,184 @@
+"""Weights from elsewhere over a cohort: its test folds, or all of it; they leave runs as training does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ipmn_core import data, federated, metrics, params
+from ipmn_core.data import Cohort
+from ipmn_core.names import REFERENCES
+from ipmn_core.params import Params, Preprocessing
+from ipmn_core.runs import store
+from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
+from ipmn_core.runs.run import predictions_of
+from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Folder of a scored arm; a row per fold (fold, n, positives, acc, auc, weights); what is in doubt."""
+
+    arm: Path
+    folds: pd.DataFrame
+    remarks: tuple[str, ...]
+
+
+def score(
+    p: Params,
+    paths: Sequence[str | Path],
+    arm: str | None = None,
+    modality: str | None = None,
+    folds: Sequence[int] | None = None,
+    whole: bool = False,
+    how: Preprocessing | None = None,
+    network: str = "densenet121",
+) -> Scored:
+    """Test given weights (`trained.find`) on a profile's cohort; leave a run per fold, not trained here.
+
+    A run tests its own fold; a bare file the one of `folds`, in order, by default k in a folder `fold<k>`,
+    else 0, 1, ... If `whole`, every case gets the mean over all weights, as fold 0 of 1. Scans are
+    preprocessed as the weights say. `predictions.parquet` has the epoch `metrics.AS_GIVEN`; `run.json` names
+    file and SHA-256. What was scored before is kept. Raises PredictError for weights that do not fit the
+    profile or were trained on a case that they would test, and for an arm that was made with others.
+    """
+    federated.prepare(p.threads)
+    given = find(paths, how, network)
+    task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
+    cohort = _cohort(p, given[0], modality, whole)
+    counts = cohort.scans["fold"].value_counts().sort_index()
+    of_fold = {0: given} if whole and not folds else _folds(given, folds, list(counts.index))
+    weights = {Run(task, modality, arm, k): of for k, of in of_fold.items()}
+    about = {run: _about(p, run, of, cohort, whole) for run, of in weights.items()}  # all is checked first
+    known = sum(_trained_on(one, cohort, run.fold) for run, of in weights.items() for one in of)
+    todo = [run for run in weights if not _there(folder_of(p, run), about[run])]
+    total = sum(len(weights[run]) * counts[run.fold] for run in todo)
+    with tqdm(desc="scoring", total=total, unit="scan", delay=2) as bar:
+        for run in todo:
+            _test(p, run, weights[run], cohort, about[run], bar)
+    tested = pd.concat([pd.read_parquet(folder_of(p, run) / "predictions.parquet") for run in weights])
+    table = metrics.by_fold(tested).query("center == 'global'")[["fold", "n", "positives", "acc", "auc"]]
+    said = {
+        "what bare files were trained on is not known: see that no tested case is among it": not given[0].arm,
+        f"{len(weights)} of {len(counts)} folds: means are over these": len(weights) < len(counts),
+        f"{known} tested cases have names that were trained on, in other data: see that they differ": known,
+    }
+    remarks = tuple(text for text, applies in said.items() if applies)
+    files = [", ".join(str(one.weights) for one in of) for of in weights.values()]
+    return Scored(p.folder / "runs" / task / modality / arm, table.assign(weights=files), remarks)
+
+
+def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
+    """The modality of the weights, which are of one kind and of one model for all centers."""
+    kinds = {f"{one.task}, {one.network}, {one.modality}, {one.arm}, {one.how}" for one in given}
+    if len(kinds) > 1:
+        raise PredictError(f"weights of several kinds: {'; '.join(sorted(kinds))}; score each by itself")
+    of, only = given[0].modality, p.modalities[0] if len(p.modalities) == 1 else None
+    modality = asked or of or only
+    if modality not in p.modalities or of not in (None, modality):
+        text = f"{given[0].weights} is of modality {of or 'unknown'}, asked for is {asked or 'none'}"
+        raise PredictError(f"{text}; give `--modality`, one of the profile's: {', '.join(p.modalities)}")
+    return modality
+
+
+def _arm(p: Params, one: Trained, asked: str | None) -> str:
+    """The name of the arm to write."""
+    if one.arm == LOCAL_ONLY:
+        raise PredictError(f"{one.weights} holds one model per center; score an arm of one model for all")
+    arm = asked or (f"scored_{one.arm}" if one.arm else "released")
+    taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
+    if arm in taken or not re.fullmatch(params.PLAIN, arm):
+        text = f"arm {arm!r} is trained by the profile, a reference or no plain name"
+        raise PredictError(f"{text}; give another by `--arm`, such as released_fedavg")
+    return arm
+
+
+def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) -> dict[int, list[Trained]]:
+    """The weights that test each fold."""
+    in_name = [re.fullmatch(r"fold(\d+)", one.weights.parent.name) for one in given]
+    own = [one.fold for one in given] if given[0].arm else [int(name[1]) for name in in_name if name]
+    own = own if len(own) == len(given) else list(range(len(given)))
+    folds = list(asked or own)
+    of = dict(zip(folds, given, strict=False))
+    if not len(of) == len(folds) == len(given) or {*of} - {*known} or (given[0].arm and folds != own):
+        text = f"{len(given)} weights for the folds {folds}, known are {known}"
+        raise PredictError(f"{text}; give each file a fold of its own by `--folds`; runs have theirs")
+    return {k: [of[k]] for k in sorted(of)}
+
+
+def _cohort(p: Params, one: Trained, modality: str, whole: bool) -> Cohort:
+    """The cases of a modality, preprocessed for the weights, each with its `fold`."""
+    names = data.open_cohort(p).names(one.task)
+    if names != one.classes if one.arm else len(names) != len(one.classes):
+        text = f"{one.weights} tells {', '.join(one.classes)} apart, this cohort has {', '.join(names)}"
+        raise PredictError(f"{text}; score it on a cohort of its classes, or set `classes` and `positive`")
+    cohort = data.load_cohort(params.validate({**p.model_dump(), **asdict(one.how)}, "the weights"))
+    fold = 0 if whole else data.assign_folds(cohort, p.folds(one.task), p.fold_rule, one.task)
+    return replace(cohort, scans=cohort.scans.assign(fold=fold)).of(modality)
+
+
+def _about(p: Params, run: Run, of: list[Trained], cohort: Cohort, whole: bool) -> dict:
+    """What `run.json` says of a run."""
+    folds, rule = (1, None) if whole else (p.folds(run.task), p.fold_rule)
+    settings = asdict(run) | {"model": of[0].network, "folds": folds, "fold_rule": rule}
+    settings |= {"max_per_cell": p.max_per_cell, **asdict(of[0].how)}
+    about = {"settings": settings, "data": cohort.key, "cohort": cohort.name, "trained_here": False}
+    about |= {"classes": cohort.names(run.task), "centers": cohort.centers, "weights": []}
+    for one in of:
+        digest = hashlib.sha256(one.weights.read_bytes()).hexdigest()
+        known = "splits.csv beside the file" if one.arm else "unknown"
+        about["weights"].append({"file": str(one.weights), "sha256": digest, "trained_on": known})
+    return about
+
+
+def _trained_on(one: Trained, cohort: Cohort, fold: int) -> int:
+    """How many cases of a fold have the name of one that was trained on; refused if the data are the same."""
+    known = roles(one).query("role != 'test'")["case"]
+    tested = cohort.scans.loc[cohort.scans["fold"] == fold, "case_id"]
+    both = tested[tested.map(hashed).isin(known)]
+    if len(both) and one.data == cohort.key:
+        text = f"{one.weights} was trained on {len(both)} of the cases that it would test, such as"
+        raise PredictError(f"{text} {both.iloc[0]}; score it on the fold it left out, or on another cohort")
+    return len(both)
+
+
+def _there(folder: Path, about: dict) -> bool:
+    """Whether these weights were scored there before. Raises PredictError for an arm of others."""
+    for path in folder.parent.glob("fold*/run.json"):
+        mine, theirs = (
+            ({**of["settings"], "fold": None}, of["data"], [w["sha256"] for w in of.get("weights", ())])
+            for of in (about, json.loads(path.read_text()))
+        )
+        if mine[:2] != theirs[:2] or (path.parent == folder and mine != theirs):
+            text = f"{path.parent} was made with other weights, settings or data"
+            raise PredictError(f"{text}; delete {folder.parent}, or give another name by `--arm`")
+    return (folder / "run.json").exists()
+
+
+def _test(p: Params, run: Run, of: list[Trained], cohort: Cohort, about: dict, bar: tqdm) -> None:
+    """Write a run: the mean over networks, one of which is in memory at a time."""
+    started, device = time.perf_counter(), federated.device_of(p)
+    test = (cohort.scans["fold"] == run.fold).to_numpy()
+    total = 0.0
+    for one in of:
+        network, prob = load(one).to(device), []
+        for i in np.flatnonzero(test):
+            x = torch.from_numpy(np.float32(cohort.cubes[i]))[None, None].to(device)  # (1, 1, S, S, S)
+            prob.append(probabilities(network, x, one.weights))
+            bar.update()
+        total += np.concatenate(prob)
+    scans, folder = cohort.scans.assign(role=np.where(test, "test", "not tested")), folder_of(p, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = predictions_of(metrics.AS_GIVEN, total / len(of), run, 0, scans[test])
+    store.write_table(folder / "predictions.parquet", frame.drop(columns="role"))
+    store.seal(folder, about, scans, time.perf_counter() - started, device)
