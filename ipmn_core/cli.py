@@ -210,6 +210,7 @@ def predict(options: argparse.Namespace) -> int:
         if options.picture:
             roi = data.load_roi(*scans.loc[0, ["image", "mask", "case_id"]], results[0].how)
             views.prediction(results[0], roi).savefig(options.picture)
+    said += [f"all rows are in {options.table}"] if options.table else []
     text = "\n".join([*said, predict.NOTICE])
     print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))  # files may be named anything
     return int(table["error"].any())
@@ -228,14 +229,14 @@ def _of_many(table) -> list[str]:
     """What is printed of many scans: a row for the first ones, all errors, and the first warnings."""
     used, failed = table[table["error"] == ""], table[table["error"] != ""]
     shown = used.drop(columns=["image", "warnings", "error"]).head(SHOWN)
-    said = [shown.to_markdown(index=False, floatfmt=".3f", disable_numparse=[0]), ""]
+    said = [shown.to_markdown(index=False, floatfmt=".3f", disable_numparse=[0]), ""] if len(used) else []
     for text, cases in [*used.groupby("warnings", sort=False)["case_id"]][:SHOWN]:
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
         said += [f"{cases.iloc[0]}{more}: {text}"] if text else []
     said += [f"error: {text}" for text in failed["error"]]
     n, doubtful = len(table), (used["warnings"] != "").sum()
     counts = f"{len(used)} of {n} scans predicted, {doubtful} with warnings; {len(failed)} cannot be used"
-    return [*said, f"{counts}; --table FILE.csv writes all rows"]
+    return [*said, counts]
 
 
 def export(options: argparse.Namespace) -> int:

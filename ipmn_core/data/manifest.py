@@ -62,21 +62,22 @@ def read(path: Path, problems: list, labels=()) -> tuple[list[dict], dict[str, i
     return scans, dict(unlabelled)
 
 
-def unlabelled(path: str | Path, masks: str | Path | None = None, problems: list | None = None):
-    """Scans to predict, a DataFrame: `case_id, image, mask, modality` and `error`, why one cannot be used.
+def unlabelled(
+    path: str | Path, masks: str | Path | None = None, problems: list | None = None
+) -> pd.DataFrame:
+    """Scans to predict: `case_id, image, mask, modality` and `error`, which says why one cannot be used.
 
     `path` is an image, a folder of NIfTI files (`masks`: the folder of theirs, by the same case names), or a
     manifest of which only the column `image` is needed; `problems` as of `read`. Raises CohortError if there
     is no scan.
     """
-    path, masks = Path(path), masks and Path(masks)
+    path, masks, problems = Path(path), masks and Path(masks), [] if problems is None else problems
     if path.is_dir():
         rows = list(_pairs(path, masks))
     elif path.suffix.lower() in SUFFIXES:
         if masks:
             raise CohortError(masks, f"is given beside {path}", "name the masks in its column `mask`")
-        needed = ("image",)
-        rows = [_row(path, *row) for row in _rows(path, [] if problems is None else problems, needed)]
+        rows = [_row(path, *row) for row in _rows(path, problems, ("image",))]
     else:
         rows = [{"case_id": case_name(path.name), "image": str(path), "mask": str(masks or "")}]
     if not rows:
