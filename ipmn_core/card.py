@@ -17,7 +17,7 @@ from ipmn_core.metrics import inference, tables
 from ipmn_core.names import display_name
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
-from ipmn_core.runs.trained import PredictError, Trained, find, load
+from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load
 
 ROLES = ("train", "validation", "test")
 LIMITS = (
@@ -60,10 +60,10 @@ def export(arm_folder: str | Path, target: str | Path) -> Path:
             folder.mkdir(parents=True)
             for name in ("model.pt", "run.json"):
                 shutil.copyfile(one.weights.with_name(name), folder / name)
-            splits = _splits(one).assign(case_sha256=lambda s: s["case_id"].map(predict.hashed))
+            splits = _splits(one).assign(case_sha256=lambda s: s["case_id"].map(hashed))
             # sorted by hash, because the order of the sheet would tell which case is which
-            hashed = splits[["case_sha256", "center", "role"]].sort_values("case_sha256")
-            hashed.to_csv(folder / "splits.csv", index=False)
+            rows = splits[["case_sha256", "center", "role"]].sort_values("case_sha256")
+            rows.to_csv(folder / "splits.csv", index=False)
             (copied,) = find(folder)
             of_centers = one.arm == runs.LOCAL_ONLY
             for center in copied.centers if of_centers else [None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ipmn_core.flower import cli
 
+SHOWN = 20  # rows that are printed of a long table
 NEW_FOLDER = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
 
@@ -83,11 +84,13 @@ def _add_data(add) -> None:
 def _add_models(add) -> None:
     """Add the commands of trained models."""
     argument = add(predict)
-    argument("image", type=Path, help="a scan with --mask, or a clean ROI")
-    argument("--mask", type=Path, help="the pancreas, on the image's grid")
+    text = "an image, a folder of images, or a manifest without labels; masked, or clean ROIs"
+    argument("scans", type=Path, metavar="SCANS", help=text)
+    argument("--mask", type=Path, help="the pancreas, on the image's grid; of a folder: that of the masks")
     _add_weights(argument)
     argument("--center", help="which center's model to use; for the arm local_only")
-    argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities as PNG")
+    argument("--table", type=Path, metavar="FILE", help="write the table as CSV; it must not exist yet")
+    argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities of one scan as PNG")
 
     argument = add(score)
     argument("params", type=Path, help="the profile of the cohort and its folds")
@@ -107,7 +110,7 @@ def _add_weights(argument) -> None:
     """Add the options of weights that are given."""
     text = "runs (fold<k>), an arm, an export, or files of weights with 1 to 3 outputs"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
-    argument("--network", default="densenet121", help="of bare weights (default: densenet121)")
+    argument("--network", help="of bare weights (default: densenet121)")
     for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
         argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
     argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
@@ -193,17 +196,57 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Print a case's probabilities by each model, mean and spread, and warnings; not for clinical use."""
-    from ipmn_core import predict, views
+    """Print probabilities of a scan by each model, or of many scans, and warnings; not for clinical use."""
+    from ipmn_core import data, disk, predict, views
 
-    given = options.image, options.mask, options.models, options.center, _how(options), options.device
-    result = predict.predict(*given, options.network)
-    if options.picture:
-        views.prediction(result, result.scan.roi).savefig(options.picture)
-    print(predict.table(result).to_markdown(index=False, floatfmt=".3f"))
-    print(f"\naxes as stored: {result.scan.axes}; cube: {predict.in_words(result.how)}")
-    print("", *result.warnings, predict.NOTICE, sep="\n")
-    return 0
+    if options.table and (options.table.exists() or not options.table.absolute().parent.is_dir()):
+        raise ValueError(f"{options.table} exists, or its folder does not; name a new file")
+    scans = data.unlabelled(options.scans, options.mask, problems := [])
+    if options.picture and len(scans) > 1:
+        raise ValueError(f"--picture draws one scan, {options.scans} holds {len(scans)}; leave it out")
+    asked = options.models, options.center, _how(options), options.device, options.network
+    results = list(predict.predict_each(scans, *asked))
+    table = predict.by_case(scans, results)
+    if options.table:
+        with disk.atomic(options.table) as tmp:
+            table.to_csv(tmp, index=False)
+    said = [f"{severity}: {where}: {problem}; {remedy}" for severity, where, problem, remedy in problems]
+    if len(scans) > 1:
+        said += _of_many(table)
+    elif isinstance(results[0], ValueError):
+        raise results[0]
+    else:
+        said += _of_one(results[0])
+        if options.picture:
+            roi = data.load_roi(*scans.loc[0, ["image", "mask", "case_id"]], results[0].how)
+            views.prediction(results[0], roi).savefig(options.picture)
+    said += [f"all rows are in {options.table}"] if options.table else []
+    text = "\n".join([*said, predict.NOTICE])
+    print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))  # files may be named anything
+    return int(table["error"].any())
+
+
+def _of_one(result) -> list[str]:
+    """What is printed of one scan: a row per model."""
+    from ipmn_core import predict
+
+    shown = predict.table(result).to_markdown(index=False, floatfmt=".3f")
+    about = f"\naxes as stored: {result.axes}; cube: {predict.in_words(result.how)}"
+    return [shown, about, "", *result.warnings]
+
+
+def _of_many(table) -> list[str]:
+    """What is printed of many scans: a row for the first ones, all errors, and the first warnings."""
+    used, failed = table[table["error"] == ""], table[table["error"] != ""]
+    shown = used.drop(columns=["image", "warnings", "error"]).head(SHOWN)
+    said = [shown.to_markdown(index=False, floatfmt=".3f", disable_numparse=[0]), ""] if len(used) else []
+    for text, cases in [*used.groupby("warnings", sort=False)["case_id"]][:SHOWN]:
+        more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
+        said += [f"{cases.iloc[0]}{more}: {text}"] if text else []
+    said += [f"error: {text}" for text in failed["error"]]
+    n, doubtful = len(table), (used["warnings"] != "").sum()
+    counts = f"{len(used)} of {n} scans predicted, {doubtful} with warnings; {len(failed)} cannot be used"
+    return [*said, counts]
 
 
 def score(options: argparse.Namespace) -> int:

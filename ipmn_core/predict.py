@@ -1,35 +1,39 @@
-"""A new case and trained models -> probabilities. For research, not for clinical use."""
+"""New cases and trained models -> probabilities. For research, not for clinical use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from ipmn_core import data, federated, params
+from ipmn_core.data.cubes import in_threads
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
 
 NOTICE = "Not for clinical use: a research model without external validation."
+PIECE = 64  # scans whose cubes are in memory at a time
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
 
-    `scan` is the case as it was read and judged, `how` how it was made a cube.
+    `axes` are those of the scan as stored, `how` says how it was made a cube.
     """
 
     case: str
     task: str
     folds: pd.DataFrame
     warnings: tuple[str, ...]
-    scan: data.Scan
+    axes: str
     how: Preprocessing
 
 
@@ -40,29 +44,81 @@ def predict(
     center: str | None = None,
     how: Preprocessing | None = None,
     device: str = "cpu",
-    network: str = "densenet121",
+    network: str | None = None,
 ) -> Prediction:
-    """Predict a scan with the trained networks in `folders` (see `trained.find`), in float32.
+    """Predict one scan, `image` with its pancreas `mask` or a clean ROI without, as `predict_each` does.
 
-    `image` with its pancreas `mask`, or a clean ROI without; preprocessed as the networks' runs say or, for
-    bare weights of `network`, as `how` (default: the paper). `center`: whose networks to use, for the arm
-    `local_only`. `warnings` say what is in doubt. Raises PredictError, ParamsError or ScanError.
+    Raises ScanError if it cannot be used, and what that raises.
     """
-    where = federated.device_of(
-        params.validate({"device": device, **asdict(how or Preprocessing())}, "predict")
-    )
-    trained = find(folders, how, network)
+    scan = data.case_name(Path(image).name), str(image), str(mask or ""), "", ""
+    scans = pd.DataFrame([scan], columns=data.UNLABELLED)
+    (result,) = predict_each(scans, folders, center, how, device, network)
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def predict_each(
+    scans: pd.DataFrame,
+    folders: str | Path | Sequence[str | Path],
+    center: str | None = None,
+    how: Preprocessing | None = None,
+    device: str = "cpu",
+    network: str | None = None,
+) -> Iterator[Prediction | ValueError]:
+    """Predict `scans` (see `data.unlabelled`) with the trained networks in `folders` (see `trained.find`).
+
+    Yields for each scan, in order, its prediction in float32, the same bits alone and among others, or the
+    error that says why it cannot be used. Scans are preprocessed as the networks' runs say or, for bare
+    weights of `network`, as `how` (default: as in the paper). `center`: whose networks to use, for the arm
+    `local_only`. One network is in memory at a time. Raises PredictError or ParamsError before it reads one.
+    """
+    settings = {"device": device, **asdict(how or Preprocessing())}
+    where, trained = federated.device_of(params.validate(settings, "predict")), find(folders, how, network)
     _refuse_mixed(trained, center)
-    case, of = data.case_name(Path(image).name), trained[0]
-    scan = data.read_scan(image, mask, case, of.how)
-    cube = data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity)
-    x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
-    prob = [probabilities(load(one, center).to(where), x, one.weights)[0] for one in trained]
+    for one in trained:
+        load(one, center)
+    of, used = trained[0], [(one.name, _roles(one, center)) for one in trained]
     names = pd.DataFrame([(one.name, str(one.weights)) for one in trained], columns=["model", "weights"])
-    folds = names.join(pd.DataFrame(prob, columns=list(of.classes)))
+    with tqdm(total=len(scans) * len(trained), desc="predicting", disable=len(scans) < 2) as bar:
+        for start in range(0, len(scans), PIECE):
+            piece = scans[data.UNLABELLED].iloc[start : start + PIECE]
+            with federated.one_thread():  # per scan, so that its bits do not depend on the others
+                read = list(in_threads(-1, partial(_read, of), piece.to_numpy()))
+            cubes = [usable[0] for usable in read if isinstance(usable, tuple)]
+            bar.update((len(read) - len(cubes)) * len(trained))
+            prob = zip(*[_of_network(one, center, cubes, where, bar) for one in trained], strict=True)
+            for case, found in zip(piece["case_id"], read, strict=True):
+                if not isinstance(found, tuple):
+                    yield found
+                    continue
+                folds = names.join(pd.DataFrame(next(prob), columns=list(of.classes)))
+                warnings = (*found[1], *_case_warnings(case, used))
+                yield Prediction(case, of.task, folds, warnings, found[2], of.how)
+
+
+def _read(of: Trained, case: str, image: str, mask: str, modality: str, error: str):
+    """Cube (S, S, S), warnings and axes of a scan as the network `of` takes it, or why it cannot be used."""
+    if error:
+        return ValueError(error)
+    try:
+        scan = data.read_scan(image, mask, case, of.how)
+    except data.ScanError as unusable:
+        return unusable
     warnings = [f"{Path(where).name}: {problem}; {remedy}" for _, where, problem, remedy in scan.remarks]
-    warnings += _case_warnings(case, trained, center)
-    return Prediction(case, of.task, folds, tuple(warnings), scan, of.how)
+    if of.modality and modality.casefold() not in ("", of.modality.casefold()):
+        warnings.append(f"its modality is {modality}, that of the models {of.modality}")
+    return data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity), warnings, scan.axes
+
+
+def _of_network(one: Trained, center: str | None, cubes, where: torch.device, bar: tqdm) -> list[np.ndarray]:
+    """Probabilities (K,) of each cube by one network, which leaves the memory with this function."""
+    network, prob = load(one, center).to(where), []
+    for cube in cubes:
+        x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
+        prob.append(probabilities(network, x, one.weights)[0])
+        bar.update()
+    return prob
 
 
 def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
@@ -74,22 +130,20 @@ def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
         raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
 
 
-def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:
-    """A warning if the case, by its name, was one of the models' own, or may have been."""
-    of = {one.name: _role(case, one, center) for one in trained}
-    known = ", ".join(f"{name}: {role}" for name, role in of.items() if role)
-    return (
-        [f"no independent test, {case} was a case of these models or may have been ({known})"]
-        if known
-        else []
-    )
-
-
-def _role(case: str, one: Trained, center: str | None) -> str:
-    """What a run (its `center`) used a case for, by `splits.csv`: train, validation, test, "" or unknown."""
+def _roles(one: Trained, center: str | None) -> dict[str, str] | None:
+    """What a run (its `center`) used each case, hashed, for; None if that is unknown."""
     known = roles(one)
-    mine = (known["case"] == hashed(case)) & (known["center"].eq(center) | (center is None))
-    return next(iter(known.loc[mine, "role"]), "" if len(known) else "unknown")
+    mine = known[known["center"].eq(center) | (center is None)]
+    return None if known.empty else dict(zip(mine["case"], mine["role"], strict=True))
+
+
+def _case_warnings(case: str, used: list[tuple[str, dict[str, str] | None]]) -> list[str]:
+    """A warning if the case, by its name, was one of the models' own, or may have been."""
+    known = [(name, of.get(hashed(case), "")) for name, of in used if of is not None]
+    said = ", ".join(f"{name}: {role}" for name, role in known if role)
+    warnings = [f"no independent test, it was a case of these models ({said})"] if said else []
+    text = "may be no independent test: which cases the models were trained on is not known"
+    return [*warnings, text] if len(known) < len(used) else warnings
 
 
 def in_words(how: Preprocessing) -> str:
@@ -103,3 +157,22 @@ def table(result: Prediction) -> pd.DataFrame:
     folds = result.folds.drop(columns="weights").set_index("model")
     over = pd.DataFrame({"mean": folds.mean(), "std": folds.std(ddof=0)}).T
     return pd.concat([folds, over]).rename_axis("model").reset_index()
+
+
+def by_case(scans: pd.DataFrame, results: Iterable[Prediction | ValueError]) -> pd.DataFrame:
+    """One row per scan: `case_id, image`, each class's mean and std over models, `warnings`, `error`.
+
+    Columns of a class: `mean CLASS` and `std CLASS` (ddof = 0). `error` says why a scan cannot be used.
+    """
+    rows = []
+    for scan, result in zip(scans.itertuples(), results, strict=True):
+        row = {"case_id": scan.case_id, "image": scan.image, "warnings": "", "error": ""}
+        if isinstance(result, Prediction):
+            over = table(result).set_index("model").loc[["mean", "std"]]
+            row |= {f"{of} {name}": over.loc[of, name] for of in over.index for name in over}
+            row["warnings"] = " | ".join(result.warnings)
+        else:
+            row["error"] = str(result)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    return frame[[*frame.columns.drop(["warnings", "error"]), "warnings", "error"]]

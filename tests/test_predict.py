@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from small_runs import AFFINE, change_settings, quick, train_small, write_scan
 
 from ipmn_core import cli, metrics, models, predict
-from ipmn_core.data import ScanError, load_roi, to_cube
+from ipmn_core.data import CohortError, ScanError, load_roi, to_cube, unlabelled
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.trained import PredictError, find, load
 
@@ -75,7 +76,7 @@ def test_a_case_that_the_models_know_is_pointed_out_with_its_role(arm, scan, tmp
     known = {case: write_scan(tmp_path, case.lower()) for case in ("NYU00", "AHN05", "AHN11")}
     for case, files in known.items():  # sheets and files differ in case
         (warning,) = predict.predict(*files, arm).warnings
-        assert warning.startswith(f"no independent test, {case.lower()} was a case of these models")
+        assert warning.startswith("no independent test, it was a case of these models")
         assert all(f"centralized fold {k}: {roles[k][case]}" in warning for k in (0, 1))
     assert predict.predict(*scan, arm).warnings == ()
     local = arm.with_name("local_only")
@@ -113,7 +114,7 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
     harm = tmp_path / "harm"
     state = torch.load(fold / "model.pt", weights_only=True)
     torch.save({**state, "more": Malicious(harm)}, fold / "model.pt")
-    with pytest.raises(PredictError, match=r"model.pt is refused: .*nothing in it was run"):
+    with pytest.raises(PredictError, match=r"model.pt is refused: it holds code, .*nothing in it was run"):
         predict.predict(*scan, fold)
     assert not harm.exists()
     torch.load(fold / "model.pt", weights_only=False)
@@ -123,37 +124,171 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: dict([*s.items()][1:]), 'Missing.*"0.weight".*; no weights of quick'),
-        (lambda s: {**s, "head.bias": torch.zeros(2)}, 'Unexpected.*"head.bias"'),
-        (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "size mismatch for 0.weight"),
+        (lambda s: dict([*s.items()][1:]), r"lacks 0.weight \(1 in all\); no weights of quick with 2"),
+        (lambda s: {**s, "head.bias": torch.zeros(2)}, "has surplus head.bias"),
+        (lambda s: models.build("tiny", 2).state_dict(), "lacks .*has surplus .* they fit tiny: name that"),
+        (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "0.weight has the shape 3 x 1 .* expected 8 x 1 x"),
+        (lambda s: quick(3).state_dict(), "5.weight has the shape 3 x 8, expected 2 x 8"),
         (lambda s: {**s, "0.weight": s["0.weight"] * np.nan}, "0.weight holds NaN or infinity"),
-        (lambda s: {"state_dict": s}, "more than tensors by name; ask for a plain state dict"),
-        (lambda s: list(s.values()), "more than tensors by name"),
+        (lambda s: {**s, "0.weight": s["0.weight"].int()}, "0.weight is of type torch.int32, expected float"),
+        (lambda s: {**s, "epoch": 3}, "more than tensors by name: 'epoch' is of type int; ask for a plain"),
+        (lambda s: list(s.values()), "more than tensors by name: 'list'"),
         (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "not numbers"),
+        (lambda s: b"", "is refused: it is empty, and nothing in it was run; fetch the file again"),
+        (lambda s: b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer .`git lfs pull"),
+        (lambda s: b"<!DOCTYPE html>", "cannot be read as plain tensors"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damage, message):
-    torch.save(damage(torch.load(fold / "model.pt", weights_only=True)), fold / "model.pt")
+def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damage, message, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", {name: models.MODELS[name] for name in ("quick", "tiny")})
+    damaged = damage(torch.load(fold / "model.pt", weights_only=True))
+    if isinstance(damaged, bytes):
+        (fold / "model.pt").write_bytes(damaged)
+    else:
+        torch.save(damaged, fold / "model.pt")
     with pytest.raises(PredictError, match=rf"fold0/model\.pt.*{message}"):
-        predict.predict(*scan, fold)
+        predict.predict(*scan if "numbers" in message else ("no", "scan"), fold)
 
 
-def test_bare_weights_predict_as_the_network_they_are_of(tmp_path, scan, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "densenet121", quick)  # so that it takes no time
-    network = quick(3).eval()
-    torch.save(network.state_dict(), tmp_path / "weights.pt")
-    how = Preprocessing(40, 2.0, "zscore", "canonical")
-    result = predict.predict(*scan, tmp_path / "weights.pt", how=how)
-    cube = to_cube(np.asanyarray(load_roi(*scan, how=how).dataobj), 40, "zscore")
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """Where to put bare weights, of a network that takes no time."""
+    monkeypatch.setitem(models.MODELS, "densenet121", quick)
+    return tmp_path / "weights.pt"
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_bare_weights_in_any_wrapping_give_torchs_own_probabilities(bare, scan, outputs):
+    network = quick(outputs).eval()
+    state, how = network.state_dict(), Preprocessing(40, 2.0, "zscore", "canonical")
+    torch.save(state, bare)
+    result = predict.predict(*scan, bare, how=how)
+    x = torch.from_numpy(to_cube(np.asanyarray(load_roi(*scan, how=how).dataobj), 40, "zscore")).float()
     with torch.inference_mode():
-        expected = network(torch.from_numpy(cube)[None, None].float()).softmax(1)[0]
-    np.testing.assert_allclose(predict.table(result).iloc[0, 1:].astype(float), expected, atol=1e-6)
-    assert (
-        "EMC_01_002 was a case of these models or may have been (weights.pt: unknown)" in result.warnings[0]
+        logits = network(x[None, None])[0]
+    expected = logits.softmax(0) if outputs > 1 else torch.cat([(-logits).sigmoid(), logits.sigmoid()])
+    classes = ["no risk", "low risk", "high risk"] if outputs == 3 else ["not high risk", "high risk"]
+    assert result.folds.columns.tolist() == ["model", "weights", *classes]
+    np.testing.assert_allclose(result.folds[classes].to_numpy(float)[0], expected, atol=1e-6)
+    (warning,) = result.warnings
+    assert "which cases the models were trained on is not known" in warning
+    uncounted = {key: value for key, value in state.items() if "num_batches" not in key}
+    for same in (
+        {f"module._orig_mod.{key}": value for key, value in state.items()},
+        {"epoch": 3, "state_dict": state},
+        {"model": {key: value.double() for key, value in uncounted.items()}},
+    ):
+        torch.save(same, bare)
+        pd.testing.assert_frame_equal(predict.predict(*scan, bare, how=how).folds, result.folds)
+
+
+def test_a_resnet50_of_one_output_is_loaded_and_told_from_the_other_networks(bare):
+    state = models.build("resnet50", 1).state_dict()
+    torch.save(state, bare)
+    loaded = load(find(bare, network="resnet50")[0])
+    assert not loaded.training and loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    with pytest.raises(PredictError, match=r"has surplus conv1.weight, .*; they fit resnet50: name that"):
+        load(find(bare)[0])
+
+
+def test_bare_weights_that_are_no_classifier_or_of_another_network_are_refused(bare, arm, scan):
+    for state, found in (({"out.weight": torch.zeros(4, 8)}, "out.weight, has 4"), ({}, "none, has 0")):
+        torch.save(state, bare)
+        with pytest.raises(PredictError, match=f"its last linear layer, {found} outputs"):
+            predict.predict(*scan, bare)
+    with pytest.raises(PredictError, match=r"no finished run .*; give its files: .*weights\.pt"):
+        predict.predict(*scan, bare.parent)
+    with pytest.raises(PredictError, match="is of quick, not resnet34; leave this option out"):
+        predict.predict(*scan, arm, network="resnet34")
+    with pytest.raises(ValueError, match=r"unknown model 'vgg': choose one of .*densenet121"):
+        predict.predict(*scan, bare, network="vgg")
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Folders of images and masks: three good cases, and one of each kind that cannot be used."""
+    folders = [tmp_path / name for name in ("images", "masks")]
+    for folder in folders:
+        folder.mkdir()
+    for k, case in enumerate(["EMC_1", "EMC_2", "007", "broken", "bare", "lost", "twice"]):
+        for path, folder in zip(map(Path, write_scan(tmp_path, case, k % 3)), folders, strict=True):
+            path.rename(folder / f"{case}.nii.gz")
+    (folders[0] / "EMC_2.nii.gz").rename(folders[0] / "emc_2_0000.nii.gz")  # nnU-Net's spelling
+    os.truncate(folders[0] / "broken.nii.gz", 500)
+    (folders[1] / "bare.nii.gz").unlink()
+    (folders[0] / "lost.nii.gz").unlink()
+    shutil.copy(folders[0] / "twice.nii.gz", folders[0] / "twice_0000.nii.gz")
+    return folders
+
+
+ERRORS = {
+    "bare": "bare: no mask files in .*masks; give it one",
+    "broken": "broken: .*broken.nii.gz cannot be read",
+    "lost": "lost: no image files in .*images; give it one",
+    "twice": "twice: 2 image files in .*images; give it one",
+}
+
+
+def test_scans_of_a_folder_get_the_same_bits_as_alone_or_say_why_not(
+    arm, many, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict, "PIECE", 2)
+    asked = ["predict", str(many[0]), "--mask", str(many[1]), "--device", "cpu", "--models", str(arm)]
+    asked += ["--table", str(tmp_path / "table.csv")]
+    assert cli.main(asked) == 1
+    printed, scans = capsys.readouterr().out, unlabelled(*many)
+    assert "3 of 7 scans predicted, 0 with warnings; 4 cannot be used" in printed
+    assert all(re.search(f"\nerror: {text}", printed) for text in ERRORS.values())
+    assert re.search(r"\n\| 007 +\| +0\.\d{3} \|", printed) and printed.rstrip().endswith(predict.NOTICE)
+    table = pd.read_csv(tmp_path / "table.csv", dtype=str, keep_default_na=False)
+    assert table["case_id"].tolist() == ["007", "bare", "broken", "EMC_1", "emc_2", "lost", "twice"]
+    numbers = [f"{of} {name}" for of in ("mean", "std") for name in ("not high risk", "high risk")]
+    assert table.columns.tolist() == ["case_id", "image", *numbers, "warnings", "error"]
+    for row, scan in zip(table.to_dict("records"), scans.itertuples(), strict=True):
+        if row["case_id"] in ERRORS:
+            assert re.match(ERRORS[row["case_id"]], row["error"])
+            assert {row[name] for name in numbers} == {""}
+        else:
+            alone = predict.table(predict.predict(scan.image, scan.mask, arm)).iloc[-2:, 1:]
+            assert [float(row[name]) for name in numbers] == alone.to_numpy().ravel().tolist()
+    assert table["mean high risk"].nunique() == 4  # three, and none
+    assert cli.main(asked) == 1  # an existing file is kept
+    assert "table.csv exists, or its folder does not" in capsys.readouterr().err
+    assert cli.main([*asked[:-2], "--picture", "x.png"]) == 1
+    assert "--picture draws one scan" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main([*asked[:3], str(tmp_path / "empty"), *asked[4:-2]]) == 1
+    assert "0 of 6 scans predicted, 0 with warnings; 6 cannot be used" in capsys.readouterr().out
+
+
+def test_a_manifest_without_labels_is_enough(arm, many, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text(
+        "image,mask,case_id,modality\n"
+        "images/EMC_1.nii.gz,masks/EMC_1.nii.gz,NYU00,T2\nimages/007.nii.gz,masks/007.nii.gz,a,t1\n"
+        "images/gone.nii.gz,,,\nimages/007.nii.gz,,b,\nimages/007.nii.gz,,B,\n"
     )
-    torch.save({"out.weight": torch.zeros(4, 8)}, tmp_path / "weights.pt")
-    with pytest.raises(PredictError, match="its last layer has 4 outputs"):
-        predict.predict(*scan, tmp_path / "weights.pt")
+    scans = unlabelled(tmp_path / "new.csv")
+    known, other, *failed = predict.by_case(scans, predict.predict_each(scans, arm)).to_dict("records")
+    assert known["warnings"].startswith("no independent test, it was a case of these models")
+    assert other["warnings"] == "its modality is t1, that of the models t2"
+    for row, words in zip(failed, ("row 4: no image .*gone", "b is given", "B is given"), strict=True):
+        assert re.search(words, row["error"]) and np.isnan(row["mean high risk"])
+    assert cli.main(["predict", str(tmp_path / "new.csv"), "--models", str(arm), "--device", "cpu"]) == 1
+    assert "NYU00: no independent test" in capsys.readouterr().out
+
+
+def test_scans_that_cannot_be_listed_are_explained(many, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "new.csv").write_text("image\nimages/007.nii.gz\n")
+    for given, words in (
+        ((tmp_path / "empty",), "empty: holds no scan: give an image, a folder"),
+        ((many[0], many[1] / "007.nii.gz"), "is no folder: give the folder of the masks"),
+        ((tmp_path / "new.csv", many[1]), "name the masks in its column `mask`"),
+        ((tmp_path / "nowhere.csv",), "no such file"),
+    ):
+        with pytest.raises(CohortError, match=words):
+            unlabelled(*given)
 
 
 def test_a_clean_roi_without_a_mask_is_predicted_like_the_image_with_its_mask(arm, scan, tmp_path):
@@ -181,8 +316,7 @@ def test_scans_are_preprocessed_as_those_that_the_models_were_trained_on(arm, fo
     change_settings(fold, spacing=2.0, intensity="zscore", orientation="canonical")
     how = Preprocessing(32, 2.0, "zscore", "canonical")
     result = predict.predict(*scan, fold)
-    assert (result.how, result.scan.axes) == (how, "LAS")
-    assert nib.aff2axcodes(result.scan.roi.affine) == ("R", "A", "S")
+    assert (result.how, result.axes) == (how, "LAS")
     network = load(find(fold)[0])
     cube = to_cube(np.asanyarray(load_roi(*scan, how=how).dataobj), 32, "zscore")
     with torch.inference_mode():

@@ -14,11 +14,14 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from ipmn_core.data.releases import case_name, patient_name
+import pandas as pd
+
+from ipmn_core.data.releases import case_name, files_by_case, patient_name
 from ipmn_core.data.sheets import CohortError, column, is_blank, read_table, text
 
 NEEDED, OPTIONAL = ("image", "label", "center"), ("mask", "patient_id", "modality", "case_id", "fold")
 SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm")
+UNLABELLED = ["case_id", "image", "mask", "modality", "error"]
 MODALITY = "mri"  # of a manifest without the column
 
 
@@ -59,21 +62,74 @@ def read(path: Path, problems: list, labels=()) -> tuple[list[dict], dict[str, i
     return scans, dict(unlabelled)
 
 
-def _rows(path, problems):
+def unlabelled(
+    path: str | Path, masks: str | Path | None = None, problems: list | None = None
+) -> pd.DataFrame:
+    """Scans to predict: `case_id, image, mask, modality` and `error`, which says why one cannot be used.
+
+    `path` is an image, a folder of NIfTI files (`masks`: the folder of theirs, by the same case names), or a
+    manifest of which only the column `image` is needed; `problems` as of `read`. Raises CohortError if there
+    is no scan.
+    """
+    path, masks, problems = Path(path), masks and Path(masks), [] if problems is None else problems
+    if path.is_dir():
+        rows = list(_pairs(path, masks))
+    elif path.suffix.lower() in SUFFIXES:
+        if masks:
+            raise CohortError(masks, f"is given beside {path}", "name the masks in its column `mask`")
+        rows = [_row(path, *row) for row in _rows(path, problems, ("image",))]
+    else:
+        rows = [{"case_id": case_name(path.name), "image": str(path), "mask": str(masks or "")}]
+    if not rows:
+        raise CohortError(path, "holds no scan", "give an image, a folder of NIfTI files, or a manifest")
+    scans = pd.DataFrame([dict.fromkeys(UNLABELLED, "") | row for row in rows])[UNLABELLED]
+    again = (scans["modality"] + " " + scans["case_id"].str.casefold()).duplicated(keep=False)
+    text = " is given several times; keep one row, or give each a `case_id`"
+    scans.loc[again & scans["error"].eq(""), "error"] = scans["case_id"] + text
+    return scans
+
+
+def _pairs(images, masks):
+    """The row of each case that has a file in a folder of images or in that of their masks, if any."""
+    folders = {"image": images} | ({"mask": masks} if masks else {})
+    if masks and not masks.is_dir():
+        raise CohortError(masks, "is no folder", f"give the folder of the masks of {images}")
+    files = {kind: files_by_case(folder) for kind, folder in folders.items()}
+    for case in sorted(set().union(*files.values())):
+        names = {kind: files[kind].get(case, []) for kind in folders}
+        case = case_name(next(name for found in names.values() for name in found))
+        row = {kind: str(folders[kind] / found[0]) for kind, found in names.items() if len(found) == 1}
+        odd = [kind for kind, found in names.items() if len(found) != 1]
+        wrong = [f"{len(names[kind]) or 'no'} {kind} files in {folders[kind]}" for kind in odd]
+        error = f"{case}: {' and '.join(wrong)}; give it one" if odd else ""
+        yield row | {"case_id": case, "error": error}
+
+
+def _row(path, where, cells):
+    """The row of a scan in the manifest `path`."""
+    try:
+        return _scan(path.parent, where, cells, ("image",)) | {"modality": cells["modality"]}
+    except CohortError as error:
+        case = cells["case_id"] or case_name(Path(cells["image"]).name)
+        return {"case_id": case, "image": cells["image"], "error": str(error)}
+
+
+def _rows(path, problems, needed=NEEDED):
     """(where, {column: text}) of every row that holds anything."""
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         what = "is no table" if path.exists() else "no such file or folder"
         raise CohortError(path, what, f"give the folder of a release, or a manifest ({', '.join(SUFFIXES)})")
-    table = read_table(path, [f"^{name}$" for name in NEEDED], problems)
+    table = read_table(path, [f"^{name}$" for name in needed], problems)
     headers = [header.casefold() for header in table.header]
-    wanted = [name for name in (*NEEDED, *OPTIONAL) if name in NEEDED or name in headers]
+    wanted = [name for name in (*needed, *OPTIONAL) if name in needed or name in headers]
     places = {name: column(table, f"^{name}$", f"column `{name}`", problems) for name in wanted}
     for number, row in table.rows:
         cells = {
             name: text(row[i]) if name in ("image", "mask") else _word(row[i]) for name, i in places.items()
         }
         blank = [name for name in cells if is_blank(cells[name]) and name != "label"]
-        yield f"{table.where} row {number}", dict.fromkeys(OPTIONAL, "") | cells | dict.fromkeys(blank, "")
+        every = dict.fromkeys((*NEEDED, *OPTIONAL), "")
+        yield f"{table.where} row {number}", every | cells | dict.fromkeys(blank, "")
 
 
 def _word(cell):
@@ -83,13 +139,13 @@ def _word(cell):
     return number[1] if number else words
 
 
-def _scan(folder, where, cells):
+def _scan(folder, where, cells, needed=("image", "center")):
     """The scan of a row."""
     case = cells["case_id"] or case_name(re.split(r"[/\\]", cells["image"])[-1])
     modality, files = cells["modality"] or MODALITY, {}
-    for needed in ("image", "center"):
-        if not cells[needed]:
-            words = f"`{needed}` of {case or 'a row'} is blank, or a word that says missing"
+    for name in needed:
+        if not cells[name]:
+            words = f"`{name}` of {case or 'a row'} is blank, or a word that says missing"
             raise CohortError(where, words, "fill it in, or take the row out")
     for kind in ("image", "mask"):
         files[kind] = str(folder / os.path.expanduser(cells[kind])) if cells[kind] else ""

@@ -187,7 +187,7 @@ def _label(cell):
 def _found_scans(root, release, m, rows, problems):
     """The scans of one modality that are listed with a label and a name of their own and have every file."""
     parts = [[root / folder for folder in part] for part in PARTS[release][m]]
-    index = {folder: _index_files(folder) for part in parts for folder in part}
+    index = {folder: files_by_case(folder) for part in parts for folder in part}
     begun = [part for part in parts if any(folder.is_dir() for folder in part)]
     n = sum(not is_blank(scan["label"]) for same_name in rows.values() for scan in same_name)
     if not begun:
@@ -247,7 +247,7 @@ def _checked_scan(rows):
     return scan | {"label": int(label), "center": centers.pop()}
 
 
-def _index_files(folder):
+def files_by_case(folder):
     """Names of a folder's NIfTI files by lower-case case name; hidden ones (._NAME of macOS) are no scans."""
     index = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:

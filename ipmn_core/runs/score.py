@@ -42,7 +42,7 @@ def score(
     folds: Sequence[int] | None = None,
     whole: bool = False,
     how: Preprocessing | None = None,
-    network: str = "densenet121",
+    network: str | None = None,
 ) -> Scored:
     """Test given weights (`trained.find`) on a profile's cohort; leave a run per fold, not trained here.
 

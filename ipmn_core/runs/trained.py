@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,10 @@ from ipmn_core import models
 from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
+
+WRAPPED = r"((module|_orig_mod)\.)+"  # the prefix of all keys after DataParallel or torch.compile
+NESTED = ("state_dict", "model")  # where a trainer's checkpoint keeps the weights
+POINTER = b"version https://git-lfs"
 
 
 class PredictError(ValueError):
@@ -42,21 +46,21 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """Display name: `fedavg fold 0`, or the file's."""
-        return self.weights.name if self.arm is None else f"{self.arm} fold {self.fold}"
+        """Display name: `fedavg fold 0`, or the file's with its folder."""
+        return "/".join(self.weights.parts[-2:]) if self.arm is None else f"{self.arm} fold {self.fold}"
 
 
 def find(
     folders: str | Path | Sequence[str | Path],
     how: Preprocessing | None = None,
-    network: str = "densenet121",
+    network: str | None = None,
 ) -> list[Trained]:
     """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
 
-    A file is a state dict of `network` with one, two or three outputs, for scans preprocessed as `how` says,
-    by default as in the paper; one output is the positive class, through a sigmoid, as the data set's authors
-    release them. Raises PredictError naming what is absent, unfinished or damaged, and a run that was trained
-    on scans preprocessed in another way than `how`.
+    A file is a state dict of `network` (default: densenet121) with one, two or three outputs, for scans
+    preprocessed as `how` says, by default as in the paper; one output is the positive class, through a
+    sigmoid, as the data set's authors release them. Raises PredictError naming what is absent, unfinished or
+    damaged, and a run of another `network`, or of scans preprocessed in another way than `how`.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
@@ -66,11 +70,13 @@ def find(
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
         if path.is_file():
-            of = [_of_file(path, how or Preprocessing(), network)]
+            of = [_of_file(path, how or Preprocessing(), network or "densenet121")]
         else:
             of = [_of_run(fold) for fold in folds]
         if how and any(one.how != how for one in of):
             raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
+        if network and any(one.network != network for one in of):
+            raise PredictError(f"{path} is of {of[0].network}, not {network}; leave this option out")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
     return list(found.values())
 
@@ -78,7 +84,9 @@ def find(
 def _of_run(folder: Path) -> Trained:
     path = folder / "run.json"
     if not path.exists():
-        raise PredictError(f"{folder} holds no finished run (no run.json); train it, or leave it out")
+        files = [str(file) for file in sorted(folder.rglob("*.pt*")) if file.is_file()]
+        remedy = f"give its files: {', '.join(files[:8])}" if files else "train it, or leave it out"
+        raise PredictError(f"{folder} holds no finished run (no run.json); {remedy}")
     try:
         record = json.loads(path.read_text())
         of = record["settings"]
@@ -95,28 +103,49 @@ def _of_run(folder: Path) -> Trained:
 
 def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
     models.factory(network)
-    layers = [value for value in weights(path).values() if value.ndim == 2]
-    outputs = len(layers[-1]) if layers else 0
+    layers = {key: value for key, value in weights(path).items() if value.ndim == 2}
+    last, layer = next(reversed(layers.items()), ("", ()))
+    outputs = len(layer)
     if outputs not in (1, 2, 3):
-        raise PredictError(f"{path}: its last layer has {outputs} outputs; expected a network with 1 to 3")
+        found = f"its last linear layer, {last or 'none'}, has {outputs} outputs"
+        raise PredictError(f"{path}: {found}; expected a network of 1, 2 or 3 classes")
     multiclass = outputs == 3
     task, names = ("multiclass", LABELS) if multiclass else ("binary", binary_names(LABELS[2:]))
     return Trained(path, network, task, names, how, outputs=outputs)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict in `path` without running code that a pickle may hold, or raise PredictError."""
+    """Read the state dict in `path` without running code that a pickle may hold, or raise PredictError.
+
+    It may be in a trainer's checkpoint, its keys wrapped, its numbers of half or double precision.
+    """
     if not path.is_file():
         raise PredictError(f"{path}: no such file; fetch the weights, or repeat the run with them kept")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch, zip and pickle each raise their own kinds
-        reason = str(error).partition("\n")[0]
-        text = f"is refused: it cannot be read as plain tensors, and nothing in it was run ({reason})"
+        text = f"is refused: {_unreadable(path, error)}, and nothing in it was run"
         raise PredictError(f"{path} {text}; fetch the file again, or ask for a plain state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise PredictError(f"{path} holds more than tensors by name; ask for a plain state dict")
-    return dict(state)
+    if isinstance(state, dict):
+        state = next((state[key] for key in NESTED if isinstance(state.get(key), dict)), state)
+    entries = state.items() if isinstance(state, dict) else [(type(state).__name__, state)]
+    for key, value in entries:
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            text = f"holds more than tensors by name: {key!r} is of type {type(value).__name__}"
+            raise PredictError(f"{path} {text}; ask for a plain state dict")
+    if all(re.match(WRAPPED, key) for key in state):
+        state = {re.sub(f"^{WRAPPED}", "", key): value for key, value in state.items()}
+    return {k: v.float().contiguous() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be loaded. Torch's own words tell people to load it in the unsafe way."""
+    with open(path, "rb") as file:
+        head = file.read(len(POINTER))
+    if not head or head == POINTER:
+        return "it is a Git LFS pointer (`git lfs pull` fetches the weights)" if head else "it is empty"
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it holds code, {code[1]}" if code else "it cannot be read as plain tensors"
 
 
 def hashed(case_id: str) -> str:
@@ -146,17 +175,47 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
         mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
-    network = models.build(trained.network, trained.outputs or len(trained.classes))
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # torch names what is missing, unexpected, of another shape
-        reason = textwrap.shorten(str(error), 250, placeholder=" ...")
-        remedy = f"no weights of {trained.network} for {trained.task}: fetch or train others"
-        raise PredictError(f"{source}: {reason}; {remedy}") from error
-    for key, value in network.state_dict().items():
-        if not value.isfinite().all():
-            raise PredictError(f"{source}: {key} holds NaN or infinity: fetch or train others")
+    outputs = trained.outputs or len(trained.classes)
+    network = _unfilled(trained.network, outputs)
+    wanted = network.state_dict()
+    if reason := _misfit(state, wanted):
+        others = [name for name in models.MODELS if name != trained.network]
+        fitting = [name for name in others if not _odd_keys(state, _unfilled(name, outputs).state_dict())]
+        remedy = f"; they fit {fitting[0]}: name that network" if fitting else ": fetch or train others"
+        of = f"no weights of {trained.network} with {outputs} output(s)"
+        raise PredictError(f"{source}: {reason}; {of}{remedy}")
+    network.load_state_dict({key: state[key] for key in wanted if key in state}, assign=True)
     return network.eval()
+
+
+def _unfilled(name: str, outputs: int) -> nn.Module:
+    """A network without memory for its weights."""
+    with torch.device("meta"):
+        return models.factory(name)(outputs)
+
+
+def _odd_keys(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
+    """What keys the weights `state` lack and have too many, or ""; batches are counted in training only."""
+    said = []
+    for what, keys, others in (("lacks", wanted, state), ("has surplus", state, wanted)):
+        if odd := [key for key in keys if key not in others and not key.endswith("num_batches_tracked")]:
+            said.append(f"{what} {', '.join(odd[:3])} ({len(odd)} in all)")
+    return ", ".join(said)
+
+
+def _misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
+    """The first thing that keeps a network from taking the weights `state`, or ""."""
+    if odd := _odd_keys(state, wanted):
+        return odd
+    for key in [key for key in state if key in wanted]:
+        shapes = [" x ".join(map(str, one[key].shape)) for one in (state, wanted)]
+        if shapes[0] != shapes[1]:
+            return f"{key} has the shape {shapes[0]}, expected {shapes[1]}"
+        if not state[key].is_floating_point() and wanted[key].is_floating_point():
+            return f"{key} is of type {state[key].dtype}, expected floating-point numbers"
+        if not state[key].isfinite().all():
+            return f"{key} holds NaN or infinity"
+    return ""
 
 
 @torch.inference_mode()
