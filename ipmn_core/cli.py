@@ -85,7 +85,7 @@ def _add_models(add) -> None:
     argument = add(predict)
     argument("image", type=Path, help="a scan with --mask, or a clean ROI")
     argument("--mask", type=Path, help="the pancreas, on the image's grid")
-    text = "runs (fold<k>), an arm, an export, or weights of a 3D DenseNet-121"
+    text = "runs (fold<k>), an arm, a bundle, or weights of a 3D DenseNet-121"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
     argument("--center", help="which center's model to use; for the arm local_only")
     for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
@@ -96,6 +96,7 @@ def _add_models(add) -> None:
     argument = add(export)
     argument("arm", type=Path, help="<outputs>/runs/<task>/<modality>/<arm>")
     argument("target", **NEW_FOLDER)
+    argument("--center", help="which center's model to export; for the arm local_only")
 
 
 def init(options: argparse.Namespace) -> int:
@@ -186,10 +187,11 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Copy an arm's trained models, with a model card."""
-    from ipmn_core import card
+    """Write an arm's trained networks as a MONAI bundle, with a model card."""
+    from ipmn_core import bundle
 
-    print(f"models and their card (README.md) in {card.export(options.arm, options.target)}/")
+    target = bundle.export(options.arm, options.target, options.center)
+    print(f"MONAI bundle in {target}/; its model card is docs/README.md")
     return 0
 
 

@@ -13,7 +13,6 @@ import torch
 
 from ipmn_core import data, federated, params
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, load, probabilities
 
 NOTICE = "Not for clinical use: a research model without external validation."
@@ -52,7 +51,7 @@ def predict(
         params.validate({"device": device, **asdict(how or Preprocessing())}, "predict")
     )
     trained = find(folders, how)
-    _refuse_mixed(trained, center)
+    _refuse_mixed(trained)
     case, of = data.case_name(Path(image).name), trained[0]
     scan = data.read_scan(image, mask, case, of.how)
     cube = data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity)
@@ -65,18 +64,15 @@ def predict(
     return Prediction(case, of.task, folds, tuple(warnings), scan, of.how)
 
 
-def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
+def _refuse_mixed(trained: list[Trained]) -> None:
     kinds = {f"{one.task} {one.modality} {in_words(one.how)}" for one in trained}
     if len(kinds) > 1:
         raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
-    shared = [one for one in trained if one.arm != LOCAL_ONLY]
-    if center and shared:
-        raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
 
 
 def _case_warnings(case: str, trained: list[Trained], center: str | None) -> list[str]:
     """A warning if the case, by its name, was one of the models' own, or may have been."""
-    roles = {one.name: _role(case, one.weights.with_name("splits.csv"), center) for one in trained}
+    roles = {one.name: _role(case, one, center) for one in trained}
     known = ", ".join(f"{name}: {role}" for name, role in roles.items() if role)
     return (
         [f"no independent test, {case} was a case of these models or may have been ({known})"]
@@ -85,11 +81,12 @@ def _case_warnings(case: str, trained: list[Trained], center: str | None) -> lis
     )
 
 
-def _role(case: str, path: Path, center: str | None) -> str:
+def _role(case: str, of: Trained, center: str | None) -> str:
     """What a run (its `center`) used a case for, by `splits.csv`: train, validation, test, "" or unknown."""
-    if not path.exists():
+    if not of.splits or not of.splits.exists():
         return "unknown"
-    splits = pd.read_csv(path, dtype=str, keep_default_na=False)
+    splits = pd.read_csv(of.splits, dtype=str, keep_default_na=False)
+    splits = splits[splits["fold"] == str(of.fold)] if "fold" in splits else splits
     ids = splits["case_sha256"] if "case_sha256" in splits else splits["case_id"].map(hashed)
     mine = (ids == hashed(case)) & (splits["center"].eq(center) | (center is None))
     return next(iter(splits.loc[mine, "role"]), "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from ipmn_core import models
 from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
+
+METADATA = Path("configs", "metadata.json")  # of a MONAI bundle
 
 
 class PredictError(ValueError):
@@ -36,11 +41,17 @@ class Trained:
     fold: int | None = None
     centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
     outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
+    splits: Path | None = None  # the role of each case that the run knew
 
     @property
     def name(self) -> str:
         """Display name: `fedavg fold 0`, or the file's."""
         return self.weights.name if self.arm is None else f"{self.arm} fold {self.fold}"
+
+    @property
+    def per_center(self) -> bool:
+        """Whether the file holds one network per center, as the runs of the arm `local_only` do."""
+        return self.arm == LOCAL_ONLY and bool(self.centers)
 
 
 def find(
@@ -48,24 +59,25 @@ def find(
     how: Preprocessing | None = None,
     network: str = "densenet121",
 ) -> list[Trained]:
-    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
+    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms), bundles, or files.
 
     A file is a state dict of `network` with one, two or three outputs, for scans preprocessed as `how` says,
     by default as in the paper; one output is the positive class, through a sigmoid, as the data set's authors
-    release them. Raises PredictError naming what is absent, unfinished or damaged, and a run that was trained
-    on scans preprocessed in another way than `how`.
+    release them. Raises PredictError naming what is absent, unfinished, damaged or, in a bundle, changed, and
+    a run that was trained on scans preprocessed in another way than `how`.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
         if path.name == "model.pt" and (path.parent / "run.json").exists():
             path = path.parent
         if not path.exists():
-            raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
+            raise PredictError(f"{path}: no such folder or file; give a run, an arm, a bundle or weights")
+        bundle = next((root for root in (path, path.parent.parent) if (root / METADATA).exists()), None)
+        of = [one for one in _of_bundle(bundle) if path in (bundle, one.weights)] if bundle else []
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
-        if path.is_file():
+        if not of and path.is_file():
             of = [_of_file(path, how or Preprocessing(), network)]
-        else:
-            of = [_of_run(fold) for fold in folds]
+        of = of or [_of_run(fold) for fold in folds]
         if how and any(one.how != how for one in of):
             raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
@@ -76,18 +88,48 @@ def _of_run(folder: Path) -> Trained:
     path = folder / "run.json"
     if not path.exists():
         raise PredictError(f"{folder} holds no finished run (no run.json); train it, or leave it out")
+    with _read(path) as record:
+        more = {"fold": record["settings"]["fold"], "centers": tuple(record["centers"])}
+        return Trained(folder / "model.pt", **_known(record), **more, splits=folder / "splits.csv")
+
+
+def _of_bundle(root: Path) -> list[Trained]:
+    """The networks of a bundle. Raises PredictError for a file that is not the one its metadata names."""
+    with _read(root / METADATA) as metadata:
+        record, splits = metadata["ipmn"], root / "docs" / "splits.csv"
+        digests, weights = record["sha256"], {k: f"models/fold{k}.pt" for k in record["folds"]}
+        of = [Trained(root / weights[k], **_known(record), fold=k, splits=splits) for k in weights]
+        digests = {name: digests[name] for name in (*weights.values(), *digests)}
+    for name, expected in digests.items():
+        if not (root / name).is_file() or digest(root / name) != expected:
+            key = f"`ipmn.sha256.{name}` in {root / METADATA}"
+            raise PredictError(f"{root / name} is not the file of {key}: it was changed; export it again")
+    return of
+
+
+@contextlib.contextmanager
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a record; raise PredictError naming its file for what is wrong with it."""
     try:
-        record = json.loads(path.read_text())
-        of = record["settings"]
-        models.factory(of["model"])
-        if of["task"] not in TASKS:
-            raise ValueError(f"unknown task {of['task']!r}")
-        how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
-        known = [of["model"], of["task"], tuple(record["classes"]), how]
-        known += [of["modality"], of["arm"], of["fold"], tuple(record["centers"])]
+        yield json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
-    return Trained(folder / "model.pt", *known)
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    of = record["settings"]
+    models.factory(of["model"])
+    if of["task"] not in TASKS:
+        raise ValueError(f"unknown task {of['task']!r}")
+    how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
+    known = {"network": of["model"], "task": of["task"], "classes": tuple(record["classes"]), "how": how}
+    return known | {"modality": of["modality"], "arm": of["arm"]}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
@@ -122,7 +164,9 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     Raises PredictError naming file and key.
     """
     state, source = weights(trained.weights), str(trained.weights)
-    if trained.arm == LOCAL_ONLY:
+    if center and not trained.per_center:
+        raise PredictError(f"{source} holds one model for all centers; leave out center {center}")
+    if trained.per_center:
         if center not in trained.centers:
             wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
