@@ -26,9 +26,7 @@ from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
 from ipmn_core.runs.trained import METADATA, PredictError, Trained, digest, find, load
 
-HERE = Path(__file__).parent
-SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1"
-PAPER = "IPMN Risk Assessment under Federated Learning Paradigm, https://arxiv.org/abs/2411.05697"
+FILES = Path(__file__).parent / "bundle_files"
 KEPT = ("settings", "cohort", "classes", "centers", "versions", "device")  # of a run's record
 ROLES = ("train", "validation", "test")
 
@@ -46,7 +44,8 @@ def export(arm_folder: str | Path, target: str | Path, center: str | None = None
         raise FileExistsError(f"{target} already exists; choose another name, or move it away")
     trained = find(arm_folder)
     record, splits, selected = _read_runs(trained, center)
-    of = trained[0]
+    of, names = trained[0], dict.fromkeys((trained[0].network, trained[0].arm, trained[0].modality, center))
+    title = ", ".join(display_name(name) for name in names if name)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         for name in ("configs", "models", "docs"):
@@ -63,8 +62,8 @@ def export(arm_folder: str | Path, target: str | Path, center: str | None = None
         splits.sort_values(["fold", "case_sha256"]).to_csv(partial / "docs" / "splits.csv", index=False)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         record["sha256"] = {file.relative_to(partial).as_posix(): digest(file) for file in files}
-        (partial / METADATA).write_text(json.dumps(_metadata(record, of), indent=2))
-        card = model_card(record, of, splits, selected)
+        (partial / METADATA).write_text(json.dumps(_metadata(record, of, title), indent=2))
+        card = _card(record, of, title, splits, selected)
         (partial / "docs" / "README.md").write_text(str(card), encoding="utf-8")
         (partial / "LICENSE").write_text(distribution("ipmn").read_text("licenses/LICENSE"))
         os.replace(partial, target)
@@ -78,7 +77,7 @@ def inference_config(of: Trained, folds: list[int]) -> dict[str, Any]:
 
     Raises PredictError for the name of a class or center that MONAI takes for code.
     """
-    config = json.loads((HERE / "inference.json").read_text())
+    config = json.loads((FILES / "inference.json").read_text())
     for name in of.classes + of.centers:
         if name.startswith(("$", "@", "%")):
             raise PredictError(f"MONAI would run the name {name!r}: give it another, and repeat the runs")
@@ -116,73 +115,51 @@ def _read_runs(
     return shared, *(table[table["center"].eq(center) | (not center)] for table in (splits, selected))
 
 
-def _metadata(record: dict[str, Any], of: Trained) -> dict[str, Any]:
-    """MONAI's metadata (its schema of 2024-07-25), and under `ipmn` what `trained.find` reads."""
-    image = {"type": "image", "format": "magnitude", "modality": of.modality, "num_channels": 1}
-    image |= {"spatial_shape": [of.how.size] * 3, "dtype": "float32", "channel_def": {"0": "image"}}
-    logits = {"type": "logits", "format": "classes", "num_channels": len(of.classes), "spatial_shape": []}
-    logits |= {"dtype": "float32", "value_range": [], "channel_def": dict(enumerate(of.classes))}
+def _metadata(record: dict[str, Any], of: Trained, title: str) -> dict[str, Any]:
+    """MONAI's metadata, and under `ipmn` what `trained.find` reads."""
+    metadata, classes = json.loads((FILES / "metadata.json").read_text()), dict(enumerate(of.classes))
     between = [0, 1] if of.how.intensity == "minmax" else []
-    return {
-        "schema": f"{SCHEMA}/meta_schema_20240725.json",
+    formats = metadata["network_data_format"]
+    formats["inputs"]["image"] |= {"modality": of.modality, "spatial_shape": [of.how.size] * 3}
+    formats["inputs"]["image"]["value_range"] = between
+    for key in ("outputs", "post_processed_outputs"):
+        formats[key]["pred"] |= {"num_channels": len(classes), "channel_def": classes}
+    return metadata | {
         "version": record["ipmn"],
         "changelog": {record["ipmn"]: "exported from its runs"},
         "monai_version": version("monai"),
-        "pytorch_version": version("torch"),
+        "pytorch_version": version("torch").partition("+")[0],
         "numpy_version": version("numpy"),
         "required_packages_version": {"nibabel": version("nibabel")},
-        "optional_packages_version": {"fire": "0.7"},
-        "name": _title(record, of),
+        "name": title,
         "task": f"Classification of a region of interest: {', '.join(of.classes)}",
-        "description": f"{_title(record, of)}: one network per fold, their probabilities and the mean.",
-        "authors": "a user of the package ipmn",
+        "description": f"{title}: one network per fold, their probabilities and the mean.",
         "copyright": _terms(record)[1],
         "intended_use": predict.NOTICE,
-        "data_type": "nibabel",
-        "references": [PAPER],
-        "network_data_format": {
-            "inputs": {"image": image | {"value_range": between, "is_patch_data": False}},
-            "outputs": {"pred": logits},
-            "post_processed_outputs": {"pred": logits | {"type": "probabilities", "value_range": [0, 1]}},
-        },
         "ipmn": record,
     }
 
 
-def model_card(
-    record: dict[str, Any], of: Trained, splits: pd.DataFrame, selected: pd.DataFrame
+def _card(
+    record: dict[str, Any], of: Trained, title: str, splits: pd.DataFrame, selected: pd.DataFrame
 ) -> ModelCard:
-    """The card: use, data, protocol, results with intervals, limits, files, license; see `model_card.md`."""
+    """The model card, from `model_card.md`."""
     head, terms = _terms(record)
-    paper, cohort = Params().model_dump(), record["cohort"]
-    said = {None: "Not named by the runs", "phantom": "The phantom cohort: synthetic images and labels"}
-    differ = [
-        f"`{key}` {value} (paper: {paper[key]})"
-        for key, value in record["settings"].items()
-        if key in paper and key != "threads" and value != paper[key]
-    ]
+    settings, paper = record["settings"], Params().model_dump(exclude={"threads", "data"})
+    high = (selected["y_true"] == len(of.classes) - 1).groupby(selected["center"])
+    fewest = high.sum().idxmin()
     return ModelCard.from_template(
         ModelCardData(library_name="monai", tags=["monai", "medical", "federated-learning"], **head),
-        template_path=str(HERE / "model_card.md"),
-        title=_title(record, of),
-        notice=predict.NOTICE,
-        classes=", ".join(f"{k} {name}" for k, name in enumerate(of.classes)),
-        cohort=said.get(cohort, f"`{cohort}`"),
-        data=record["settings"]["data"],
+        template_path=str(FILES / "model_card.md"),
+        **record | {"title": title, "notice": predict.NOTICE, "terms": terms},
+        phantom=record["cohort"] == "phantom",
         cases=_cases(splits),
-        departures=f", except {', '.join(differ)}" if differ else "",
-        machine=record["device"],
-        versions=", ".join(f"{k} {v}" for k, v in {**record["versions"], "ipmn": record["ipmn"]}.items()),
+        departures=[f"`{k}` {settings[k]} (paper: {v})" for k, v in paper.items() if settings.get(k, v) != v],
         results=_results(selected),
-        limits=_limits(record, selected),
+        n_folds=len(record["folds"]),
+        **{"fewest": fewest, "n_positive": high.sum()[fewest], "n_tested": high.size()[fewest]},
         files=_markdown(pd.DataFrame(record["sha256"].items(), columns=["file", "SHA-256"])),
-        terms=terms,
     )
-
-
-def _title(record: dict[str, Any], of: Trained) -> str:
-    names = (of.network, of.arm, of.modality, record["center"])
-    return ", ".join(dict.fromkeys(display_name(name) for name in names if name))
 
 
 def _terms(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -219,21 +196,6 @@ def _results(selected: pd.DataFrame) -> str:
         text = numbers.map(lambda v: tables.UNDEFINED if pd.isna(v) else f"{v:.3f}")
         shown[name] = text[name] + " (" + text[f"{name}_low"] + " to " + text[f"{name}_high"] + ")"
     return _markdown(shown.assign(undefined=table["undefined"]))
-
-
-def _limits(record: dict[str, Any], selected: pd.DataFrame) -> list[str]:
-    """Limits of these runs, beside those of all."""
-    said = []
-    if record["cohort"] == "phantom":
-        said.append("Trained and tested on synthetic images: nothing here says anything about patients.")
-    if len(record["folds"]) < record["settings"]["folds"]:
-        said.append(f"{len(record['folds'])} of {record['settings']['folds']} folds are here.")
-    if record["center"]:
-        said.append(f"Trained and tested on the cases of {record['center']} alone.")
-    high = (selected["y_true"] == len(record["classes"]) - 1).groupby(selected["center"])
-    fewest, cases = high.sum().idxmin(), high.size()
-    count = f"{high.sum()[fewest]} positive case(s) among {cases[fewest]} tested"
-    return [*said, f"Small centers: {fewest} has {count}; one case more or less moves its figures."]
 
 
 def _markdown(table: pd.DataFrame) -> str:
