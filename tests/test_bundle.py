@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from monai.bundle import ConfigParser
-from small_runs import change_settings, quick, train_small, write_scan
+from small_runs import AFFINE, change_settings, quick, train_small, write_scan
 
 from ipmn_core import bundle, cli, metrics, models, predict
 from ipmn_core.data import load_roi, to_cube
@@ -85,13 +85,16 @@ def test_a_network_that_monai_lacks_is_torchscript(trained, tmp_path, network):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("spacing", [None, 1.0, 2.9, 3.0])
+@pytest.mark.parametrize("spacing", [None, 1.0, 2.9, 3.0, 3.1])
 @pytest.mark.parametrize("rest", [("minmax", "stored"), ("zscore", "canonical"), ("none", "stored")])
 def test_its_transforms_make_the_cubes_of_this_package(tmp_path, whole, spacing, rest):
     how = Preprocessing(32, spacing, *rest)
-    image, mask = write_scan(tmp_path, "EMC77")
+    affine = np.diag([-2.8998, 2.8998, 2.8998, 1]) if spacing == 2.9 else AFFINE  # as good as 2.9 mm
+    image, mask = write_scan(tmp_path, "EMC77", affine=affine)
     for path in (image, mask):  # the mask touches the last slices
-        nib.save(nib.load(path).slicer[:17, :15, :7], path)
+        stored = nib.load(path).slicer[:17, :15, :7]
+        values = 253 * stored.get_fdata() + 1 if path == mask else stored.get_fdata()  # a mask of 1 and 254
+        nib.save(nib.Nifti1Image(values.astype(np.float32), stored.affine), path)
     given = {"image": image, "mask": mask} if whole else {"image": str(tmp_path / "roi.nii.gz")}
     nib.save(load_roi(image, mask), tmp_path / "roi.nii.gz")
     ours = to_cube(np.asanyarray(load_roi(*given.values(), how=how).dataobj), 32, how.intensity)
