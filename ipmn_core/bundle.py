@@ -184,10 +184,9 @@ def _cases(splits: pd.DataFrame) -> str:
 
 def _results(selected: pd.DataFrame) -> str:
     """AUC and accuracy with their intervals, by fold and by center."""
-    parts = selected.groupby("fold")
     rows = [
         inference.intervals(part).iloc[-1:].assign(center=f"fold {k} (epoch {part['epoch'].iloc[0]})")
-        for k, part in parts
+        for k, part in selected.groupby("fold")
     ]
     table = pd.concat([*rows, inference.intervals(selected)], ignore_index=True)
     shown = table[["center", "n", "positives"]].rename(columns={"center": "where"})
@@ -195,7 +194,8 @@ def _results(selected: pd.DataFrame) -> str:
         numbers = table[[name, f"{name}_low", f"{name}_high"]]
         text = numbers.map(lambda v: tables.UNDEFINED if pd.isna(v) else f"{v:.3f}")
         shown[name] = text[name] + " (" + text[f"{name}_low"] + " to " + text[f"{name}_high"] + ")"
-    return _markdown(shown.assign(undefined=table["undefined"]))
+    reasons = table["undefined"].str.replace(r"(; )?DeLong.*", "", regex=True)  # none is shown
+    return _markdown(shown.assign(undefined=reasons))
 
 
 def _markdown(table: pd.DataFrame) -> str:
