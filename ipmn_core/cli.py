@@ -104,11 +104,12 @@ def _add_models(add) -> None:
     argument = add(export)
     argument("arm", type=Path, help="<outputs>/runs/<task>/<modality>/<arm>")
     argument("target", **NEW_FOLDER)
+    argument("--center", help="which center's model to export; for the arm local_only")
 
 
 def _add_weights(argument) -> None:
     """Add the options of weights that are given."""
-    text = "runs (fold<k>), an arm, an export, or files of weights with 1 to 3 outputs"
+    text = "runs (fold<k>), an arm, a bundle, or files of weights with 1 to 3 outputs"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
     argument("--network", help="of bare weights (default: densenet121)")
     for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
@@ -266,10 +267,11 @@ def score(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Copy an arm's trained models, with a model card."""
-    from ipmn_core import card
+    """Write an arm's trained networks as a MONAI bundle, with a model card."""
+    from ipmn_core import bundle
 
-    print(f"models and their card (README.md) in {card.export(options.arm, options.target)}/")
+    target = bundle.export(options.arm, options.target, options.center)
+    print(f"MONAI bundle in {target}/; its model card is docs/README.md")
     return 0
 
 

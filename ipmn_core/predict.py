@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ipmn_core import data, federated, params
 from ipmn_core.data.cubes import in_threads
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
 
 NOTICE = "Not for clinical use: a research model without external validation."
@@ -75,7 +74,7 @@ def predict_each(
     """
     settings = {"device": device, **asdict(how or Preprocessing())}
     where, trained = federated.device_of(params.validate(settings, "predict")), find(folders, how, network)
-    _refuse_mixed(trained, center)
+    _refuse_mixed(trained)
     for one in trained:
         load(one, center)
     of, used = trained[0], [(one.name, _roles(one, center)) for one in trained]
@@ -121,13 +120,10 @@ def _of_network(one: Trained, center: str | None, cubes, where: torch.device, ba
     return prob
 
 
-def _refuse_mixed(trained: list[Trained], center: str | None) -> None:
+def _refuse_mixed(trained: list[Trained]) -> None:
     kinds = {f"{one.task} {one.modality} {in_words(one.how)}" for one in trained}
     if len(kinds) > 1:
         raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
-    shared = [one for one in trained if one.arm != LOCAL_ONLY]
-    if center and shared:
-        raise PredictError(f"{shared[0].weights} holds one model for all centers; leave out center {center}")
 
 
 def _roles(one: Trained, center: str | None) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Small trained runs of a network that learns quickly, and scans, for the tests of `predict` and `card`."""
+"""Small trained runs of a network that learns quickly, and scans, for the tests of `predict` and `bundle`."""
 
 import functools
 import json

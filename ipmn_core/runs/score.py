@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -22,7 +21,7 @@ from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
 from ipmn_core.runs.run import predictions_of
-from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
+from ipmn_core.runs.trained import PredictError, Trained, digest, find, hashed, load, probabilities, roles
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ def _about(p: Params, run: Run, of: list[Trained], cohort: Cohort, whole: bool) 
     about = {"settings": settings, "data": cohort.key, "cohort": cohort.name, "trained_here": False}
     about |= {"classes": cohort.names(run.task), "centers": cohort.centers, "weights": []}
     for one in of:
-        digest = hashlib.sha256(one.weights.read_bytes()).hexdigest()
-        known = "splits.csv beside the file" if one.arm else "unknown"
-        about["weights"].append({"file": str(one.weights), "sha256": digest, "trained_on": known})
+        known = "see its splits.csv" if one.arm else "unknown"
+        file = {"file": str(one.weights), "sha256": digest(one.weights), "trained_on": known}
+        about["weights"].append(file)
     return about
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
 
+METADATA = Path("configs", "metadata.json")  # of a MONAI bundle
 WRAPPED = r"((module|_orig_mod)\.)+"  # the prefix of all keys after DataParallel or torch.compile
 NESTED = ("state_dict", "model")  # where a trainer's checkpoint keeps the weights
 POINTER = b"version https://git-lfs"
@@ -43,11 +46,17 @@ class Trained:
     centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
     outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
     data: str = ""  # key of the cohort it was trained on
+    splits: Path | None = None  # the role of each case that the run knew
 
     @property
     def name(self) -> str:
         """Display name: `fedavg fold 0`, or the file's with its folder."""
         return "/".join(self.weights.parts[-2:]) if self.arm is None else f"{self.arm} fold {self.fold}"
+
+    @property
+    def per_center(self) -> bool:
+        """Whether the file holds one network per center, as the runs of the arm `local_only` do."""
+        return self.arm == LOCAL_ONLY and bool(self.centers)
 
 
 def find(
@@ -55,24 +64,25 @@ def find(
     how: Preprocessing | None = None,
     network: str | None = None,
 ) -> list[Trained]:
-    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms, exports), or in files.
+    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms), bundles, or files.
 
     A file is a state dict of `network` (default: densenet121) with one, two or three outputs, for scans
     preprocessed as `how` says, by default as in the paper; one output is the positive class, through a
-    sigmoid, as the data set's authors release them. Raises PredictError naming what is absent, unfinished or
-    damaged, and a run of another `network`, or of scans preprocessed in another way than `how`.
+    sigmoid, as the data set's authors release them. Raises PredictError naming what is absent, unfinished,
+    damaged or, in a bundle, changed, and a run of another `network`, or of scans preprocessed in another way.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
         if path.name == "model.pt" and (path.parent / "run.json").exists():
             path = path.parent
         if not path.exists():
-            raise PredictError(f"{path}: no such folder or file; give a run, an arm, an export or weights")
+            raise PredictError(f"{path}: no such folder or file; give a run, an arm, a bundle or weights")
+        bundle = next((root for root in (path, path.parent.parent) if (root / METADATA).exists()), None)
+        of = [one for one in _of_bundle(bundle) if path in (bundle, one.weights)] if bundle else []
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
-        if path.is_file():
+        if not of and path.is_file():
             of = [_of_file(path, how or Preprocessing(), network or "densenet121")]
-        else:
-            of = [_of_run(fold) for fold in folds]
+        of = of or [_of_run(fold) for fold in folds]
         if how and any(one.how != how for one in of):
             raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
         if network and any(one.network != network for one in of):
@@ -87,18 +97,50 @@ def _of_run(folder: Path) -> Trained:
         files = [str(file) for file in sorted(folder.rglob("*.pt*")) if file.is_file()]
         remedy = f"give its files: {', '.join(files[:8])}" if files else "train it, or leave it out"
         raise PredictError(f"{folder} holds no finished run (no run.json); {remedy}")
+    with _read(path) as record:
+        more = {"fold": record["settings"]["fold"], "centers": tuple(record["centers"])}
+        more |= {"data": record.get("data", ""), "splits": folder / "splits.csv"}
+        return Trained(folder / "model.pt", **_known(record), **more)
+
+
+def _of_bundle(root: Path) -> list[Trained]:
+    """The networks of a bundle. Raises PredictError for a file that is not the one its metadata names."""
+    with _read(root / METADATA) as metadata:
+        record = metadata["ipmn"]
+        more = {"data": record["settings"]["data"], "splits": root / "docs" / "splits.csv"}
+        digests, weights = record["sha256"], {k: f"models/fold{k}.pt" for k in record["folds"]}
+        of = [Trained(root / weights[k], **_known(record), fold=k, **more) for k in weights]
+        digests = {name: digests[name] for name in (*weights.values(), *digests)}
+    for name, expected in digests.items():
+        if not (root / name).is_file() or digest(root / name) != expected:
+            key = f"`ipmn.sha256.{name}` in {root / METADATA}"
+            raise PredictError(f"{root / name} is not the file of {key}: it was changed; export it again")
+    return of
+
+
+@contextlib.contextmanager
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a record; raise PredictError naming its file for what is wrong with it."""
     try:
-        record = json.loads(path.read_text())
-        of = record["settings"]
-        models.factory(of["model"])
-        if of["task"] not in TASKS:
-            raise ValueError(f"unknown task {of['task']!r}")
-        how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
-        known = [of["model"], of["task"], tuple(record["classes"]), how]
-        known += [of["modality"], of["arm"], of["fold"], tuple(record["centers"])]
+        yield json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
         raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
-    return Trained(folder / "model.pt", *known, data=record.get("data", ""))
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    of = record["settings"]
+    models.factory(of["model"])
+    if of["task"] not in TASKS:
+        raise ValueError(f"unknown task {of['task']!r}")
+    how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
+    known = {"network": of["model"], "task": of["task"], "classes": tuple(record["classes"]), "how": how}
+    return known | {"modality": of["modality"], "arm": of["arm"]}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
@@ -155,10 +197,10 @@ def hashed(case_id: str) -> str:
 
 def roles(trained: Trained) -> pd.DataFrame:
     """Hashed case, center and role of each case that the network's run knew; empty where that is unknown."""
-    path = trained.weights.with_name("splits.csv")
-    if not path.exists():
+    if not trained.splits or not trained.splits.exists():
         return pd.DataFrame(columns=["case", "center", "role"])
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = pd.read_csv(trained.splits, dtype=str, keep_default_na=False)
+    table = table[table["fold"] == str(trained.fold)] if "fold" in table else table
     case = table["case_sha256"] if "case_sha256" in table else table["case_id"].map(hashed)
     return table.assign(case=case)[["case", "center", "role"]]
 
@@ -169,7 +211,9 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     Raises PredictError naming file and key.
     """
     state, source = weights(trained.weights), str(trained.weights)
-    if trained.arm == LOCAL_ONLY:
+    if center and not trained.per_center:
+        raise PredictError(f"{source} holds one model for all centers; leave out center {center}")
+    if trained.per_center:
         if center not in trained.centers:
             wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")

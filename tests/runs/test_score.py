@@ -85,7 +85,7 @@ def test_scored_runs_give_the_predictions_that_they_stored(trained, there, task,
     for fold in (0, 1):
         path, file = result.arm / f"fold{fold}" / "run.json", home / f"fold{fold}" / "model.pt"
         record, digest = json.loads(path.read_text()), hashlib.sha256(file.read_bytes()).hexdigest()
-        origin = {"file": str(file), "sha256": digest, "trained_on": "splits.csv beside the file"}
+        origin = {"file": str(file), "sha256": digest, "trained_on": "see its splits.csv"}
         assert record["weights"] == [origin] and record["trained_here"] is False
         settings = {"task": task, "modality": "t2", "arm": new, "fold": fold, "model": "quick", "folds": 2}
         assert record["settings"] == {**settings, "fold_rule": "center", "max_per_cell": None, **vars(HOW)}
