@@ -26,7 +26,7 @@ from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
 from ipmn_core.runs.trained import METADATA, PredictError, Trained, digest, find, hashed, load
 
-FILES = Path(__file__).parent / "bundle_files"
+FILES = Path(__file__).parent
 KEPT = ("settings", "cohort", "classes", "centers", "versions", "device")  # of a run's record
 ROLES = ("train", "validation", "test")
 
