@@ -22,7 +22,7 @@ PNG = (  # one pixel
 )
 MODULE = "for (const view of document.querySelectorAll('.ipmn-view')) view.dataset.live = 'a < b'"
 HOSTILE = "<script>alert(1)</script><img src=http://x.test/a.png>"
-VIEW = {"view": "none", "alt": "Three planes & <more>", "state": {"case": HOSTILE}}
+VIEW = {"view": "none", "alt": 'Three planes & "more" <b>', "state": {"case": HOSTILE}}
 RECORD = {
     "settings": {"task": "binary", "arm": "fedavg", "device": "cpu", "bfloat16": False},
     "data": "3dc82393c319",
