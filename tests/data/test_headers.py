@@ -7,11 +7,10 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
+from volumes import AFFINE, LOST
 
 from ipmn_core.data import headers
 
-AFFINE = np.array([[-1.4, 0, 0, 90], [0, 1.2, 0, -60], [0, 0.1, 6.0, 30], [0, 0, 0, 1]], float)
-LOST = np.diag([-1.0, -1, 1, 1])  # as in the data set's AHN05
 PIXDIM, SROW = 76, 280  # their places in a NIfTI-1 header
 
 
@@ -132,17 +131,17 @@ def test_no_affine_keeps_voxels_from_being_read_and_one_that_is_in_doubt_says_wh
 def test_files_are_read_by_their_content_whatever_their_name(tmp_path):
     plain, packed = content(), gzip.compress(content())
     files = {
-        "a.nii.gz": (plain, ["name and content differ: a file that is not gzipped, read as such"]),
-        "b.nii": (packed, ["name and content differ: a gzipped file, read as such"]),
+        "a.nii.gz": (plain, ["note name and content differ: a file that is not gzipped, read as such"]),
+        "b.nii": (packed, ["note name and content differ: a gzipped file, read as such"]),
         "c.nii.gz": (packed + bytes(512), []),  # padded, as on tapes
-        "d.nii.gz": (packed + b"more", ["bytes after the end of the gzipped file: 4, not read"]),
+        "d.nii.gz": (packed + b"more", ["warning bytes after the end of the gzipped file: 4, not read"]),
         "e.nii.gz": (gzip.compress(plain[:400]) + gzip.compress(plain[400:]), []),
     }
     for name, (raw, expected) in files.items():
         (tmp_path / name).write_bytes(raw)
         voxels, affine, doubts = headers.read(tmp_path / name)
         assert np.array_equal(voxels.ravel(), np.arange(24)) and np.allclose(affine, AFFINE)
-        assert [problem for _, problem, _ in doubts] == expected
+        assert [f"{severity} {problem}" for severity, problem, _ in doubts] == expected
         assert headers.header_of(tmp_path / name).get_data_shape() == (4, 3, 2)
     (tmp_path / "f.nii").write_bytes(bytes(128) + b"DICM" + bytes(900))
     with pytest.raises(OSError, match="it is a DICOM file: convert the series"):

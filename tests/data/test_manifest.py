@@ -2,7 +2,6 @@
 
 import os
 
-import openpyxl
 import pandas as pd
 import pytest
 from tiny import MANIFEST, manifest, only_error, problems_of, save_volume
@@ -28,20 +27,10 @@ def test_two_centers_and_two_classes_are_read_as_met(tmp_path):
     assert data.table1(cohort).columns.tolist() == ["center", "modality", "benign", "malignant", "total"]
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_comma_semicolon_tab_and_a_byte_order_mark_are_one_manifest(tmp_path, separator, encoding):
-    frame = data.read(manifest(tmp_path, ROWS, separator=separator, encoding=encoding)).scans
-    pd.testing.assert_frame_equal(frame, data.read(manifest(tmp_path, ROWS, name="plain.txt")).scans)
-
-
 def test_a_workbook_is_read_as_a_csv_file_is(tmp_path):
-    plain = data.read(manifest(tmp_path, ROWS)).scans
-    book = openpyxl.Workbook()
-    for row in [MANIFEST, *((f"{name}.nii.gz", *rest) for name, *rest in ROWS)]:
-        book.active.append(row)
-    book.save(tmp_path / "scans.XLSX")
-    pd.testing.assert_frame_equal(data.read(tmp_path / "scans.XLSX").scans, plain)
+    path = manifest(tmp_path, ROWS, separator=";", name="plain.txt")
+    pd.read_csv(path, sep=";").to_excel(tmp_path / "scans.XLSX", index=False, engine="openpyxl")
+    pd.testing.assert_frame_equal(data.read(tmp_path / "scans.XLSX").scans, data.read(path).scans)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +161,3 @@ def test_one_center_of_one_modality_is_a_cohort(tmp_path):
     rows = [(f"c_{k}", str(k % 2), "42") for k in range(8)]
     cohort = data.open_cohort(Params(data=str(manifest(tmp_path, rows)), modalities=["mri"]))
     assert cohort.centers == ("42",) and data.assign_folds(cohort, 4, task="binary").nunique() == 4
-    with pytest.raises(
-        data.CohortError, match=r"no labelled scan of t1, but of mri: set `modalities: \[mri\]`"
-    ):
-        data.open_cohort(Params(data=str(tmp_path / "scans.csv"), modalities=["t1"]))

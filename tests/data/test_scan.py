@@ -1,7 +1,5 @@
 """One scan with its mask: what is refused and what is said, turning, resampling, the ROI."""
 
-import shutil
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -132,18 +130,6 @@ def test_values_that_a_cube_cannot_hold_are_refused_without_a_scale(tmp_path):
         read_scan(*files, "AHN01", Preprocessing(intensity="none"))
     for intensity in ("minmax", "zscore"):
         assert read_scan(*files, "AHN01", Preprocessing(intensity=intensity)).remarks == []
-
-
-@pytest.mark.parametrize(("new", "old"), [("i.nii", "i.nii.gz"), ("m.nii.gz", "m.nii")])
-def test_a_file_of_the_wrong_name_is_read_with_a_note(tmp_path, new, old):
-    image, mask = volume()
-    for name, data in (("i", image), ("m", mask)):
-        for end in (".nii", ".nii.gz"):
-            nib.save(nib.Nifti1Image(data, AFFINE), tmp_path / f"{name}{end}")
-    shutil.copy(tmp_path / old, tmp_path / new)
-    ((severity, where, problem, remedy),) = read_scan(tmp_path / "i.nii", tmp_path / "m.nii.gz").remarks
-    assert (severity, where, remedy) == ("note", str(tmp_path / new), "rename it")
-    assert problem.startswith("name and content differ: ")
 
 
 def test_the_box_is_monais_tight_foreground_box():
