@@ -101,9 +101,7 @@ def lesion_ml(cohort):
     return measure
 
 
-def test_the_lesion_is_inside_the_mask_brighter_than_parenchyma_on_t2_and_darker_on_t1(
-    pairs, dedicated_pairs
-):
+def test_the_lesion_is_inside_the_mask_brighter_than_the_rest_on_t2_and_darker_on_t1(pairs, dedicated_pairs):
     for row, *scans in pairs + dedicated_pairs:
         for modality, (image, mask) in zip(("t1", "t2"), scans, strict=True):
             lesion = phantom.lesion(row, 0, modality)
