@@ -107,22 +107,13 @@ def test_the_shortcut_changes_nothing_but_the_protocol(cohort):
     assert tied[tied.number.isin(small.number)].protocol.tolist() == small.protocol.tolist()
 
 
-@pytest.mark.parametrize("q", [-0.1, 1.01, np.nan])
-def test_a_shortcut_outside_0_to_1_is_refused(q):
-    with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
-        phantom.patients(0, shortcut=q)
-
-
 def test_invented_centers_take_turns_and_their_patients_differ(cohort):
     names = [f"center {k}" for k in range(16)]
     many = phantom.patients_of(names, 0)
     assert many["number"].is_unique and many["patient_id"].is_unique
     assert list(dict.fromkeys(many["center"])) == names
-    assert many.groupby("center", sort=False)["scanner"].first().tolist() == [
-        *CENTERS,
-        *CENTERS,
-        *CENTERS[:2],
-    ]
+    scanners = many.groupby("center", sort=False)["scanner"].first().tolist()
+    assert scanners == [*CENTERS, *CENTERS, *CENTERS[:2]]
     first, eighth, last = (many[many["center"] == names[k]].reset_index(drop=True) for k in (0, 7, 14))
     assert len(first) == len(eighth) == len(last) == (cohort["center"] == "NYU").sum()
     for other in (eighth, last):
@@ -132,7 +123,10 @@ def test_invented_centers_take_turns_and_their_patients_differ(cohort):
     pd.testing.assert_frame_equal(same, cohort[cohort["center"] == "NYU"][same.columns])
 
 
-@pytest.mark.parametrize("names", [["a", " A"], [""], ["Global", "b"]])
-def test_centers_that_cannot_be_told_apart_are_refused(names):
-    with pytest.raises(ValueError, match="a name of its own"):
-        phantom.patients_of(names, 0)
+def test_a_shortcut_outside_0_to_1_and_centers_that_cannot_be_told_apart_are_refused():
+    for q in (-0.1, 1.01, np.nan):
+        with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
+            phantom.patients(0, shortcut=q)
+    for names in (["a", " A"], [""], ["Global", "b"]):
+        with pytest.raises(ValueError, match="a name of its own"):
+            phantom.patients_of(names, 0)
