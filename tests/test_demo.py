@@ -49,12 +49,10 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "arm", "least"), [("binary", "centralized", 0.70), ("multiclass", "densenet121", 0.65)]
-)
-def test_the_demo_learns_and_stays_below_the_oracle(demo, task, arm, least):
-    auc = demo.query("center == 'global' and task == @task").set_index("arm")["auc_mean"]
-    assert least <= auc[arm] <= auc["oracle"]
+def test_the_demo_learns_and_stays_below_the_oracle(demo):
+    auc = demo.query("center == 'global'").set_index(["task", "arm"])["auc_mean"]
+    assert 0.70 <= auc["binary", "centralized"] <= auc["binary", "oracle"]
+    assert 0.65 <= auc["multiclass", "densenet121"] <= auc["multiclass", "oracle"]
 
 
 def test_the_reference_is_complete_and_its_table_1_that_of_the_paper():
