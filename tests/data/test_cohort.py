@@ -20,12 +20,9 @@ def test_problems_come_errors_first_then_warnings_then_notes(tmp_path):
     assert set(severities) == {"error", "warning", "note"}
 
 
-def test_table_1_of_the_papers_counts_is_the_papers():
+def test_table_1_of_the_papers_counts_is_the_papers_and_has_no_row_for_what_does_not_occur():
     table = data.table1(paper_cohort(paper_scans()))
     pd.testing.assert_frame_equal(table, PAPER_TABLE1.drop(columns="name"), check_names=False)
-
-
-def test_table_1_has_no_row_for_what_does_not_occur():
     table = data.table1(paper_cohort(scans_of([("EMC", "t2", 0, 3, 0), ("NYU", "t1", 1, 0, 0)])))
     assert table.to_numpy().tolist() == [["NYU", "t1", 1, 0, 0, 1], ["EMC", "t2", 0, 3, 0, 3]]
 

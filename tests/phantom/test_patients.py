@@ -1,18 +1,15 @@
 """The phantom's patients: counts, labels from a known model, protocols tied to the label on request."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import ipmn_core
 from ipmn_core import phantom
+from ipmn_core.metrics import tables
 from ipmn_core.names import CENTERS
 
-TABLE1 = pd.read_csv(Path(ipmn_core.__file__).with_name("paper") / "table1.csv")
-COUNTS = TABLE1.set_index(["modality", "center"])[["no_risk", "low_risk", "high_risk"]]
+COUNTS = tables.paper(1).set_index(["modality", "center"])[["no_risk", "low_risk", "high_risk"]]
 
 
 @pytest.fixture(scope="module")
