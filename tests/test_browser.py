@@ -56,22 +56,20 @@ def test_the_report_works_as_a_file_without_a_network(chromium, smoke):
 
 
 def test_a_large_scan_follows_the_slider(chromium, tmp_path):
-    mask, row = np.zeros(LARGE, np.uint8), {"case_id": "one", "center": "NYU", "modality": "t2"}
-    mask[150:250, 180:260, 30:50] = 1
-    voxels = np.random.default_rng(0).normal(300, 60, LARGE).astype(np.int16)
-    for kind, stored in (("image", voxels), ("mask", mask)):
-        row[kind] = str(tmp_path / f"{kind}.nii.gz")
-        nib.save(nib.Nifti1Image(stored, np.diag([-0.9, -0.9, 3, 1])), row[kind])
-    scans = pd.DataFrame([row | {"label": 0, "class": "no risk"}])
-    about, arrays = live.answering(scans, Preprocessing(32))(0)
-    held = {"held": {0: about | {"arrays": live.packed(arrays)}}}
-    state = live.viewer_state(scans, Preprocessing(32)) | held
+    row = {"case_id": "one", "center": "NYU", "modality": "t2", "label": 0, "class": "no risk", "mask": ""}
+    voxels = np.add.outer(np.arange(LARGE[0] * LARGE[1]).reshape(LARGE[:2]) % 300, np.arange(LARGE[2]))
+    row["image"] = str(tmp_path / "image.nii.gz")
+    nib.save(nib.Nifti1Image(voxels.astype(np.int16), np.diag([-0.9, -0.9, 3, 1])), row["image"])
+    scans, how = pd.DataFrame([row]), Preprocessing(32)
+    about, arrays = live.answering(scans, how)(0)
+    state = live.viewer_state(scans, how) | {"held": {0: about | {"arrays": live.packed(arrays)}}}
     path = browser.write_page(tmp_path / "large.html", {"viewer": state})
     with chromium.new_context(viewport={"width": 1000, "height": 900}) as context:
         page = context.new_page()
         page.goto(path.as_uri())
         expect(page.locator("canvas").first).to_be_visible(timeout=60_000)
-        assert statistics.median(browser.views(page, "viewer").evaluate(_FRAMES)) < 1000  # ms, if others work
+        found = statistics.median(browser.views(page, "viewer").evaluate(_FRAMES))
+    assert found < 1000  # ms; for a machine that does something else as well
 
 
 # ---- JupyterLab
