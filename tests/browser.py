@@ -1,7 +1,5 @@
 """What tests in Chromium share: Chromium, JupyterLab on loopback, live views and their pictures."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -11,10 +9,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -31,7 +26,7 @@ SETTINGS = {  # every cell in the page, and neither questions nor answers about 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-def lacking(reason: str) -> NoReturn:
+def lacking(reason):
     """Skip the module that is being collected, or fail it if IPMN_BROWSER is `required`."""
     if os.environ.get("IPMN_BROWSER") == "required":
         pytest.fail(reason)
@@ -39,13 +34,13 @@ def lacking(reason: str) -> NoReturn:
 
 
 try:  # of the extra `dev` only the tests in Chromium need these two
+    import playwright.sync_api  # noqa: F401
     import psutil
-    from playwright.sync_api import BrowserContext, Locator, Page
 except ModuleNotFoundError as error:
     lacking(f"no {error.name}: pip install 'ipmn[dev]'")
 
 
-def chromium() -> str:
+def chromium():
     """The path of a Chromium; without one the module skips, as `lacking` says."""
     for path in filter(None, map(shutil.which, CHROMIUM)):
         return path
@@ -55,7 +50,7 @@ def chromium() -> str:
 # ---- JupyterLab
 
 
-def live_project(smoke: Path, folder: Path) -> Path:
+def live_project(smoke, folder):
     """Copy the project in which the smoke profile ran; its notebooks then name that profile."""
     shutil.copytree(smoke, folder)
     for path in (folder / "notebooks").glob("*.ipynb"):
@@ -66,7 +61,7 @@ def live_project(smoke: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def jupyter_lab(project: Path, home: Path) -> Iterator[str]:
+def jupyter_lab(project, home):
     """Run JupyterLab in `project` with HOME `home`; yields a notebook's address, `{stem}` for its name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,13 +92,13 @@ def jupyter_lab(project: Path, home: Path) -> Iterator[str]:
         _stop(server)
 
 
-def _listens(port: int) -> bool:
+def _listens(port):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
 
 
-def _stop(server: psutil.Popen) -> None:
+def _stop(server):
     """End the server, its kernels and their workers; a kernel is no member of its server's process group."""
     everyone = [server, *server.children(recursive=True)]
     server.terminate()
@@ -120,7 +115,7 @@ _RUN_ALL = """() => {
 }"""
 
 
-def open_notebook(context: BrowserContext, lab: str, stem: str) -> Page:
+def open_notebook(context, lab, stem):
     """A page with the notebook open in JupyterLab, in a workspace of its own, its kernel ready."""
     page = context.new_page()
     page.goto(lab.format(stem=stem))
@@ -128,7 +123,7 @@ def open_notebook(context: BrowserContext, lab: str, stem: str) -> Page:
     return page
 
 
-def run_all(pages: Sequence[Page]) -> list[list[dict]]:
+def run_all(pages):
     """The code cells of each live notebook after "Run All Cells" in all, once the kernels are idle again."""
     for page in pages:
         page.evaluate(_RUN_ALL)
@@ -149,12 +144,12 @@ class Noise:
     requests: list[str] = field(default_factory=list)
 
     @property
-    def asked(self) -> list[str]:
+    def asked(self):
         """The requests, except for files and for data in the page itself."""
         return [url for url in self.requests if not url.startswith(("file:", "data:"))]
 
 
-def listen(context: BrowserContext) -> Noise:
+def listen(context):
     """The noise of all pages of `context`, noted from now on; what asks for another host is cut off."""
     noise = Noise()
     context.on("request", lambda request: noise.requests.append(request.url))
@@ -165,29 +160,28 @@ def listen(context: BrowserContext) -> Noise:
     return noise
 
 
-def write_page(path: Path, states: dict[str, dict]) -> Path:
+def write_page(path, states):
     """Write a page of live views, their states by name, and return its path."""
-    kept = {
-        view: json.loads(json.dumps(s, sort_keys=True)) for view, s in states.items()
-    }  # as a notebook does
+    # sorted as in a notebook's file
+    kept = {view: json.loads(json.dumps(s, sort_keys=True)) for view, s in states.items()}
     shown = [live.as_html({"view": view, "alt": view, "state": s}, PIXEL) for view, s in kept.items()]
     text = f'<meta charset="utf-8"><style>{live.css()}</style>{"".join(shown)}'
     path.write_text(f'<!DOCTYPE html>{text}<script type="module">{live.module()}</script>', encoding="utf-8")
     return path
 
 
-def views(page: Page, kind: str) -> Locator:
+def views(page, kind):
     """The live views of this kind on a page or in the outputs of a notebook."""
     return page.locator(f".ipmn-view[data-view={kind}]")
 
 
-def pictures(view: Locator) -> list[str]:
+def pictures(view):
     """What the canvases and drawings of a view show: equal texts are equal pictures."""
     text = "one => one.tagName === 'CANVAS' ? one.toDataURL() : one.outerHTML"
     return view.locator("canvas, svg").evaluate_all(f"all => all.map({text})")
 
 
-def act(view: Locator, do: Callable[[], object]) -> list[str]:
+def act(view, do):
     """The pictures of a view after `do`, a key press, choice or click that changes one of them."""
     before = pictures(view)
     do()
@@ -195,7 +189,7 @@ def act(view: Locator, do: Callable[[], object]) -> list[str]:
     return pictures(view)
 
 
-def cut_off(view: Locator) -> list[str]:
+def cut_off(view):
     """What of a view reaches over its right edge, with the pixels."""
     edge = view.evaluate("view => view.parentElement.getBoundingClientRect().right")
     over = "items => items.map(item => [item.tagName, item.getBoundingClientRect().right])"
@@ -203,7 +197,7 @@ def cut_off(view: Locator) -> list[str]:
     return [f"{tag}: {right - edge:.0f}" for tag, right in items if right > edge + 2]
 
 
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
+def until(true, seconds=10):
     """Return once `true()` holds. Raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not true():

@@ -141,41 +141,25 @@ def test_init_writes_profiles_and_notebooks_and_overwrites_nothing(tmp_path, cap
     assert changed.read_text() == "mine" and not (folder / "notebooks").exists()
 
 
-@pytest.fixture
-def pretended(project, monkeypatch):
-    """A project in which a profile runs in no time."""
+def test_report_and_run_pass_their_options_on_and_an_interruption_exits_with_130(
+    project, capsys, monkeypatch
+):
+    """What a whole run prints is in `test_notebooks`."""
     (project / "outputs" / "mine").mkdir(parents=True)
-
-    def run(p):
-        (p.folder / "tables").mkdir()
-        (p.folder / "tables" / "table3_beside_paper.md").write_text("| Center | Method |")
-        yield from (p.folder / "notebooks" / f"{stem}.ipynb" for stem in pipeline.NOTEBOOKS)
-
-    monkeypatch.setattr(pipeline, "prepare", lambda p, fresh: (p.folder / f"{fresh=}").touch())
-    monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(pipeline, "write_report", lambda p: p.folder / "report.html")
-    return project
-
-
-def test_run_and_report_print_where_everything_is(pretended, capsys):
-    folder = pretended / "outputs" / "mine"
-    assert cli.main(["report", profile(pretended)]) == 0
+    assert cli.main(["report", profile(project)]) == 0
+    folder, asked = project / "outputs" / "mine", []
     assert capsys.readouterr().out == f"report in {folder / 'report.html'}\n"
-    assert cli.main(["run", profile(pretended), "--fresh"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"{stem} done" in said for stem in pipeline.NOTEBOOKS) and "| Center | Method |" in said
-    assert f"are in {folder}/" in said and said.endswith(f"the report is {folder / 'report.html'}\n")
-    assert (folder / "fresh=True").exists()  # training is repeated on request only
 
-
-def test_an_interruption_exits_with_130_and_a_debugger_gets_the_whole_error(pretended, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupted(p, fresh):
+        asked.append(fresh)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prepare", interrupt)
-    assert cli.main(["run", profile(pretended)]) == 130
+    monkeypatch.setattr(pipeline, "prepare", interrupted)
+    assert cli.main(["run", profile(project)]) == cli.main(["run", profile(project), "--fresh"]) == 130
+    assert asked == [False, True]  # training is repeated on request only
     assert "interrupted; finished runs are kept" in capsys.readouterr().err
-    monkeypatch.setenv("IPMN_DEBUG", "1")
+    monkeypatch.setenv("IPMN_DEBUG", "1")  # a debugger gets the whole error
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["run", "absent.yaml"])
 

@@ -32,9 +32,7 @@ def test_a_notebook_must_have_one_parameters_cell(tmp_path):
             pipeline.execute(notebook(tmp_path, "x", tags=tags), tmp_path / "done.ipynb", {"x": 2})
 
 
-@pytest.mark.parametrize(
-    "end", [slice(0), slice(100), None], ids=["empty", "truncated", "a cell that never ran"]
-)
+@pytest.mark.parametrize("end", [slice(0), slice(100), None], ids=["empty", "truncated", "never ran"])
 def test_a_notebook_that_did_not_run_to_its_end_is_refused_by_name(tmp_path, end):
     path = notebook(tmp_path, "1 + 1")
     path.write_bytes(path.read_bytes()[end] if end else path.read_bytes())
@@ -65,9 +63,7 @@ def test_a_cell_that_raises_is_named_and_nothing_is_at_the_target(tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"chapter.ipynb", failed.name}
 
 
-def test_the_kernel_is_this_interpreters_whatever_jupyter_finds_and_however_long_the_temporary_folder(
-    tmp_path, monkeypatch
-):
+def test_the_kernel_is_this_interpreters_whatever_jupyter_finds_in_any_folder(tmp_path, monkeypatch):
     spec, deep = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / ("x" * 120)
     for folder in (spec, deep):
         folder.mkdir(parents=True)
@@ -173,7 +169,7 @@ def test_what_would_stop_the_notebooks_is_found_before_anything_is_done(tmp_path
     assert (p.folder / "runs" / OLD).exists()
 
 
-def test_of_notebooks_side_by_side_the_one_that_fails_is_named_and_no_old_table_stays(
+def test_of_parallel_notebooks_the_failed_one_is_named_and_no_old_table_stays(
     tmp_path, phantom_root, monkeypatch
 ):
     p = params.validate({"profile": "t", "outputs": "out", "data": str(phantom_root), "jobs": 2}, "test")

@@ -16,10 +16,9 @@ WHERE = "from ipmn_core import pipeline; print(*pipeline.chapters(), sep='\\n')"
 def installed(tmp_path_factory):
     """The folder of a wheel's files, built from a copy of the repository."""
     base = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
     for name in ("ipmn_core", "notebooks", "params"):
-        shutil.copytree(
-            ROOT / name, base / "source" / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
+        shutil.copytree(ROOT / name, base / "source" / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, base / "source")
     subprocess.run([sys.executable, "-c", BUILD, base], cwd=base / "source", check=True, capture_output=True)
@@ -37,19 +36,13 @@ def test_the_wheel_has_every_file_of_the_package(installed):
     assert files(ROOT, "ipmn_core/**/*").items() <= files(installed, "ipmn_core/**/*").items()
 
 
-def test_an_installed_package_has_notebooks_and_writes_them_with_the_profiles_where_one_likes(
-    installed, tmp_path
-):
+def test_an_installed_package_has_notebooks_and_writes_them_with_the_profiles(installed, tmp_path):
     def told(*command):
-        environment = {**os.environ, "PYTHONPATH": str(installed)}
-        command = [sys.executable, *command]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-        ).stdout
+        how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(installed)}, "text": True}
+        return subprocess.run([sys.executable, *command], check=True, capture_output=True, **how).stdout
 
-    assert {Path(line).parent for line in told("-c", WHERE).split()} == {
-        installed / "ipmn_core" / "project" / "notebooks"
-    }
+    expected = installed / "ipmn_core" / "project" / "notebooks"
+    assert {Path(line).parent for line in told("-c", WHERE).split()} == {expected}
     told("-m", "ipmn_core.cli", "init", "here")
     expected = files(ROOT, "notebooks/*.ipynb", "params/*.yaml")
     assert len(expected) > 8 and files(tmp_path / "here", "**/*") == expected

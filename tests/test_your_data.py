@@ -17,10 +17,8 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 def write_tree(folder):
     """Eight cases of each label at two hospitals, as the page describes them: a ball in an ellipsoid."""
-    rng, grid = (
-        np.random.default_rng(0),
-        np.indices((24, 20, 12)) - np.array([12, 10, 6])[:, None, None, None],
-    )
+    rng = np.random.default_rng(0)
+    grid = np.indices((24, 20, 12)) - np.array([12, 10, 6])[:, None, None, None]
     organ = (grid[0] / 9) ** 2 + (grid[1] / 7) ** 2 + (grid[2] / 5) ** 2 < 1
     for hospital in ("Lakeside", "St. Anne's"):
         for label, radius in (("benign", 2), ("malignant", 4)):
@@ -52,9 +50,7 @@ def follow(folder, monkeypatch, capsys, until):
     raise AssertionError(f"no command is {until}")
 
 
-def test_the_page_leads_from_a_folder_of_files_to_a_cohort_that_passes_the_check(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_page_leads_from_a_folder_of_files_to_a_cohort_that_passes(tmp_path, monkeypatch, capsys):
     write_tree(tmp_path)
     said = follow(tmp_path, monkeypatch, capsys, "ipmn check own.yaml")
     example, own = said["ipmn check example/scans.csv"], said["ipmn check own.yaml"]

@@ -43,9 +43,7 @@ def test_both_sides_run_an_epoch_a_round_and_preprocessing(small_cohorts, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_bench_prints_time_memory_and_rate_of_both_sides_and_writes_the_same_as_json(
-    small_cohorts, tmp_path, capsys
-):
+def test_a_bench_prints_time_memory_and_rate_of_both_and_writes_them_as_json(small_cohorts, tmp_path, capsys):
     file = tmp_path / "bench.json"
     assert bench.main(["--only", "densenet121 32", "--repeats", "1", "--json", str(file)]) == 0
     printed, results = capsys.readouterr().out, json.loads(file.read_text())

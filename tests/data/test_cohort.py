@@ -20,12 +20,9 @@ def test_problems_come_errors_first_then_warnings_then_notes(tmp_path):
     assert set(severities) == {"error", "warning", "note"}
 
 
-def test_table_1_of_the_papers_counts_is_the_papers():
+def test_table_1_of_the_papers_counts_is_the_papers_and_has_no_row_for_what_does_not_occur():
     table = data.table1(paper_cohort(paper_scans()))
     pd.testing.assert_frame_equal(table, PAPER_TABLE1.drop(columns="name"), check_names=False)
-
-
-def test_table_1_has_no_row_for_what_does_not_occur():
     table = data.table1(paper_cohort(scans_of([("EMC", "t2", 0, 3, 0), ("NYU", "t1", 1, 0, 0)])))
     assert table.to_numpy().tolist() == [["NYU", "t1", 1, 0, 0, 1], ["EMC", "t2", 0, 3, 0, 3]]
 
@@ -95,5 +92,5 @@ def test_a_missing_folder_and_a_profile_without_a_scan_left_say_what_to_do(tmp_p
     with pytest.raises(data.CohortError, match=rf"{tmp_path / 'nowhere'}.*a manifest.*phantom"):
         data.open_cohort(profile(tmp_path / "nowhere"))
     second_release(tmp_path, [("nyu_1", None, 1)])
-    with pytest.raises(data.CohortError, match="no labelled scan of t2, but of t1"):
+    with pytest.raises(data.CohortError, match=r"no labelled scan of t2, but of t1: set `modalities: "):
         data.open_cohort(profile(tmp_path, modalities=("t2",)))

@@ -56,16 +56,9 @@ def test_a_z_scored_cube_has_mean_0_and_deviation_1_inside_and_zero_outside():
     np.testing.assert_allclose(np.float32(to_cube(roi, 32, "none")), again, rtol=2**-10)  # float16
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        Preprocessing(32, spacing=1.5),
-        Preprocessing(32, intensity="zscore"),
-        Preprocessing(32, orientation="canonical"),
-    ],
-)
-def test_a_setting_reaches_the_cubes_and_the_key(tmp_path, how):
-    scans = scans_of(tmp_path, 1)
+@pytest.mark.parametrize("change", [{"spacing": 1.5}, {"intensity": "zscore"}, {"orientation": "canonical"}])
+def test_a_setting_reaches_the_cubes_and_the_key(tmp_path, change):
+    scans, how = scans_of(tmp_path, 1), Preprocessing(32, **change)
     cubes, key = load_cubes(scans, how, tmp_path / "cache")
     other, key_of_other = load_cubes(scans, HOW, tmp_path / "cache")
     assert key != key_of_other and not np.array_equal(cubes, other)

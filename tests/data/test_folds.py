@@ -78,11 +78,8 @@ def test_a_center_that_cannot_be_split_is_an_error_with_its_counts(options, part
     with pytest.raises(data.CohortError) as error:
         data.assign_folds(cohort, **options)
     assert all(part in str(error.value) for part in parts)
-
-
-def test_an_unknown_fold_rule_is_refused():
     with pytest.raises(ValueError, match="scanner"):
-        data.assign_folds(paper_cohort(paper_scans()), 5, rule="scanner")
+        data.assign_folds(cohort, 5, rule="scanner")
 
 
 def test_small_classes_are_notes_and_a_center_that_cannot_be_split_is_a_warning(tmp_path):
@@ -91,16 +88,13 @@ def test_small_classes_are_notes_and_a_center_that_cannot_be_split_is_a_warning(
     assert warning.startswith("IU t1") and "4 low risk" in warning and "5 folds" in warning
     (note,) = [note for note in problems_of(tmp_path, "note") if "multiclass" in note]
     assert "IU t1: 0 no risk, 4 low risk, 0 high risk" in note
-    ((severity, where, problem, _),) = folds_of.problems(
-        paper_cohort(paper_scans()), 5, "center", "multiclass"
-    )
-    assert (severity, where) == (
-        "note",
-        "folds of multiclass",
-    ) and "AHN t1: 1 no risk, 4 high risk;" in problem
+    paper = paper_cohort(paper_scans())
+    ((severity, where, problem, _),) = folds_of.problems(paper, 5, "center", "multiclass")
+    assert (severity, where) == ("note", "folds of multiclass")
+    assert "AHN t1: 1 no risk, 4 high risk;" in problem
     of = {f"{c} {m}" for c in CENTERS for m in ("t1", "t2") if f"{c} {m}:" in problem}
     assert of == {f"{c} {m}" for c in ("AHN", "MCA", "IU") for m in ("t1", "t2")}
-    assert folds_of.problems(paper_cohort(paper_scans()), 4, "center", "binary") == []
+    assert folds_of.problems(paper, 4, "center", "binary") == []
 
 
 # Of a manifest: patients with several scans, and given folds
@@ -157,12 +151,8 @@ def test_given_folds_are_taken_in_the_order_of_their_names(tmp_path, given, fold
     [("", "", "no fold is given for mri c_2"), ("p", "1", "two folds.*c_0, mri c_2")],
 )
 def test_given_folds_that_cannot_be_used_name_the_cases(tmp_path, patient, fold, part):
-    rows = [
-        ("c_0", "a", "A", "P", "", "0"),
-        ("c_1", "b", "A", "", "", "1"),
-        ("c_2", "b", "A", patient, "", fold),
-    ]
-    path = manifest(tmp_path, rows, FOLDS)
+    rows = [("c_0", "a", "A", "P", "", "0"), ("c_1", "b", "A", "", "", "1")]
+    path = manifest(tmp_path, [*rows, ("c_2", "b", "A", patient, "", fold)], FOLDS)
     with pytest.raises(data.CohortError, match=f"folds of multiclass: {part}"):
         data.assign_folds(data.read(path), 2, "given")
     assert any(part[:9] in text for text in problems_of(path, "warning", fold_rule="given"))

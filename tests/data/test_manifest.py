@@ -2,7 +2,6 @@
 
 import os
 
-import openpyxl
 import pandas as pd
 import pytest
 from tiny import MANIFEST, manifest, only_error, problems_of, save_volume
@@ -28,20 +27,10 @@ def test_two_centers_and_two_classes_are_read_as_met(tmp_path):
     assert data.table1(cohort).columns.tolist() == ["center", "modality", "benign", "malignant", "total"]
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_comma_semicolon_tab_and_a_byte_order_mark_are_one_manifest(tmp_path, separator, encoding):
-    frame = data.read(manifest(tmp_path, ROWS, separator=separator, encoding=encoding)).scans
-    pd.testing.assert_frame_equal(frame, data.read(manifest(tmp_path, ROWS, name="plain.txt")).scans)
-
-
 def test_a_workbook_is_read_as_a_csv_file_is(tmp_path):
-    plain = data.read(manifest(tmp_path, ROWS)).scans
-    book = openpyxl.Workbook()
-    for row in [MANIFEST, *((f"{name}.nii.gz", *rest) for name, *rest in ROWS)]:
-        book.active.append(row)
-    book.save(tmp_path / "scans.XLSX")
-    pd.testing.assert_frame_equal(data.read(tmp_path / "scans.XLSX").scans, plain)
+    path = manifest(tmp_path, ROWS, separator=";", name="plain.txt")
+    pd.read_csv(path, sep=";").to_excel(tmp_path / "scans.XLSX", index=False, engine="openpyxl")
+    pd.testing.assert_frame_equal(data.read(tmp_path / "scans.XLSX").scans, data.read(path).scans)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +60,7 @@ def test_a_profile_orders_merges_and_chooses_classes_and_names_centers(tmp_path)
     assert cohort.classes == ("benign", "malignant") and cohort.positive == ("benign",)
     assert cohort.scans["case_id"].tolist() == ["b_1", "a_1", "a_2", "b_2", "b_3"]
     assert cohort.centers == ("J", "N") and cohort.scans["label"].tolist() == [1, 0, 1, 0, 1]
-    assert "no scan is of W" in problems["problem"].tolist() and set(problems["severity"]) <= {
-        "note",
-        "warning",
-    }
+    assert "no scan is of W" in problems["problem"].tolist() and "error" not in set(problems["severity"])
 
 
 def test_blank_labels_are_left_out_and_counted_and_a_word_for_missing_is_problems_of(tmp_path):
@@ -121,22 +107,10 @@ def test_cases_named_by_their_modality_are_one_patient_by_default(tmp_path):
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_a_remedy(tmp_path, row, parts):
-    path = manifest(
-        tmp_path,
-        [*ROWS[:2], row.split(",")],
-        (*MANIFEST, "modality", "case_id")[: max(3, row.count(",") + 1)],
-    )
+    columns = (*MANIFEST, "modality", "case_id")[: max(3, row.count(",") + 1)]
+    path = manifest(tmp_path, [*ROWS[:2], row.split(",")], columns)
     (tmp_path / "gone.nii.gz").unlink(missing_ok=True)
     only_error(path, *parts)
-
-
-def test_a_label_that_the_profile_does_not_list_is_named(tmp_path):
-    only_error(
-        manifest(tmp_path, ROWS[:2]),
-        "row 3",
-        "'malignant' of a_2 is none of benign, x",
-        classes=["benign", "x"],
-    )
 
 
 def test_two_masks_of_one_image_are_two_scans_of_one_patient(tmp_path):
@@ -149,30 +123,22 @@ def test_two_masks_of_one_image_are_two_scans_of_one_patient(tmp_path):
 
 def test_names_that_differ_in_capitals_only_are_problems_of(tmp_path):
     path = manifest(tmp_path, [*ROWS, ("b_2", "benign", "NORD")])
-    assert any(
-        "names of a center" in text and "'Nord', 'NORD'" in text for text in problems_of(path, "warning")
-    )
-
-
-@pytest.mark.parametrize("missing", MANIFEST)
-def test_a_missing_column_is_named(tmp_path, missing):
-    columns = ["remark" if name == missing else name for name in MANIFEST]
-    only_error(
-        manifest(tmp_path, ROWS, columns=columns), f"column `{missing}`", "'remark'", "rename the headers"
-    )
+    assert any("names of a center" in w and "'Nord', 'NORD'" in w for w in problems_of(path, "warning"))
 
 
 def test_what_is_no_manifest_says_what_one_is(tmp_path):
     only_error(manifest(tmp_path, ROWS, name="scans.ods"), "scans.ods", "is no table", ".csv", ".xlsx")
     only_error(tmp_path / "nowhere.csv", "nowhere.csv", "no such file")
     only_error(manifest(tmp_path, []), "classes none")
+    named = "'malignant' of a_2 is none of benign, x"
+    only_error(manifest(tmp_path, ROWS[:2]), "row 3", named, classes=["benign", "x"])
+    for missing in MANIFEST:
+        columns = ["remark" if name == missing else name for name in MANIFEST]
+        path = manifest(tmp_path, ROWS, columns=columns)
+        only_error(path, f"column `{missing}`", "'remark'", "rename the headers")
 
 
 def test_one_center_of_one_modality_is_a_cohort(tmp_path):
     rows = [(f"c_{k}", str(k % 2), "42") for k in range(8)]
     cohort = data.open_cohort(Params(data=str(manifest(tmp_path, rows)), modalities=["mri"]))
     assert cohort.centers == ("42",) and data.assign_folds(cohort, 4, task="binary").nunique() == 4
-    with pytest.raises(
-        data.CohortError, match=r"no labelled scan of t1, but of mri: set `modalities: \[mri\]`"
-    ):
-        data.open_cohort(Params(data=str(tmp_path / "scans.csv"), modalities=["t1"]))

@@ -57,9 +57,7 @@ def test_few_cases_of_the_third_release_are_one_warning_and_half_a_case_is_an_er
 
 def test_images_of_the_third_release_without_a_sheet_or_masks_are_an_error(tmp_path):
     third_release(tmp_path / "1", THIRD, sheets=("t2",), roi=False)
-    only_error(
-        tmp_path / "1", "no label sheet for the t1 scans", "IPMN_labels_t1_total.xlsx", "IPMN_labels_total"
-    )
+    only_error(tmp_path / "1", "no label sheet for the t1 scans", T1_SHEET, "IPMN_labels_total")
     third_release(tmp_path / "2", THIRD, roi=False)
     shutil.rmtree(tmp_path / "2/IPMN_images_masks/t1/masks")
     only_error(tmp_path / "2", "IPMN_images_masks/t1/masks", "no such folder")
@@ -145,20 +143,13 @@ def test_a_case_in_two_official_folds_is_named_and_has_none(tmp_path):
     assert "1 of 6 t1 scans are in two folds: nyu_1 |" in warning and "official" in warning
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "name,fold\n",
-        "name,label\nnyu_0,1\nnyu_1,0\n",
-        "a,b\n1,2\n",
-        "nyu_0,0\nnyu_1,1\n",
-        "name,outer fold,inner fold\nnyu_0,0,1\nnyu_1,1,0\n",
-        "T1,T2,fold\nnyu_0,CAD_0,0\nnyu_1,CAD_1,1\n",
-        "name,use\nnyu_0,train\nnyu_1,test\n",
-        "a,b\nnyu_0,nyu_1\n",
-    ],
-)
+UNCLEAR = ["", "name,fold\n", "a,b\n1,2\n", "a,b\nnyu_0,nyu_1\n", "nyu_0,0\nnyu_1,1\n"]
+UNCLEAR += ["name,label\nnyu_0,1\nnyu_1,0\n", "name,use\nnyu_0,train\nnyu_1,test\n"]
+UNCLEAR += ["name,outer fold,inner fold\nnyu_0,0,1\nnyu_1,1,0\n"]
+UNCLEAR += ["T1,T2,fold\nnyu_0,CAD_0,0\nnyu_1,CAD_1,1\n"]
+
+
+@pytest.mark.parametrize("content", UNCLEAR)
 def test_a_split_file_that_is_unclear_is_shown_and_gives_no_fold(tmp_path, content):
     rows = [("nyu_0", None, 0, None), ("nyu_1", None, 0, None)]
     third_release(tmp_path, rows, splits={"2-class/t1.csv": content})

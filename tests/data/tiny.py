@@ -1,7 +1,6 @@
 """Tiny cohorts: releases and manifests on disk, and tables of scans without files."""
 
 import gzip
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -9,9 +8,10 @@ import pandas as pd
 
 from ipmn_core import data
 from ipmn_core.data import releases
+from ipmn_core.metrics import tables
 from ipmn_core.params import Params
 
-PAPER_TABLE1 = pd.read_csv(Path(data.__file__).parents[1] / "paper" / "table1.csv")
+PAPER_TABLE1 = tables.paper(1)
 COUNTS = PAPER_TABLE1[["center", "modality", "no_risk", "low_risk", "high_risk"]]
 FIRST_HEADERS = ["Patient ID", "Age", "Sex", "Center", "Scanner", "Risk assessment"]
 SECOND_HEADERS = ["T1", "T2", "Age", "Sex", "Center", "Scanner", "IPMN risk"]

@@ -36,9 +36,8 @@ def profile(folder, **changes):
 
 def write_phantom(root, sizes):
     """A phantom of some centers, with so many cases per class."""
-    cohort = pd.concat(
-        [phantom.patients(0, n).query(f"center == '{name}'") for name, n in sizes.items()]
-    ).assign(has_t1=False)
+    cohorts = [phantom.patients(0, n).query(f"center == '{name}'") for name, n in sizes.items()]
+    cohort = pd.concat(cohorts).assign(has_t1=False)
     phantom.write_sheets(cohort, "second", root)
     for row in cohort.itertuples(index=False):
         phantom.write_patient(row, 0, "second", root)

@@ -83,9 +83,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("text", OTHERS)
-def test_a_hospital_that_has_not_what_was_agreed_on_is_refused_before_training(
-    p, hospitals, scans, text, capfd
-):
+def test_a_hospital_without_what_was_agreed_on_is_refused_before_training(p, hospitals, scans, text, capfd):
     """The server names the site and what was agreed on; what the site has instead stays in its own log."""
     grid = hospitals(**{"42_hospital": changed(scans["42_hospital"], *OTHERS[text])})
     agreed = r"one center, CT \+ Größe, classes malignant, benign; positive: malignant"

@@ -29,9 +29,7 @@ def test_the_server_takes_tls_and_registered_keys_only(federation):
     assert value_of(processes.server_command(here), "--host") == "127.0.0.1"  # not open to others
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/x", "/docs"]
-)
+@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/x", "/docs"])
 def test_other_machines_are_answered_only_what_sites_ask(path):
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -71,9 +69,8 @@ def test_flowers_processes_send_no_telemetry_and_keep_to_the_federations_folder(
 
 def test_a_command_is_asked_over_tls_and_its_failure_is_an_error_with_its_reason(written):
     """Flower's own command, with no server there."""
-    with pytest.raises(
-        FederationError, match=r"(?s)^flwr ls hospitals: .*unavailable.*`ipmn federation server`"
-    ):
+    told = r"(?s)^flwr ls hospitals: .*unavailable.*`ipmn federation server`"
+    with pytest.raises(FederationError, match=told):
         processes.control(written, "ls", "hospitals")
     config = (written.server / "flwr" / "config.toml").read_text()
     assert f'root-certificates = "{written.server / "ca.crt"}"' in config

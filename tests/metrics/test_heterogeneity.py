@@ -14,19 +14,17 @@ def updates(vectors, **run):
     return pd.DataFrame(products, columns=["client", "other", "inner_product"]).assign(**run)
 
 
-def test_drift_is_the_length_of_a_clients_update():
-    table = heterogeneity.drift(updates({"NYU": np.array([3.0, 4.0]), "AHN": np.array([0.0, 2.0])}))
-    assert table.set_index("client")["distance"].to_dict() == {"NYU": 5.0, "AHN": 2.0}
-
-
-def test_cosines_are_those_of_the_vectors_in_order_of_appearance():
+def test_drift_is_the_length_and_cosines_are_those_of_the_vectors_in_order_of_appearance():
     rng = np.random.default_rng(0)
     vectors = {name: rng.standard_normal(50) for name in ("EMC", "NYU", "AHN")}
+    length = {name: np.linalg.norm(vector) for name, vector in vectors.items()}
+    drift = heterogeneity.drift(updates(vectors)).set_index("client")["distance"]
+    assert drift.to_dict() == pytest.approx(length)
     table = heterogeneity.cosines(updates(vectors))
     assert table["client"].drop_duplicates().tolist() == ["EMC", "NYU", "AHN"]
     for row in table.itertuples():
-        a, b = vectors[row.client], vectors[row.other]
-        assert row.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-12)
+        product = vectors[row.client] @ vectors[row.other]
+        assert row.cosine == pytest.approx(product / length[row.client] / length[row.other], abs=1e-12)
 
 
 def test_cosines_are_means_over_rounds_and_undefined_for_a_client_that_did_not_move():

@@ -101,9 +101,6 @@ def test_corrected_t_gives_scikit_learns_documented_example_and_the_ordinary_t_w
     assert (round(t, 3), round(p / 2, 3)) == (0.750, 0.227)
     ordinary = ttest_1samp(differences, 0)
     assert inference.corrected_t(differences, 0) == pytest.approx((ordinary.statistic, ordinary.pvalue))
-
-
-def test_corrected_t_of_equal_differences_and_of_too_few_folds():
     assert inference.corrected_t([0, 0, 0], 0.5) == (0, 1)
     assert inference.corrected_t([-0.1, -0.1, -0.1], 0.5) == (-np.inf, 0)
     assert np.isnan([inference.corrected_t(few, 0.5) for few in ([], [0.1])]).all()
@@ -217,9 +214,8 @@ def test_every_arm_is_compared_with_the_reference_case_by_case():
         row = place(table, arm=arm["arm"].iloc[0])
         expected = inference.delong_test(arm["y_true"], arm["prob_1"], reference["prob_1"])
         assert row[["difference", "low", "high", "z", "p_delong"]].tolist() == pytest.approx(expected)
-        difference = np.subtract(
-            *[[global_auc(a[a["fold"] == k]) for k in range(3)] for a in (arm, reference)]
-        )
+        ours, theirs = ([global_auc(a[a["fold"] == k]) for k in range(3)] for a in (arm, reference))
+        difference = np.subtract(ours, theirs)
         assert row["fold_difference"] == pytest.approx(difference.mean())
         # trained on two of three folds, tested on one
         assert (row["t"], row["p_corrected"]) == pytest.approx(inference.corrected_t(difference, 1 / 2))
@@ -243,9 +239,9 @@ def test_multiclasses_have_the_corrected_t_alone_and_holm_is_over_all_tasks():
 
 def test_a_task_without_the_reference_is_left_out():
     arms = pd.concat([run(arm="fedavg"), run(arm="local_only", seed=1), run(n_classes=3, arm="resnet34")])
-    empty, full = (inference.compare_arms(arms, reference) for reference in ("centralized", "fedavg"))
-    assert len(empty) == 0 and list(empty.columns) == list(full.columns)
-    assert full[["task", "arm"]].to_numpy().tolist() == [["binary", "local_only"]]
+    table = inference.compare_arms(arms, "fedavg")
+    assert table[["task", "arm"]].to_numpy().tolist() == [["binary", "local_only"]]
+    assert list(inference.compare_arms(arms).columns) == list(table.columns)
 
 
 def test_folds_without_a_class_are_left_out_of_the_comparison_and_named():
@@ -262,10 +258,7 @@ def test_folds_without_a_class_are_left_out_of_the_comparison_and_named():
 def test_arms_tested_on_other_cases_folds_or_labels_are_refused_by_the_first_case():
     reference, arm = run(), run(seed=1, arm="fedavg")
     for parts, message in [
-        (
-            (reference, arm.drop(index=[7, 9])),
-            r"case_7 of binary/t1 \(fold 1, label 1\).*by centralized alone",
-        ),
+        ((reference, arm.drop(index=[7, 9])), r"case_7 of .* \(fold 1, label 1\).*by centralized alone"),
         ((reference.drop(index=7), arm), r"case_7 .*by fedavg alone"),
         ((reference, arm.assign(fold=arm["fold"].where(arm.index != 0, 2))), "case_0 "),
         ((reference, arm.assign(y_true=arm["y_true"].where(arm.index != 4, 1))), "case_4 "),

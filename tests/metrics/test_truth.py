@@ -26,9 +26,8 @@ def patients():
 def test_oracle_and_guideline_answer_for_the_same_cases_in_the_same_folds(patients):
     run, three = random_run(2, epochs=1), random_run(3, epochs=1)
     halves = [run.iloc[:30], run.iloc[30:].assign(fold=1)]
-    arms = pd.concat(
-        [*halves, run.assign(modality="t1"), run.assign(modality="t1", arm="centralized"), three]
-    )
+    t1 = run.assign(modality="t1")
+    arms = pd.concat([*halves, t1, t1.assign(arm="centralized"), three])
     known = metrics.check(truth.reference_arms(arms, patients, cohort()))
     sizes = {("binary", "guideline"): 120, ("binary", "oracle"): 120, ("multiclass", "oracle"): 60}
     assert known.groupby(["task", "arm"]).size().to_dict() == sizes

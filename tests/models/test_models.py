@@ -61,20 +61,15 @@ def test_a_model_is_the_paper_s_and_its_weights_are_the_seed_s(name):
     assert (first.in_channels, first.stride) == (1, STRIDES.get(name, (2, 2, 2)))
     depthwise = any(layer.groups == layer.in_channels > 1 for layer in convolutions(model))
     assert depthwise == (name in DEPTHWISE)
+    if name in ("shufflenetv2", "mobilenetv2"):  # dropout of a fifth precedes the classifier
+        *_, dropout, linear = model.modules()
+        assert isinstance(linear, nn.Linear) and isinstance(dropout, nn.Dropout) and dropout.p == 0.2
 
 
 @pytest.mark.parametrize("use", [lambda: build("vgg16", 2), lambda: complexity("vgg16")])
 def test_an_unknown_name_lists_the_known_ones(use):
     with pytest.raises(ValueError, match=rf"'vgg16'.*{', '.join(PAPERS)}"):
         use()
-
-
-@pytest.mark.parametrize("name", ["shufflenetv2", "mobilenetv2"])
-def test_dropout_of_a_fifth_precedes_the_classifier(name):
-    *_, dropout, linear = build(name, 2).modules()
-    assert isinstance(linear, nn.Linear)
-    assert isinstance(dropout, nn.Dropout)
-    assert dropout.p == 0.2
 
 
 def test_a_shuffle_unit_of_stride_one_interleaves_the_unchanged_half_with_the_convolved_one():

@@ -58,9 +58,7 @@ def test_the_first_release_holds_the_masked_crop_with_the_right_affine(phantom_r
                 assert faces.any(axis=tuple({0, 1, 2} - {axis})).all()
 
 
-def test_todays_release_holds_the_scaled_roi_splits_and_the_volumes_of_the_second(
-    phantom_root, tmp_path, monkeypatch
-):
+def test_todays_release_holds_scaled_rois_splits_and_the_seconds_volumes(phantom_root, tmp_path, monkeypatch):
     third = write_some(monkeypatch, tmp_path / "third", slice(8), layout="third")
     volumes = {name: d for name, d in digests(third).items() if name.startswith("IPMN_images_masks")}
     assert len(volumes) == 32 and volumes.items() <= digests(phantom_root).items()
@@ -113,9 +111,7 @@ def test_other_axes_leave_every_voxel_in_its_place(phantom_root, tmp_path, monke
     assert lesion.shape == stored.shape and np.allclose(lesion.affine, stored.affine)
 
 
-def test_the_files_depend_on_seed_and_shortcut_and_not_on_the_number_of_processes(
-    phantom_root, tmp_path, monkeypatch
-):
+def test_files_depend_on_seed_and_shortcut_and_not_on_the_processes(phantom_root, tmp_path, monkeypatch):
     some, here = [0, 9, 20], digests(phantom_root)  # among them int16 and float32 centers
     two = digests(write_some(monkeypatch, tmp_path / "two", some, jobs=2))
     assert len(two) == 12 and two.items() <= here.items()
@@ -129,12 +125,10 @@ def test_the_files_depend_on_seed_and_shortcut_and_not_on_the_number_of_processe
             assert (digest != here.get(name)) == (Path(name).name.split(".")[0] in set(changed)), name
 
 
-def test_an_existing_root_is_refused(phantom_root):
+def test_an_existing_root_is_refused_and_a_failed_write_leaves_nothing(phantom_root, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="remove it"):
         phantom.write(phantom_root, max_per_cell=1)
 
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 

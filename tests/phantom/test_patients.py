@@ -1,18 +1,15 @@
 """The phantom's patients: counts, labels from a known model, protocols tied to the label on request."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import ipmn_core
 from ipmn_core import phantom
+from ipmn_core.metrics import tables
 from ipmn_core.names import CENTERS
 
-TABLE1 = pd.read_csv(Path(ipmn_core.__file__).with_name("paper") / "table1.csv")
-COUNTS = TABLE1.set_index(["modality", "center"])[["no_risk", "low_risk", "high_risk"]]
+COUNTS = tables.paper(1).set_index(["modality", "center"])[["no_risk", "low_risk", "high_risk"]]
 
 
 @pytest.fixture(scope="module")
@@ -107,22 +104,13 @@ def test_the_shortcut_changes_nothing_but_the_protocol(cohort):
     assert tied[tied.number.isin(small.number)].protocol.tolist() == small.protocol.tolist()
 
 
-@pytest.mark.parametrize("q", [-0.1, 1.01, np.nan])
-def test_a_shortcut_outside_0_to_1_is_refused(q):
-    with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
-        phantom.patients(0, shortcut=q)
-
-
 def test_invented_centers_take_turns_and_their_patients_differ(cohort):
     names = [f"center {k}" for k in range(16)]
     many = phantom.patients_of(names, 0)
     assert many["number"].is_unique and many["patient_id"].is_unique
     assert list(dict.fromkeys(many["center"])) == names
-    assert many.groupby("center", sort=False)["scanner"].first().tolist() == [
-        *CENTERS,
-        *CENTERS,
-        *CENTERS[:2],
-    ]
+    scanners = many.groupby("center", sort=False)["scanner"].first().tolist()
+    assert scanners == [*CENTERS, *CENTERS, *CENTERS[:2]]
     first, eighth, last = (many[many["center"] == names[k]].reset_index(drop=True) for k in (0, 7, 14))
     assert len(first) == len(eighth) == len(last) == (cohort["center"] == "NYU").sum()
     for other in (eighth, last):
@@ -132,7 +120,10 @@ def test_invented_centers_take_turns_and_their_patients_differ(cohort):
     pd.testing.assert_frame_equal(same, cohort[cohort["center"] == "NYU"][same.columns])
 
 
-@pytest.mark.parametrize("names", [["a", " A"], [""], ["Global", "b"]])
-def test_centers_that_cannot_be_told_apart_are_refused(names):
-    with pytest.raises(ValueError, match="a name of its own"):
-        phantom.patients_of(names, 0)
+def test_a_shortcut_outside_0_to_1_and_centers_that_cannot_be_told_apart_are_refused():
+    for q in (-0.1, 1.01, np.nan):
+        with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
+            phantom.patients(0, shortcut=q)
+    for names in (["a", " A"], [""], ["Global", "b"]):
+        with pytest.raises(ValueError, match="a name of its own"):
+            phantom.patients_of(names, 0)

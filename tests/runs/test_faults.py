@@ -60,10 +60,7 @@ def test_a_federated_run_killed_between_rounds_ends_with_the_same_bits_and_is_no
     kill_at(project, ROUND)
     p = params.load(PROFILE)
     pipeline.prepare(p)
-    ours, theirs = (
-        results(project, "runs/binary/t2/fedprox_0.1"),
-        results(smoke, "runs/binary/t2/fedprox_0.1"),
-    )
+    ours, theirs = (results(of, "runs/binary/t2/fedprox_0.1") for of in (project, smoke))
     assert ours == theirs and any(name.endswith("model.pt") for name in ours)
     assert list(project.folder.rglob("checkpoint.pt")) == []
     before = {path: path.stat().st_mtime_ns for path in (project.folder / "runs").rglob("*")}

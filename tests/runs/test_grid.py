@@ -4,7 +4,6 @@ from small_profile import profile
 from ipmn_core import params, runs
 from ipmn_core.federated import Strategy, device
 from ipmn_core.runs import Run
-from ipmn_core.runs.grid import keeps_model
 
 FEDERATED = Run("binary", "t1", "fedprox_0.1", 1)
 
@@ -91,15 +90,3 @@ def test_phantom_seed_does_not_follow_seed(tmp_path):
     p = profile(tmp_path)
     assert profile(tmp_path, seed=1).phantom_root == p.phantom_root
     assert profile(tmp_path, phantom_seed=1).phantom_root != p.phantom_root
-
-
-def test_weights_are_kept_where_a_pattern_says_so(tmp_path):
-    p = profile(tmp_path, keep_models=["multiclass/*", "binary/t?/fed*/fold1"])
-    kept = {
-        Run("multiclass", "t2", "tiny", 0): True,
-        FEDERATED: True,
-        Run("binary", "t1", "fedavg", 0): False,
-        Run("binary", "t1", "centralized", 1): False,
-        Run("binary", "t1", "centralized", 0): True,  # chapter 3 shows it
-    }
-    assert {run: keeps_model(p, run) for run in kept} == kept

@@ -14,16 +14,6 @@ def paper():
     return params.load(next(path for path in PROFILES if path.stem == "paper"))
 
 
-def test_every_run_has_the_protocols_settings(paper):
-    for run in (run for task in runs.TASKS for run in runs.grid(paper, task)):
-        settings = runs.on_this_machine(paper, runs.run_settings(paper, run))
-        assert (settings.epochs, settings.local_epochs, settings.size) == (100, 1, 96)
-        assert (settings.batch_size, settings.batches_per_epoch) == (16, None)
-        assert settings.max_per_cell is None and not settings.bfloat16
-        mu = {"fedavg": 0.0, "fedprox_0.1": 0.1, "fedprox_0.3": 0.3}.get(run.arm)
-        assert (settings.strategy and settings.strategy.mu) == mu
-
-
 @pytest.mark.slow
 def test_a_round_of_densenet_at_96_cubed_runs_on_the_first_releases_layout(paper, tmp_path):
     root = phantom.write(tmp_path / "data", layout="first", max_per_cell=1, progress=False)

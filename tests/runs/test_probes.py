@@ -4,13 +4,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import paper_cohort
 from sklearn.ensemble import RandomForestClassifier
-from small_profile import profile
+from small_profile import profile, small_cohort
 
 from ipmn_core import metrics, runs
 from ipmn_core.data import assign_folds
-from ipmn_core.metrics import centers
 from ipmn_core.names import CENTERS
 from ipmn_core.runs import StaleRunError, probes
 
@@ -37,17 +35,11 @@ def write_image(path, zooms=(1.0, 1.0, 1.0), shape=(2, 3, 4)):
     return str(path)
 
 
-def test_center_features_are_one_column_a_center_in_their_order():
-    x = features("center_only", scans_of(["MCF", "EMC", "MCF"]))
-    assert x.tolist() == [[1, 0], [0, 1], [1, 0]]
-
-
 def test_header_features_are_spacing_and_matrix_as_written_as_far_as_they_are_finite(tmp_path):
     zooms = [(0.75, 1.5, 7.25), (0, 0, 0), (np.nan, 1, 5), (np.inf, -2, 1e-30), (1, 1, 5)]
     shapes = [(5, 6, 7), (2, 3, 4), (2, 3, 4), (2, 3, 4, 1), (2, 3)]
-    files = [
-        write_image(tmp_path / f"{i}.nii", *row) for i, row in enumerate(zip(zooms, shapes, strict=True))
-    ]
+    rows = zip(zooms, shapes, strict=True)
+    files = [write_image(tmp_path / f"{i}.nii", *row) for i, row in enumerate(rows)]
     x = features("header_only", scans_of("NYU", image=files))
     assert x.shape == (5, 9) and x[0].tolist() == [0.75, 1.5, 7.25, 5, 6, 7, -1, 2, 3]  # NIfTI's default: LAS
     np.testing.assert_array_equal(x[1:4, :3], [[1, 1, 1], [np.nan, 1, 5], [np.nan, 2, np.float32(1e-30)]])
@@ -71,9 +63,8 @@ def test_histograms_are_shares_of_the_non_zero_voxels():
     expected = np.zeros((2, 32))
     expected[0, [0, 1, 16, 31]] = 0.25  # the last bin is closed, the others hold their lower edge
     np.testing.assert_array_equal(x, expected)
-    x = features(
-        "histogram_only", scans_of(["NYU"] * 2), cubes * 8 - (cubes != 0) * 3
-    )  # -3 to 5, zero outside
+    cubes = cubes * 8 - (cubes != 0) * 3  # -3 to 5, zero outside
+    x = features("histogram_only", scans_of(["NYU"] * 2), cubes)
     assert x[0].sum() == 1 and x[0, 0] > 0 and x[0, 31] > 0 and not x[1].any()
 
 
@@ -92,30 +83,6 @@ def test_center_only_gives_each_center_its_prevalence_in_training():
         np.testing.assert_allclose(ours[0], prevalence, atol=1e-4)  # weak regularization, solver's tolerance
 
 
-@pytest.mark.parametrize(("protocols", "within"), [("tied", 0.8), ("random", 0.5), ("one", 0.5)])
-def test_header_only_finds_a_protocol_inside_each_center_if_it_goes_with_the_label(protocols, within):
-    rng = np.random.default_rng(0)
-    n = 480
-    at = rng.integers(0, 7, n)
-    label = (rng.random(n) < np.linspace(0.2, 0.6, 7)[at]).astype(int)
-    tied = np.where(label == 1, 0.8, 0.2)  # the share of thick slices: sensitivity = specificity = 0.8
-    thick = rng.random(n) < {"tied": tied, "random": 0.5, "one": 0.0}[protocols]
-    x = np.zeros((n, 6))
-    x[:, 2] = 9 - at + 0.5 * thick  # thicker slices belong to centers with fewer positives
-    if protocols != "one":
-        x[:, :2] = rng.uniform(0.7, 1.7, (n, 1))
-        x[:, 5] = 2 + np.arange(n) % 3
-    fold = np.arange(n) % 4
-    frame = scans_of(np.array(CENTERS)[at], label)
-    frame = frame.assign(task="binary", arm="header_only", fold=fold, seed=0, epoch=1, y_true=label)
-    for k in range(4):
-        frame.loc[fold == k, ["prob_0", "prob_1"]] = probes.predict("header_only", x, label, fold == k, 2, 0)
-    row = centers.decompose(frame).iloc[0]
-    # about 2000 pairs within: standard error 0.03; the forest also splits on noise
-    assert row["within"] == pytest.approx(within, abs=0.0 if protocols == "one" else 0.1)
-    assert row["between"] > 0.55  # the headers tell the centers
-
-
 @pytest.mark.parametrize("name", probes.PROBES)
 def test_a_class_absent_from_training_has_probability_zero(name):
     rng = np.random.default_rng(0)
@@ -128,14 +95,11 @@ def test_a_class_absent_from_training_has_probability_zero(name):
 
 @pytest.fixture
 def given(tmp_path):
-    """A profile, and a cohort of 48 scans of two centers and modalities with a header each."""
-    cells = [(c, m, k) for m in ("t1", "t2") for c in ("NYU", "AHN") for k in range(12)]
-    rows = [(f"{c}{k}", f"{c}{k}", c, m, k % 3) for c, m, k in cells]
-    scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
-    scans["image"] = [write_image(tmp_path / f"{i}.nii", (1, 1, 3 + i % 5)) for i in range(len(scans))]
-    cubes = np.random.default_rng(0).random((len(scans), 8, 8, 8)).astype(np.float16)
+    """A profile, and a cohort of 48 scans with a header each."""
+    cohort = small_cohort()
+    images = [write_image(tmp_path / f"{i}.nii", (1, 1, 3 + i % 5)) for i in range(len(cohort))]
     p = profile(tmp_path, modalities=["t1", "t2"], inner_validation=0.2)
-    return p, paper_cohort(scans, cubes, "data-1")
+    return p, replace(cohort, scans=cohort.scans.assign(image=images))
 
 
 def test_probes_leave_runs_in_the_contract_that_are_not_repeated(given):

@@ -61,9 +61,7 @@ def stored(folder, orientation, case="NYU1"):
     data[15:18, 11:14, 3:5] = 900
     affine = np.diag((*MM, 1))
     affine[:3, 3] = -40, 20, 7
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
-    )
+    turn = nib.orientations.ornt_transform(*map(nib.orientations.axcodes2ornt, ("RAS", orientation)))
     paths = [str(folder / f"{orientation}_{name}.nii.gz") for name in ("image", "mask")]
     for path, voxels in zip(paths, (data, mask), strict=True):
         nib.save(nib.Nifti1Image(voxels, affine).as_reoriented(turn), path)

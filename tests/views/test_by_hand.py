@@ -80,18 +80,6 @@ def test_after_eight_rounds_fedavg_is_past_the_optimum_of_all_cases_and_fedprox_
     assert fedavg > 0.3 and fedprox < fedavg / 3
 
 
-def test_the_way_is_whole_and_each_round_starts_where_the_last_ended():
-    centers = by_hand.draw_centers()
-    paths = by_hand.paths(centers, 0.1, local_steps=5, rounds=3, optimizer="AdamW")
-    assert len(paths) == 1 + 3 * (2 * (5 + 1) + 1) and not paths.duplicated().any()
-    assert (weights(paths, SERVER, 0) == 0).all()
-    for round_ in (1, 2, 3):
-        ends = {client: weights(paths, client, round_) for client in "AB"}
-        assert all((steps[0] == weights(paths, SERVER, round_ - 1)[0]).all() for steps in ends.values())
-        mean = (60 * ends["A"][-1] + 20 * ends["B"][-1]) / 80  # Eq. (2)
-        assert (weights(paths, SERVER, round_)[0] == mean.astype(np.float32)).all()
-
-
 def test_alike_centers_have_nearly_one_optimum_and_the_scale_moves_it():
     alike = by_hand.optima(by_hand.draw_centers(0)).set_index("client")[WEIGHTS]
     apart = by_hand.optima(by_hand.draw_centers(1)).set_index("client")[WEIGHTS]

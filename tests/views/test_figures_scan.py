@@ -8,7 +8,7 @@ import pytest
 from drawn import MM, ORIENTATIONS, is_clean, stored, texts, titles
 
 from ipmn_core import views
-from ipmn_core.data import ScanError, bounding_box, load_roi, to_cube
+from ipmn_core.data import bounding_box, load_roi, to_cube
 from ipmn_core.names import CENTERS
 from ipmn_core.params import Preprocessing
 from ipmn_core.views import scans
@@ -114,15 +114,6 @@ def test_a_header_that_places_nothing_is_shown_as_it_is_read(tmp_path):
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, header), scan["image"])
     shown = scans.open_case(scan, Preprocessing(16))
     assert scans.header_facts(shown)["axes"] == "RAS" and views.roi_and_cube(scan, shown.cube).axes
-
-
-def test_an_roi_of_one_value_is_refused_as_training_refuses_it(tmp_path):
-    scan = stored(tmp_path, "RAS")
-    one = np.zeros((20, 16, 6), np.uint8)
-    one[5, 5, 2] = 1
-    nib.save(nib.Nifti1Image(one, nib.load(scan["mask"]).affine), scan["mask"])
-    with pytest.raises(ScanError, match="cannot be scaled"):
-        scans.open_case(scan, Preprocessing(16))
 
 
 def test_a_name_with_two_dollars_is_no_formula(tmp_path):

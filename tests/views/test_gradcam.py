@@ -71,9 +71,8 @@ def test_grad_cam_is_the_closed_form_of_a_network_with_a_linear_head(label):
         network.maps.bias.copy_(torch.tensor([0.1, 0.6, -1]))
         network.out.weight.copy_(torch.tensor([[-0.5, 1, 0.1], [1, -0.4, 0.3]]))
     cube = np.kron(rng.random((4, 4, 4), dtype=np.float32), np.ones((8, 8, 8), np.float32))
-    maps = nn.functional.conv3d(
-        nn.functional.avg_pool3d(torch.tensor(cube)[None, None], 8), network.maps.weight, network.maps.bias
-    )[0]
+    coarse = nn.functional.avg_pool3d(torch.tensor(cube)[None, None], 8)
+    maps = nn.functional.conv3d(coarse, network.maps.weight, network.maps.bias)[0]
     open_ = (maps > 0).float()  # of the ReLU between the maps and the pool
     alpha = network.out.weight[label] * open_.mean((1, 2, 3))  # the mean gradient, up to a factor
     coarse = torch.einsum("k,kxyz->xyz", alpha, maps).relu()
@@ -91,14 +90,9 @@ def looks_of(n=3, **changes):
     cube, lesion = np.zeros((2, 8, 8, 8), np.float32)
     cube[:4], lesion[:2, :4, :4] = 0.5, 1
     turn = np.array([[0, 1], [1, 1], [2, 1]])
-    one = gradcam.Look("a", "NYU", 0, "no risk", cube, lesion, np.ones(3), turn, HOW)
-    one = replace(
-        one,
-        classes=("not high risk", "high risk"),
-        layer="maps",
-        prob=0.3,
-        **{"heat": np.ones_like(cube), **changes},
-    )
+    about = {"classes": ("not high risk", "high risk"), "layer": "maps", "prob": 0.3}
+    about |= {"heat": np.ones_like(cube), **changes}
+    one = replace(gradcam.Look("a", "NYU", 0, "no risk", cube, lesion, np.ones(3), turn, HOW), **about)
     return [replace(one, case_id=f"c{k}", label=k % 3) for k in range(n)]
 
 
