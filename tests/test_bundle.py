@@ -204,7 +204,9 @@ def test_the_card_and_the_metadata_say_what_the_runs_say(trained, tmp_path):
         (row,) = rows(text, f"fold {k} (epoch {part['epoch'].iloc[0]})")
         assert row[1:3] == ["12", "4"] and row[4].startswith(f"{acc:.3f} (")
     roles = [pd.read_csv(arm / f"fold{k}" / "splits.csv").query("center == 'NYU'")["role"] for k in (0, 1)]
-    counted = [" / ".join(str(list(r).count(role)) for role in bundle.ROLES) for r in roles]
+    counted = [
+        " / ".join(str(list(r).count(role)) for role in ("train", "validation", "test")) for r in roles
+    ]
     assert ["NYU", *counted] in rows(text, "NYU")
     metadata = json.loads((target / "configs" / "metadata.json").read_text())
     assert all(metadata[key] for key in REQUIRED)
