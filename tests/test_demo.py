@@ -44,7 +44,7 @@ def demo(tmp_path_factory):
     assert len(cohort) == len(chosen)
     predictions = pd.concat([runs.run_grid(p, task, cohort) for task in TASKS])
     selected = metrics.select(predictions)
-    oracle = truth.reference_arms(selected, data.read_truth(p)).query("arm == 'oracle'")
+    oracle = truth.reference_arms(selected, data.read_truth(p), cohort).query("arm == 'oracle'")
     return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
 
 
