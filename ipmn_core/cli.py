@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "\ninterrupted; finished runs are kept: `ipmn run` goes on from there",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError, EOFError) as error:
         if os.environ.get("IPMN_DEBUG"):
@@ -114,7 +117,7 @@ def _add_weights(argument) -> None:
     argument("--network", help="of bare weights (default: densenet121)")
     for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
         argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
-    argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    argument("--device", help="auto, cpu, cuda, cuda:1 (default: the profile's, else auto)")
 
 
 def _how(options: argparse.Namespace):
@@ -205,12 +208,15 @@ def predict(options: argparse.Namespace) -> int:
     scans = data.unlabelled(options.scans, options.mask, problems := [])
     if options.picture and len(scans) > 1:
         raise ValueError(f"--picture draws one scan, {options.scans} holds {len(scans)}; leave it out")
-    asked = options.models, options.center, _how(options), options.device, options.network
-    results = list(predict.predict_each(scans, *asked))
+    asked = options.models, options.center, _how(options), options.device or "auto", options.network
+    results = []
+    try:
+        results.extend(predict.predict_each(scans, *asked))
+    finally:  # what is done is kept, also if the rest is interrupted
+        if options.table and results:
+            with disk.atomic(options.table) as tmp:
+                predict.by_case(scans.iloc[: len(results)], results).to_csv(tmp, index=False)
     table = predict.by_case(scans, results)
-    if options.table:
-        with disk.atomic(options.table) as tmp:
-            table.to_csv(tmp, index=False)
     said = [f"{severity}: {where}: {problem}; {remedy}" for severity, where, problem, remedy in problems]
     if len(scans) > 1:
         said += _of_many(table)
@@ -230,9 +236,10 @@ def predict(options: argparse.Namespace) -> int:
 def _of_one(result) -> list[str]:
     """What is printed of one scan: a row per model."""
     from ipmn_core import predict
+    from ipmn_core.runs.trained import in_words
 
     shown = predict.table(result).to_markdown(index=False, floatfmt=".3f")
-    about = f"\naxes as stored: {result.axes}; cube: {predict.in_words(result.how)}"
+    about = f"\naxes as stored: {result.axes}; cube: {in_words(result.how)}"
     return [shown, about, "", *result.warnings]
 
 
@@ -255,7 +262,8 @@ def score(options: argparse.Namespace) -> int:
     from ipmn_core import params, pipeline
     from ipmn_core.runs import score
 
-    p = params.load(options.params).model_copy(update={"device": options.device})
+    p = params.load(options.params)
+    p = p.model_copy(update={"device": options.device or p.device})
     names = ("arm", "modality", "folds", "whole", "network")
     with pipeline.locked(p):
         of = {name: getattr(options, name) for name in names}

@@ -9,13 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from ipmn_core import data, federated, params
 from ipmn_core.data.cubes import in_threads
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities, roles
+from ipmn_core.runs.trained import (
+    PredictError,
+    Trained,
+    find,
+    hashed,
+    in_words,
+    load,
+    probabilities_of,
+    roles,
+)
 
 NOTICE = "Not for clinical use: a research model without external validation."
 PIECE = 64  # scans whose cubes are in memory at a time
@@ -86,7 +94,7 @@ def predict_each(
                 read = list(in_threads(-1, partial(_read, of), piece.to_numpy()))
             cubes = [usable[0] for usable in read if isinstance(usable, tuple)]
             bar.update((len(read) - len(cubes)) * len(trained))
-            prob = zip(*[_of_network(one, center, cubes, where, bar) for one in trained], strict=True)
+            prob = zip(*[probabilities_of(one, cubes, where, bar, center) for one in trained], strict=True)
             for case, found in zip(piece["case_id"], read, strict=True):
                 if not isinstance(found, tuple):
                     yield found
@@ -110,18 +118,8 @@ def _read(of: Trained, case: str, image: str, mask: str, modality: str, error: s
     return data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity), warnings, scan.axes
 
 
-def _of_network(one: Trained, center: str | None, cubes, where: torch.device, bar: tqdm) -> list[np.ndarray]:
-    """Probabilities (K,) of each cube by one network, which leaves the memory with this function."""
-    network, prob = load(one, center).to(where), []
-    for cube in cubes:
-        x = torch.from_numpy(cube).float()[None, None].to(where)  # (1, 1, S, S, S)
-        prob.append(probabilities(network, x, one.weights)[0])
-        bar.update()
-    return prob
-
-
 def _refuse_mixed(trained: list[Trained]) -> None:
-    kinds = {f"{one.task} {one.modality} {in_words(one.how)}" for one in trained}
+    kinds = {f"{one.task} ({', '.join(one.classes)}) {one.modality} {in_words(one.how)}" for one in trained}
     if len(kinds) > 1:
         raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
 
@@ -140,12 +138,6 @@ def _case_warnings(case: str, used: list[tuple[str, dict[str, str] | None]]) -> 
     warnings = [f"no independent test, it was a case of these models ({said})"] if said else []
     text = "may be no independent test: which cases the models were trained on is not known"
     return [*warnings, text] if len(known) < len(used) else warnings
-
-
-def in_words(how: Preprocessing) -> str:
-    """How scans are preprocessed: `96^3, spacing as stored, minmax, stored axes`."""
-    spacing = f"{how.spacing:g} mm" if how.spacing else "spacing as stored"
-    return f"{how.size}^3, {spacing}, intensity {how.intensity}, {how.orientation} axes"
 
 
 def table(result: Prediction) -> pd.DataFrame:

@@ -161,9 +161,13 @@ def edit(bundle, name, old, new):
         (lambda b: (b / "models/fold0.ts").unlink(), r"models/fold0\.ts is not the file of"),
         (
             lambda b: edit(b, "configs/metadata.json", '"models/fold1.pt"', '"x"'),
-            r"damaged.*models/fold1\.pt",
+            r"cannot be read .*models/fold1\.pt",
         ),
-        (lambda b: edit(b, "configs/metadata.json", '"ipmn": {', '"other": {'), r"metadata\.json.*'ipmn'"),
+        (lambda b: edit(b, "configs/metadata.json", '"size": 32', '"size": 40'), r"`ipmn` in .* was changed"),
+        (
+            lambda b: edit(b, "configs/metadata.json", '"ipmn": {', '"other": {'),
+            r"give its files: .*fold0\.pt",
+        ),
     ],
 )
 def test_a_bundle_that_was_changed_is_refused_with_file_and_key(trained, tmp_path, damage, message):

@@ -20,11 +20,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ipmn_core import fetch, metrics, predict
 from ipmn_core.metrics import inference, tables
-from ipmn_core.names import CENTERS, LABELS, binary_names, display_name
+from ipmn_core.names import CENTERS, display_name
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
-from ipmn_core.runs.trained import METADATA, PredictError, Trained, digest, find, hashed, load
+from ipmn_core.runs.trained import METADATA, PredictError, Trained, digest, find, hashed, load, seal_of
 
 FILES = Path(__file__).parent
 KEPT = ("settings", "cohort", "classes", "centers", "versions", "device")  # of a run's record
@@ -62,6 +62,7 @@ def export(arm_folder: str | Path, target: str | Path, center: str | None = None
         splits.sort_values(["fold", "case_sha256"]).to_csv(partial / "docs" / "splits.csv", index=False)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         record["sha256"] = {file.relative_to(partial).as_posix(): digest(file) for file in files}
+        record["seal"] = seal_of(record)
         (partial / METADATA).write_text(json.dumps(_metadata(record, of, title), indent=2))
         card = _card(record, of, title, splits, selected)
         (partial / "docs" / "README.md").write_text(str(card), encoding="utf-8")
@@ -145,6 +146,7 @@ def _card(
     """The model card, from `model_card.md`."""
     head, terms = _terms(record)
     settings, paper = record["settings"], Params().model_dump(exclude={"threads", "data"})
+    paper["folds"] = Params().folds(of.task)
     high = (selected["y_true"] == len(of.classes) - 1).groupby(selected["center"])
     fewest = high.sum().idxmin()
     return ModelCard.from_template(
@@ -165,10 +167,9 @@ def _terms(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The license of the weights, from that of their data: for the head of the card, and in words."""
     if record["cohort"] == "phantom":
         return {"license": "mit"}, "trained on synthetic data alone, MIT"
-    named = [list(LABELS), list(binary_names(LABELS[2:]))]
-    if set(record["centers"]) <= set(CENTERS) and record["classes"] in named:
+    if set(record["centers"]) <= set(CENTERS):
         head = {"license": fetch.LICENSE.lower(), "datasets": [fetch.REPO]}
-        return head, f"centers and classes are those of {fetch.REPO}, whose terms are {fetch.LICENSE}"
+        return head, f"the centers are those of {fetch.REPO}, whose terms are {fetch.LICENSE}"
     return {"license": "other", "license_name": "owner-terms"}, "the terms of the owner of the data"
 
 

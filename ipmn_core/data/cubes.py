@@ -27,7 +27,8 @@ def to_cube(roi: np.ndarray, size: int, intensity: str = "minmax") -> np.ndarray
     MONAI's `ScaleIntensity` and `Resize(mode="area")` (paper, section 3). A box's mean is the mean of means
     along its axes, so each axis is averaged by itself: a tenth of the time, the same to float32's last bits.
     `intensity` zscore takes mean and standard deviation (ddof 0) of the non-zero voxels, and zeros stay zero.
-    Departs from the paper: float16, whose rounding moves a voxel by at most 2.4e-4; zscore, and none.
+    Departs from the paper: float16, which moves a voxel of 0 to 1 by at most 2.4e-4, a larger one by at
+    most 1/2048 of it; zscore; none.
     """
     import torch
 

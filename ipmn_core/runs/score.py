@@ -1,4 +1,4 @@
-"""Weights from elsewhere over a cohort: its test folds, or all of it; they leave runs as training does."""
+"""Test weights from elsewhere on a cohort's test folds, or on all of it; write runs as training does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from ipmn_core import data, federated, metrics, params
@@ -21,12 +20,12 @@ from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
 from ipmn_core.runs.run import predictions_of
-from ipmn_core.runs.trained import PredictError, Trained, digest, find, hashed, load, probabilities, roles
+from ipmn_core.runs.trained import PredictError, Trained, digest, find, hashed, load, probabilities_of, roles
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Folder of a scored arm; a row per fold (fold, n, positives, acc, auc, weights); what is in doubt."""
+    """Folder of a scored arm; a row per fold (fold, n, positives, acc, auc, weights); remarks."""
 
     arm: Path
     folds: pd.DataFrame
@@ -54,12 +53,14 @@ def score(
     federated.prepare(p.threads)
     given = find(paths, how, network)
     task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
+    for one in given:
+        load(one)  # what does not fit is refused before a scan is read
     cohort = _cohort(p, given[0], modality, whole)
     counts = cohort.scans["fold"].value_counts().sort_index()
     of_fold = {0: given} if whole and not folds else _folds(given, folds, list(counts.index))
     weights = {Run(task, modality, arm, k): of for k, of in of_fold.items()}
-    about = {run: _about(p, run, of, cohort, whole) for run, of in weights.items()}  # all is checked first
-    known = sum(_trained_on(one, cohort, run.fold) for run, of in weights.items() for one in of)
+    about = {run: _about(p, run, of, cohort, whole) for run, of in weights.items()}
+    known = len(set().union(*(_trained_on(one, cohort, run.fold) for run in weights for one in weights[run])))
     todo = [run for run in weights if not _there(folder_of(p, run), about[run])]
     total = sum(len(weights[run]) * counts[run.fold] for run in todo)
     with tqdm(desc="scoring", total=total, unit="scan", delay=2) as bar:
@@ -70,7 +71,7 @@ def score(
     said = {
         "what bare files were trained on is not known: see that no tested case is among it": not given[0].arm,
         f"{len(weights)} of {len(counts)} folds: means are over these": len(weights) < len(counts),
-        f"{known} tested cases have names that were trained on, in other data: see that they differ": known,
+        f"{known} tested cases have names that were trained on: no test, unless they are other scans": known,
     }
     remarks = tuple(text for text, applies in said.items() if applies)
     files = [", ".join(str(one.weights) for one in of) for of in weights.values()]
@@ -93,7 +94,7 @@ def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
 def _arm(p: Params, one: Trained, asked: str | None) -> str:
     """The name of the arm to write."""
     if one.arm == LOCAL_ONLY:
-        raise PredictError(f"{one.weights} holds one model per center; score an arm of one model for all")
+        raise PredictError(f"{one.weights} is of {LOCAL_ONLY}; score an arm with one model for all centers")
     arm = asked or (f"scored_{one.arm}" if one.arm else "released")
     taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
     if arm in taken or not re.fullmatch(params.PLAIN, arm):
@@ -103,10 +104,13 @@ def _arm(p: Params, one: Trained, asked: str | None) -> str:
 
 
 def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) -> dict[int, list[Trained]]:
-    """The weights that test each fold."""
+    """Return the weights that test each fold."""
     in_name = [re.fullmatch(r"fold(\d+)", one.weights.parent.name) for one in given]
     own = [one.fold for one in given] if given[0].arm else [int(name[1]) for name in in_name if name]
-    own = own if len(own) == len(given) else list(range(len(given)))
+    if not (asked or len(own) == len(given) or (not own and len(given) == len(known))):
+        text = f"{len(given)} weights, {len(own)} of them in a folder fold<k>"
+        raise PredictError(f"{text}; say by `--folds` which fold each file tests")
+    own = own or list(range(len(given)))
     folds = list(asked or own)
     of = dict(zip(folds, given, strict=False))
     if not len(of) == len(folds) == len(given) or {*of} - {*known} or (given[0].arm and folds != own):
@@ -140,15 +144,15 @@ def _about(p: Params, run: Run, of: list[Trained], cohort: Cohort, whole: bool) 
     return about
 
 
-def _trained_on(one: Trained, cohort: Cohort, fold: int) -> int:
-    """How many cases of a fold have the name of one that was trained on; refused if the data are the same."""
+def _trained_on(one: Trained, cohort: Cohort, fold: int) -> set[str]:
+    """The cases of a fold with the name of one that was trained on; refused if the data are the same."""
     known = roles(one).query("role != 'test'")["case"]
     tested = cohort.scans.loc[cohort.scans["fold"] == fold, "case_id"]
     both = tested[tested.map(hashed).isin(known)]
     if len(both) and one.data == cohort.key:
         text = f"{one.weights} was trained on {len(both)} of the cases that it would test, such as"
         raise PredictError(f"{text} {both.iloc[0]}; score it on the fold it left out, or on another cohort")
-    return len(both)
+    return set(both)
 
 
 def _there(folder: Path, about: dict) -> bool:
@@ -170,12 +174,8 @@ def _test(p: Params, run: Run, of: list[Trained], cohort: Cohort, about: dict, b
     test = (cohort.scans["fold"] == run.fold).to_numpy()
     total = 0.0
     for one in of:
-        network, prob = load(one).to(device), []
-        for i in np.flatnonzero(test):
-            x = torch.from_numpy(np.float32(cohort.cubes[i]))[None, None].to(device)  # (1, 1, S, S, S)
-            prob.append(probabilities(network, x, one.weights))
-            bar.update()
-        total += np.concatenate(prob)
+        cubes = (cohort.cubes[i] for i in np.flatnonzero(test))
+        total += np.stack(probabilities_of(one, cubes, device, bar))
     scans, folder = cohort.scans.assign(role=np.where(test, "test", "not tested")), folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
     frame = predictions_of(metrics.AS_GIVEN, total / len(of), run, 0, scans[test])

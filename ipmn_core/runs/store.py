@@ -70,10 +70,13 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
     differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differ:
         changes = [f"{name}: {found.get(name)!r} on disk, {wanted.get(name)!r} now" for name in differ]
-        raise StaleRunError(
-            f"{folder} was made with other settings or data ({'; '.join(changes)}). Give this profile "
-            "another name, delete that folder, or train all runs afresh with `ipmn run --fresh`"
+        remedy = "Give this profile another name, delete that folder, or "
+        remedy += (
+            "train all runs afresh with `ipmn run --fresh`"
+            if record.get("trained_here", True)
+            else "score again"
         )
+        raise StaleRunError(f"{folder} was made with other settings or data ({'; '.join(changes)}). {remedy}")
     return done
 
 
@@ -93,8 +96,10 @@ def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[R
 
 def discard(p: Params) -> None:
     """Delete the runs and probes of a profile; keep those whose weights are from elsewhere (`score`)."""
-    kept = {folder_of(p, run).parent for task in TASKS for run in scored(p, task)}
-    for arm in set((p.folder / "runs").glob("*/*/*")) - kept:
+    root = p.folder / "runs"
+    records = {path: path.read_text() for path in root.glob("*/*/*/fold*/run.json")}
+    kept = {path.parents[1] for path, text in records.items() if '"trained_here": false' in text}
+    for arm in set(root.glob("*/*/*")) - kept:
         shutil.rmtree(arm, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ipmn_core import models
 from ipmn_core.names import LABELS, TASKS, binary_names
@@ -23,7 +24,7 @@ from ipmn_core.runs.grid import LOCAL_ONLY
 
 METADATA = Path("configs", "metadata.json")  # of a MONAI bundle
 WRAPPED = r"((module|_orig_mod)\.)+"  # the prefix of all keys after DataParallel or torch.compile
-NESTED = ("state_dict", "model")  # where a trainer's checkpoint keeps the weights
+NESTED = ("state_dict", "model_state_dict", "model")  # where a trainer's checkpoint keeps the weights
 POINTER = b"version https://git-lfs"
 
 
@@ -77,16 +78,18 @@ def find(
             path = path.parent
         if not path.exists():
             raise PredictError(f"{path}: no such folder or file; give a run, an arm, a bundle or weights")
-        bundle = next((root for root in (path, path.parent.parent) if (root / METADATA).exists()), None)
-        of = [one for one in _of_bundle(bundle) if path in (bundle, one.weights)] if bundle else []
+        full = path.absolute()
+        bundle = next((root for root in (full, full.parent.parent) if _is_ours(root / METADATA)), None)
+        of = [one for one in _of_bundle(bundle) if full in (bundle, one.weights)] if bundle else []
         folds = sorted(path.glob("fold[0-9]*"), key=lambda fold: (len(fold.name), fold.name)) or [path]
         if not of and path.is_file():
             of = [_of_file(path, how or Preprocessing(), network or "densenet121")]
         of = of or [_of_run(fold) for fold in folds]
         if how and any(one.how != how for one in of):
-            raise PredictError(f"{path} was trained with {of[0].how}, not {how}; leave these options out")
+            text = f"{path} was trained with {in_words(of[0].how)}, not {in_words(how)}"
+            raise PredictError(f"{text}; leave out --size, --spacing, --intensity and --orientation")
         if network and any(one.network != network for one in of):
-            raise PredictError(f"{path} is of {of[0].network}, not {network}; leave this option out")
+            raise PredictError(f"{path} is of {of[0].network}, not {network}; leave out --network")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
     return list(found.values())
 
@@ -100,7 +103,22 @@ def _of_run(folder: Path) -> Trained:
     with _read(path) as record:
         more = {"fold": record["settings"]["fold"], "centers": tuple(record["centers"])}
         more |= {"data": record.get("data", ""), "splits": folder / "splits.csv"}
-        return Trained(folder / "model.pt", **_known(record), **more)
+        found = Trained(folder / "model.pt", **_known(record), **more)
+    if not record.get("trained_here", True):
+        files = ", ".join(one["file"] for one in record["weights"])
+        raise PredictError(f"{folder} is a test of weights from elsewhere; give these: {files}")
+    return found
+
+
+def _is_ours(metadata: Path) -> bool:
+    """Whether a bundle's metadata is that of an export, not of another's bundle."""
+    return metadata.is_file() and '"ipmn": {' in metadata.read_text(encoding="utf-8")
+
+
+def seal_of(record: dict[str, Any]) -> str:
+    """SHA-256 of a bundle's record without its checksums, of which the card lets people delete one."""
+    kept = {key: value for key, value in record.items() if key not in ("sha256", "seal")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _of_bundle(root: Path) -> list[Trained]:
@@ -111,6 +129,8 @@ def _of_bundle(root: Path) -> list[Trained]:
         digests, weights = record["sha256"], {k: f"models/fold{k}.pt" for k in record["folds"]}
         of = [Trained(root / weights[k], **_known(record), fold=k, **more) for k in weights]
         digests = {name: digests[name] for name in (*weights.values(), *digests)}
+    if record.get("seal") != seal_of(record):
+        raise PredictError(f"`ipmn` in {root / METADATA} was changed; export it again")
     for name, expected in digests.items():
         if not (root / name).is_file() or digest(root / name) != expected:
             key = f"`ipmn.sha256.{name}` in {root / METADATA}"
@@ -124,7 +144,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
-        raise PredictError(f"{path} is damaged or of no network ({error!r}); restore or repeat it") from error
+        text = f"{path} cannot be read as a run or bundle ({error!r})"
+        raise PredictError(f"{text}; restore it, or repeat the run") from error
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +283,12 @@ def _misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
     return ""
 
 
+def in_words(how: Preprocessing) -> str:
+    """How scans are preprocessed: `96^3, spacing as stored, minmax, stored axes`."""
+    spacing = f"{how.spacing:g} mm" if how.spacing else "spacing as stored"
+    return f"{how.size}^3, {spacing}, intensity {how.intensity}, {how.orientation} axes"
+
+
 @torch.inference_mode()
 def probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndarray:
     """Class probabilities (N, K) float64 of cubes (N, 1, S, S, S), one by one: the same bits each time.
@@ -275,3 +302,15 @@ def probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndarr
     if not prob.isfinite().all():
         raise PredictError(f"{source}: its probabilities are not numbers; its training diverged: repeat it")
     return prob.numpy()
+
+
+def probabilities_of(
+    one: Trained, cubes: Iterable[np.ndarray], device: torch.device, bar: tqdm, center: str | None = None
+) -> list[np.ndarray]:
+    """`probabilities` (K,) of each cube (S, S, S) by one network, which is in memory until this returns."""
+    network, prob = load(one, center).to(device), []
+    for cube in cubes:
+        x = torch.from_numpy(np.float32(cube))[None, None].to(device)  # (1, 1, S, S, S)
+        prob.append(probabilities(network, x, one.weights)[0])
+        bar.update()
+    return prob

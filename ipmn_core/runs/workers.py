@@ -20,9 +20,9 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
-from ipmn_core import federated
+from ipmn_core import data, federated
 from ipmn_core.data import Cohort
-from ipmn_core.params import Params
+from ipmn_core.params import Params, Preprocessing, validate
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import (
@@ -60,12 +60,15 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     ValueError for a fold that cannot be used (`check_folds`), and RunsFailedError after all others.
     """
     check_folds(p, tasks, cohort)
-    missing = []
+    missing, keys = [], {p.preprocessing: cohort.key}
     for task in tasks:
         missing += store.unfinished(p, protocols(p, task), cohort.key)
         for run, protocol in scored(p, task).items():
-            alike = all(protocol[name] == value for name, value in asdict(p.preprocessing).items())
-            store.finished(folder_of(p, run), protocol, cohort.key if alike else None)
+            how = Preprocessing(**{name: protocol[name] for name in asdict(p.preprocessing)})
+            if how not in keys:  # its cubes are in the cache since it was scored
+                own = validate({**p.model_dump(), **asdict(how)}, "scored weights")
+                keys[how] = data.load_cohort(own).key
+            store.finished(folder_of(p, run), protocol, keys[how])
     if not missing:
         return
     share = lambda: sum(store.share_done(folder_of(p, run)) for run in missing)  # noqa: E731

@@ -15,7 +15,7 @@ from ipmn_core.metrics import heterogeneity, inference, tables
 from ipmn_core.names import LABELS, TASKS
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.score import score
-from ipmn_core.runs.trained import PredictError
+from ipmn_core.runs.trained import PredictError, find
 
 HOW = Preprocessing(32)
 
@@ -132,7 +132,7 @@ def test_a_case_that_was_trained_on_is_refused_by_name_or_said_where_only_its_na
         score(there, [home], whole=True)
     assert not there.folder.exists()
     (remark,) = score(there.model_copy(update={"max_per_cell": 3}), [home], whole=True).remarks
-    assert remark.startswith("18 tested cases have names that were trained on, in other data")
+    assert remark.startswith("18 tested cases have names that were trained on: no test")
 
 
 OTHERS = {"classes": {"0": "low", "1": "low", "2": "high"}}
@@ -171,6 +171,25 @@ def test_what_does_not_fit_the_profile_is_refused(
     assert not p.folder.exists()
 
 
+def test_all_weights_are_tried_and_their_folds_known_before_a_scan_is_scored(there, tmp_path):
+    files = bare(tmp_path)
+    state = torch.load(files[1])
+    torch.save(state | {"0.bias": state["0.bias"] * np.nan}, files[1])
+    with pytest.raises(PredictError, match=r"fold1/model_auc\.pth: 0\.bias holds NaN"):
+        given(there, files)
+    elsewhere = tmp_path / "third.pth"
+    shutil.copy(files[0], elsewhere)
+    for some in ([elsewhere], [files[0], elsewhere]):
+        with pytest.raises(PredictError, match="say by `--folds` which fold each file tests"):
+            given(there, some)
+    assert not there.folder.exists()
+    scored = given(there, [elsewhere], folds=[1])
+    with pytest.raises(PredictError, match=r"fold1 is a test of weights from elsewhere; give .*third\.pth"):
+        find(scored.arm)
+    runs.discard(there.model_copy(update={"modalities": ("t1",)}))
+    assert (scored.arm / "fold1" / "run.json").exists()
+
+
 def test_one_arm_is_of_one_kind_of_weights_and_one_model_for_all_centers(trained, there, tmp_path):
     files = bare(tmp_path)
     given(there, files)
@@ -180,7 +199,7 @@ def test_one_arm_is_of_one_kind_of_weights_and_one_model_for_all_centers(trained
     shutil.copytree(trained.folder / "runs" / "binary" / "t2" / "centralized", tmp_path / "local")
     for path in (tmp_path / "local").glob("*/run.json"):
         path.write_text(path.read_text().replace('"arm": "centralized"', '"arm": "local_only"'))
-    with pytest.raises(PredictError, match="holds one model per center"):
+    with pytest.raises(PredictError, match="is of local_only; score an arm with one"):
         score(there, [tmp_path / "local"])
 
 
