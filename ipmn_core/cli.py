@@ -100,7 +100,7 @@ def _add_models(add) -> None:
     _add_weights(argument)
     argument("--arm", help="name of the arm that is written (default: scored_<arm>, released for files)")
     argument("--modality", help="of the weights, where their run does not say it")
-    text = "folds that files test, in their order (default: k in a folder fold<k>, else 0, 1, ...)"
+    text = "folds that files test, in order (default: k in a folder fold<k>; of one file per fold 0, 1, ...)"
     argument("--folds", nargs="+", type=int, metavar="K", help=text)
     argument("--whole", action="store_true", help="test every case by the mean over all weights")
 

@@ -1,8 +1,9 @@
-"""Atomic file writes: readers never see a partial file."""
+"""Atomic file writes, so that readers never see a partial file; checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,3 +28,9 @@ def atomic(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

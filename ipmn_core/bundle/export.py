@@ -19,12 +19,13 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ipmn_core import fetch, metrics, predict
+from ipmn_core.disk import digest
 from ipmn_core.metrics import inference, tables
 from ipmn_core.names import CENTERS, display_name
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import MACHINE
-from ipmn_core.runs.trained import METADATA, PredictError, Trained, digest, find, hashed, load, seal_of
+from ipmn_core.runs.trained import METADATA, PredictError, Trained, find, hashed, load, seal_of
 
 FILES = Path(__file__).parent
 KEPT = ("settings", "cohort", "classes", "centers", "versions", "device")  # of a run's record

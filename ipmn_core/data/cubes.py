@@ -95,7 +95,7 @@ def in_threads(jobs, function, rows):
 
 
 def _hash_of(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return disk.digest(path) if path else ""
 
 
 def _build(path, scans, how, jobs):

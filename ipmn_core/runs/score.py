@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated, metrics, params
 from ipmn_core.data import Cohort
+from ipmn_core.disk import digest
 from ipmn_core.names import REFERENCES
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
 from ipmn_core.runs.run import predictions_of
-from ipmn_core.runs.trained import PredictError, Trained, digest, find, hashed, load, probabilities_of, roles
+from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, probabilities_of, roles
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def score(
 ) -> Scored:
     """Test given weights (`trained.find`) on a profile's cohort; leave a run per fold, not trained here.
 
-    A run tests its own fold; a bare file the one of `folds`, in order, by default k in a folder `fold<k>`,
-    else 0, 1, ... If `whole`, every case gets the mean over all weights, as fold 0 of 1. Scans are
-    preprocessed as the weights say. `predictions.parquet` has the epoch `metrics.AS_GIVEN`; `run.json` names
-    file and SHA-256. What was scored before is kept. Raises PredictError for weights that do not fit the
-    profile or were trained on a case that they would test, and for an arm that was made with others.
+    A run tests its own fold; a bare file the one of `folds`, in order, by default k in a folder `fold<k>`; of
+    one file per fold 0, 1, ... If `whole`, every case gets the mean over all weights, as fold 0 of 1. Scans
+    are preprocessed as the weights say. `predictions.parquet` has the epoch `metrics.AS_GIVEN`; `run.json`
+    names file and SHA-256. What was scored before is kept. Raises PredictError for weights that do not fit
+    the profile or were trained on a case that they would test, and for an arm that was made with others.
     """
     federated.prepare(p.threads)
     given = find(paths, how, network)

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ipmn_core import models
+from ipmn_core.disk import digest
 from ipmn_core.names import LABELS, TASKS, binary_names
 from ipmn_core.params import Preprocessing
 from ipmn_core.runs.grid import LOCAL_ONLY
@@ -156,12 +157,6 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
     how = Preprocessing(**{key: of[key] for key in Preprocessing.__dataclass_fields__})
     known = {"network": of["model"], "task": of["task"], "classes": tuple(record["classes"]), "how": how}
     return known | {"modality": of["modality"], "arm": of["arm"]}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:

@@ -16,7 +16,7 @@ from pandas.io.formats.style import Styler
 
 from ipmn_core.disk import atomic
 from ipmn_core.metrics import GLOBAL, RULES
-from ipmn_core.names import ARMS, MODELS, REFERENCES  # these are drawn dashed or square
+from ipmn_core.names import ARMS, MODELS, REFERENCES
 
 # Okabe and Ito's palette: told apart with any common color vision
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
