@@ -70,10 +70,9 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
     differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differ:
         changes = [f"{name}: {found.get(name)!r} on disk, {wanted.get(name)!r} now" for name in differ]
-        again = "train all runs afresh with `ipmn run --fresh`"
+        remedy = "Give this profile another name, delete that folder, or train afresh with `ipmn run --fresh`"
         if not record.get("trained_here", True):
-            again = "`ipmn score` the weights again in its place"
-        remedy = f"Give this profile another name, delete that folder, or {again}"
+            remedy = "Delete that folder, and `ipmn score` the weights again"
         raise StaleRunError(f"{folder} was made with other settings or data ({'; '.join(changes)}). {remedy}")
     return done
 
