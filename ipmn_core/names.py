@@ -38,6 +38,11 @@ DISPLAY = {
 }
 
 
+def is_personal(arm: str) -> bool:
+    """Whether an arm has one model per center: its scores share no scale, so no AUC is global."""
+    return bool(re.match(r"(local_only|fedbn|fedavg_bn_\w+|ditto_.+|finetune(_.+)?)\Z", arm))
+
+
 def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:
     """Names of the classes of the binary task, from those of the positive classes."""
     name = " or ".join(positive)
