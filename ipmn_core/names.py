@@ -25,6 +25,12 @@ DISPLAY = {
     "centralized": "Centralized",
     "fedavg": "FedAvg",
     "local_only": "Local only",
+    "fedbn": "FedBN",
+    "fedavg_bn_local": "FedAvg, local BN statistics",
+    "fedavg_bn_recomputed": "FedAvg, BN recomputed",
+    "fedadam": "FedAdam",
+    "scaffold": "SCAFFOLD",
+    "finetune": "FedAvg, fine-tuned",
     "center_only": "Center only",
     "header_only": "Header only",
     "histogram_only": "Histogram only",
@@ -35,6 +41,13 @@ DISPLAY = {
     "t1": "T1",
     "t2": "T2",
     "global": "Global",
+}
+FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedprox_0.1`
+    "fedprox": "FedProx (μ={})",
+    "fedadam": "FedAdam (η={})",
+    "scaffold": "SCAFFOLD (η={})",
+    "ditto": "Ditto (λ={})",
+    "finetune": "FedAvg, fine-tuned (lr × {})",
 }
 
 
@@ -51,4 +64,5 @@ def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:
 
 def display_name(name: str) -> str:
     """Name of a task, model, method or modality as people read it; another, such as a center's, as it is."""
-    return DISPLAY.get(name, re.sub(r"^fedprox_(.+)$", r"FedProx (μ=\1)", name))
+    family, _, value = name.partition("_")
+    return DISPLAY.get(name) or (FAMILIES[family].format(value) if family in FAMILIES and value else name)

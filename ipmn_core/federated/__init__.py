@@ -9,6 +9,7 @@ from ipmn_core.federated.client import (
     check_n_train,
     evaluate,
     local_update,
+    personalize,
     snapshot,
     train_epoch,
 )
@@ -21,8 +22,9 @@ from ipmn_core.federated.rounds import (
     checkpoint_of,
     fit_centralized,
     fit_federated,
+    fit_finetuned,
     fit_local_only,
     restore,
     without_any_client,
 )
-from ipmn_core.federated.strategies import STRATEGIES, Strategy, drawn, strategy
+from ipmn_core.federated.strategies import STRATEGIES, Server, Strategy, drawn, strategy

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ipmn_core.federated import device
+from ipmn_core.federated import device, strategies
 from ipmn_core.federated.equations import State, add_proximal_gradient, local_objective
-from ipmn_core.federated.strategies import Strategy
+from ipmn_core.federated.strategies import CONTROL, Strategy
 
 
 class DivergedError(ArithmeticError):
@@ -35,6 +35,7 @@ class Settings:
     lr_gamma: float
     augment_prob: float
     seed: tuple[int, ...]
+    finetune_epochs: int = 0
     bfloat16: bool = field(default=False, compare=False)
     channels_last: bool = field(default=False, compare=False)
 
@@ -58,25 +59,49 @@ def check_n_train(n_train: Mapping[str, int], where: str = "") -> None:
 class Learner:
     """The training state of one client: case indices, AdamW moments, learning-rate schedule.
 
-    Raises ValueError as `check_n_train`.
+    `own` is what its strategy keeps at the client between rounds: BatchNorm's tensors (FedBN), the control
+    variate (SCAFFOLD) or a whole model (Ditto, with a `personal` learner; fine-tuning). Raises ValueError as
+    `check_n_train`.
     """
 
-    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: Settings):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        indices: torch.Tensor,
+        settings: Settings,
+        strategy: Strategy | None = None,
+    ):
         check_n_train({name: len(indices)})
         self.indices = indices
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.lr_step, settings.lr_gamma)
+        self.own: State = {}
+        self.personal: Learner | None = None
+        if strategy and strategy.trains_alone:
+            self.own = snapshot(model)
+            self.personal = None if strategy.ditto is None else Learner(name, model, indices, settings)
+        elif strategy and strategy.scaffold is not None:
+            self.own = strategies.controls(model)
+        elif strategy and (keys := strategies.own_keys(model, strategy)):
+            self.own = {key: value for key, value in snapshot(model).items() if key in keys}
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW and schedule, from which training goes on bit for bit."""
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        """AdamW, schedule and what is its own, from which training goes on bit for bit."""
+        state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        personal = self.personal and self.personal.state_dict()
+        return state | {"own": self.own, "personal": personal}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set AdamW and schedule back to `state`."""
+        """Set it back to `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        device = self.optimizer.param_groups[0]["params"][0].device
+        self.own = {key: value.to(device) for key, value in state["own"].items()}
+        if self.personal:
+            self.personal.load_state_dict(state["personal"])
 
 
 def afresh(name: str, model: nn.Module, client: Learner, settings: Settings) -> Learner:
@@ -85,6 +110,8 @@ def afresh(name: str, model: nn.Module, client: Learner, settings: Settings) -> 
     fresh.schedule.load_state_dict(client.schedule.state_dict())
     for group, old in zip(fresh.optimizer.param_groups, client.optimizer.param_groups, strict=True):
         group["lr"] = old["lr"]
+    fresh.own = client.own
+    fresh.personal = client.personal and afresh(name, model, client.personal, settings)
     return fresh
 
 
@@ -96,22 +123,94 @@ def local_update(
     settings: Settings,
     strategy: Strategy,
     seed: Sequence[int],
-) -> float:
-    """One client's round: start at `w_global`, minimize Eq. (1), or Eq. (3) if `mu` > 0, for `local_epochs`.
+) -> tuple[float, State]:
+    """One client's round: start at `w_global`, minimize Eq. (1), as the strategy says, for `local_epochs`.
 
-    Leaves the client's weights in `model` and returns its mean training loss without the proximal term.
+    Leaves the client's weights in `model`. Returns its mean training loss, without a proximal term, and what
+    it sends: the weights that are shared, and the change of its control variate. Raises DivergedError.
     """
-    model.load_state_dict(w_global)
-    add_gradient = None
-    if strategy.mu > 0:
-        w = [p for p in model.parameters() if p.requires_grad]
-        w_t = [p.detach().clone() for p in w]
-        add_gradient = partial(add_proximal_gradient, w, w_t, strategy.mu)
+    w_global = {key: value.to(cases.y.device) for key, value in w_global.items()}
+    if strategy.ditto is not None:
+        model.load_state_dict(client.own)
+        pull = _pull(model, w_global, strategy.ditto)
+        _epochs(model, client.personal, cases, settings, seed, pull)
+        client.own = _finite(snapshot(model))
+    c = {key: value for key, value in w_global.items() if key.startswith(CONTROL)}
+    stays = strategies.own_keys(model, strategy)
+    model.load_state_dict(strategies.without(w_global, c) | {key: client.own[key] for key in stays})
+    add_gradient = _pull(model, w_global, strategy.mu)
+    if c:
+        add_gradient = strategies.Correction(list(model.parameters()), c, client.own)
+    loss = _epochs(model, client, cases, settings, seed, add_gradient)
+    answer = model.state_dict()
+    if stays:
+        client.own = _finite({key: answer[key].clone() for key in stays})
+    if c:
+        mean = _finite(add_gradient.mean())
+        answer |= {key: mean[key] - client.own[key] for key in mean}
+        client.own = mean
+    return loss, strategies.without(answer, stays)
+
+
+def _finite(own: State) -> State:
+    """What a client keeps, unchanged. Raises DivergedError rather than let it spoil all later rounds."""
+    if bad := next((key for key, value in own.items() if not value.isfinite().all()), None):
+        raise DivergedError(f"{bad} holds values that are NaN or infinite; lower `lr`")
+    return own
+
+
+def _pull(model: nn.Module, w_t: State, weight: float) -> Callable[[], None] | None:
+    """What adds `weight` (w - w_t) to the gradients; None for 0."""
+    if weight == 0:
+        return None
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    start = [w_t[name] if name in w_t else p.detach().clone() for name, p in named]
+    return partial(add_proximal_gradient, [p for _, p in named], start, weight)
+
+
+def _epochs(
+    model: nn.Module,
+    client: Learner,
+    cases: Cases,
+    settings: Settings,
+    seed: Sequence[int],
+    add_gradient: Callable[[], None] | None,
+) -> float:
     losses = [
         train_epoch(model, client, cases, settings, [*seed, epoch], add_gradient)
         for epoch in range(settings.local_epochs)
     ]
     return sum(losses) / len(losses)
+
+
+def personalize(
+    model: nn.Module, client: Learner, cases: Cases, settings: Settings, strategy: Strategy
+) -> State:
+    """Turn the global weights in `model` into the client's own model; return the tensors that it replaces."""
+    if strategy.batch_norm == "recomputed":
+        return _recompute(model, client.indices, cases, settings)
+    own = client.own if strategy.personal else {}
+    model.load_state_dict(own, strict=False)
+    return own
+
+
+@torch.no_grad()
+def _recompute(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Settings) -> State:
+    """Set BatchNorm's statistics to the mean over batches of the cases at `indices`; return them."""
+    layers, order = strategies.batch_norms(model), indices.to(cases.y.device)
+    pieces = batches(model, cases, len(order), settings.batch_size)
+    momentum = {name: layer.momentum for name, layer in layers.items()}
+    model.eval()
+    for layer in layers.values():
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean over the batches
+        layer.train()
+    for piece in pieces:
+        forward(model, cases.x[order[piece]].float(), settings)
+    for name, layer in layers.items():
+        layer.momentum = momentum[name]
+    keys = {f"{name}.{key}" for name in layers for key in strategies.STATISTICS}
+    return {key: value for key, value in snapshot(model).items() if key in keys}
 
 
 def train_epoch(
@@ -134,8 +233,7 @@ def train_epoch(
     order = order.to(cases.y.device)  # once: a GPU then never waits for the host
     total = torch.zeros((), device=cases.y.device)
     seen = 0
-    single = len(order) % settings.batch_size == 1 and trains_on_one(model, cases.x)
-    for batch in batches(len(order), settings.batch_size, single)[: settings.batches_per_epoch]:
+    for batch in batches(model, cases, len(order), settings.batch_size)[: settings.batches_per_epoch]:
         x = augmented(cases.x[order[batch]], axes[batch], quarters[batch]).float()
         loss = local_objective(forward(model, x, settings), cases.y[order[batch]])
         learner.optimizer.zero_grad(set_to_none=True)
@@ -189,13 +287,13 @@ def seeded(seed: Sequence[int]) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[1]))
 
 
-def batches(n: int, size: int, single: bool = True) -> list[slice]:
-    """`n` cases in pieces of `size`.
+def batches(model: nn.Module, cases: Cases, n: int, size: int) -> list[slice]:
+    """`n` of the cases in pieces of `size`.
 
-    Departs from the paper: unless `single`, a last piece of one joins the piece before it.
+    Departs from the paper: a last piece of one joins the piece before it if the model cannot train on one.
     """
     ends = [*range(size, n, size), n]
-    if not single and len(ends) > 1 and n - ends[-2] == 1:
+    if len(ends) > 1 and n - ends[-2] == 1 and not trains_on_one(model, cases.x):
         del ends[-2]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -7,7 +7,7 @@ cases, in the order of the centers), the settings, and the checkpoint to go on f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 from ipmn_core.federated import client
 from ipmn_core.federated.client import Cases, DivergedError, Learner, Settings
 from ipmn_core.federated.equations import State, weighted_average
-from ipmn_core.federated.strategies import Strategy, drawn
+from ipmn_core.federated.strategies import Server, Strategy, drawn
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Epoch:
     """The result of an epoch (a round): number from 1, training loss, test probabilities (n_test, K).
 
     `learners` holds the training state of each client, which the next epoch changes. A federated round also
-    has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, and the
-    reason for each of these. `prob` is None if a hospital was away or shares only its own `centers`: tuples
-    of center, cases, accuracy and AUC.
+    has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, the reason
+    for each of these, the `server` and, of a personal strategy, the tensors of each client's `own` model that
+    replace the global one's. `prob` is None if the round was not tested, a hospital was away, or shares
+    only its own `centers`: tuples of center, cases, accuracy and AUC.
     """
 
     number: int
@@ -37,6 +38,8 @@ class Epoch:
     inner_products: np.ndarray | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     centers: list[tuple[str, int, float, float]] = field(default_factory=list)
+    server: Server | None = None
+    own: dict[str, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,38 +81,92 @@ def fit_federated(
 ) -> Iterator[Epoch]:
     """Rounds of local updates and aggregation, each followed by a test of the global model at each center.
 
-    Each client trains from the same global weights, and Eq. (2) averages the results. A client that fails, or
-    whose update cannot be right (`fault_of`), is `left_out` of its round and the others' shares grow; a round
-    without any client keeps the weights. Raises DivergedError if that was so in every round.
+    Each client trains from the same global weights, and the server goes on from the average of the results,
+    Eq. (2). A client that fails, or whose update cannot be right (`fault_of`), is `left_out` of its round and
+    the others' shares grow; a round without any client keeps the weights. With a personal strategy each
+    client's own model is tested on its own cases, if any. Raises DivergedError if no round had a client.
     """
-    learners = {name: Learner(name, model, indices, settings) for name, indices in train.items()}
-    first = restore(model, learners, checkpoint)
+    learners = {name: Learner(name, model, indices, settings, strategy) for name, indices in train.items()}
+    server = Server(model, strategy, {name: len(indices) for name, indices in train.items()})
+    first = restore(model, learners, checkpoint, server)
     aggregated = first > 1
     for round_ in range(first, settings.epochs + 1):
         seed = [*settings.seed, round_]
         taking_part = drawn(list(learners), strategy, seed)
-        w_global = client.snapshot(model)
+        w_global = server.sends(model)
         updates = (  # each is in `model` until the next one is computed
             _update(name, model, w_global, learner, cases, settings, strategy, [*seed, k])
             for k, (name, learner) in enumerate(learners.items())
             if name in taking_part
         )
-        loss, products, left_out = aggregate(model, w_global, updates, list(learners))
+        loss, products, left_out = aggregate(model, server, w_global, updates, list(learners))
         for name in left_out:
             learners[name] = client.afresh(name, model, learners[name], settings)
         aggregated |= len(left_out) < len(taking_part)
-        prob = [client.evaluate(model, indices, cases, settings) for indices in test.values()]
-        yield Epoch(round_, loss, np.concatenate(prob), learners, products, left_out)
+        prob, own = _tested(model, learners, test, cases, settings, strategy)
+        yield Epoch(round_, loss, prob, learners, products, left_out, server=server, own=own)
     if not aggregated:
         raise DivergedError(without_any_client(left_out))
 
 
 def _update(name: str, model: nn.Module, w_global: State, learner: Learner, *how: Any) -> Update:
     try:
-        loss = client.local_update(model, w_global, learner, *how)
+        loss, state = client.local_update(model, w_global, learner, *how)
     except Exception as error:  # one client's failure must not end the others' round
         return Update(name, fault=f"{type(error).__name__}: {error}")
-    return Update(name, len(learner.indices), loss, model.state_dict())
+    return Update(name, len(learner.indices), loss, state)
+
+
+def _tested(
+    model: nn.Module, learners: Mapping[str, Learner], test: Mapping[str, torch.Tensor], *how: Any
+) -> tuple[np.ndarray | None, dict[str, State]]:
+    """Probabilities, center by center, of the global model in `model` or of each client's own; the latter."""
+    cases, settings, strategy = how
+    if not strategy.personal:
+        prob = [client.evaluate(model, indices, cases, settings) for indices in test.values()]
+        return (np.concatenate(prob) if prob else None), {}
+    w, prob, own = client.snapshot(model), {}, {}
+    for name, learner in learners.items():
+        own[name] = client.personalize(model, learner, *how)
+        if name in test:
+            prob[name] = client.evaluate(model, test[name], cases, settings)
+        model.load_state_dict(w)
+    return np.concatenate([prob[name] for name in test]), own
+
+
+def fit_finetuned(
+    model: nn.Module,
+    train: dict[str, torch.Tensor],
+    test: dict[str, torch.Tensor],
+    cases: Cases,
+    settings: Settings,
+    strategy: Strategy,
+    checkpoint: dict[str, Any] | None = None,
+) -> Iterator[Epoch]:
+    """FedAvg's rounds, not tested, then `finetune_epochs` in which each client goes on alone from the last.
+
+    The rounds are those of the arm `fedavg`, bit for bit. A client fine-tunes with new AdamW moments at
+    `finetune` times `lr`, without a schedule, and is tested on its own cases. `settings.epochs` counts both.
+    """
+    rounds = settings.epochs - settings.finetune_epochs
+    done = checkpoint["epoch"] if checkpoint else 0
+    if done <= rounds:
+        how = replace(strategy, finetune=None)
+        yield from fit_federated(model, train, {}, cases, replace(settings, epochs=rounds), how, checkpoint)
+        checkpoint = None
+    slow = replace(settings, lr=strategy.finetune * settings.lr, lr_gamma=1.0)
+    learners = {name: Learner(name, model, own, slow, strategy) for name, own in train.items()}
+    first = max(restore(model, learners, checkpoint), rounds + 1)
+    w, n_k = client.snapshot(model), [len(own) for own in train.values()]
+    for epoch in range(first, settings.epochs + 1):
+        losses = []
+        for k, learner in enumerate(learners.values()):
+            model.load_state_dict(learner.own)
+            losses.append(client.train_epoch(model, learner, cases, slow, [*settings.seed, epoch, k, 0]))
+            learner.own = client.snapshot(model)
+        model.load_state_dict(w)
+        prob, own = _tested(model, learners, test, cases, settings, strategy)
+        yield Epoch(epoch, float(np.average(losses, weights=n_k)), prob, learners, own=own)
 
 
 def fit_local_only(
@@ -142,29 +199,37 @@ def fit_local_only(
 def checkpoint_of(model: nn.Module, epoch: Epoch) -> dict[str, Any]:
     """The state right after `epoch`, from which training goes on bit for bit: tensors and plain values."""
     learners = {name: learner.state_dict() for name, learner in epoch.learners.items()}
-    return {"epoch": epoch.number, "model": model.state_dict(), "learners": learners}
+    server = epoch.server and epoch.server.state_dict()
+    return {"epoch": epoch.number, "model": model.state_dict(), "learners": learners, "server": server}
 
 
-def restore(model: nn.Module, learners: Mapping[str, Any], checkpoint: dict[str, Any] | None) -> int:
-    """Set model and learners back to a checkpoint; return the number of the next epoch."""
+def restore(
+    model: nn.Module,
+    learners: Mapping[str, Any],
+    checkpoint: dict[str, Any] | None,
+    server: Server | None = None,
+) -> int:
+    """Set model, learners and server back to a checkpoint; return the number of the next epoch."""
     if checkpoint is None:
         return 1
     model.load_state_dict(checkpoint["model"])
     for name, state in checkpoint["learners"].items():
         learners[name].load_state_dict(state)
+    if server:
+        server.load_state_dict(checkpoint["server"])
     return checkpoint["epoch"] + 1
 
 
 def aggregate(
-    model: nn.Module, w_global: State, updates: Iterable[Update], clients: Sequence[str]
+    model: nn.Module, server: Server, w_global: State, updates: Iterable[Update], clients: Sequence[str]
 ) -> tuple[float, np.ndarray, dict[str, str]]:
-    """Load the average of the updates, Eq. (2), into `model`.
+    """Load the server's next weights, made from the average of the updates, Eq. (2), into `model`.
 
     Returns the training loss, the inner products (K, K) of the updates and the reason for each client that
-    was left out. `updates` are consumed one at a time, in the order of `clients`. Without any that can be
-    right (`fault_of`), `model` holds `w_global`.
+    was left out. `w_global` is what the server sent; `updates` are consumed one at a time, in the order of
+    `clients`. Without any that can be right (`fault_of`), the weights stay.
     """
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = [name for name in server.parameters if name in w_global]
     n_k, losses, drifts, left_out = [], [], {}, {}
 
     def states() -> Iterator[State]:
@@ -179,12 +244,12 @@ def aggregate(
             yield update.state
 
     try:
-        w = weighted_average(states(), n_k)
+        mean = weighted_average(states(), n_k)
     except ValueError:
         if n_k:
             raise
-        w = w_global
-    model.load_state_dict(w)
+        mean = {}
+    model.load_state_dict(server.step(mean, sum(n_k)))
     loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
     return loss, inner_products([drifts.get(name) for name in clients]), left_out
 

@@ -73,7 +73,7 @@ def _answer(message: Message, context: Context) -> Message:
             if kind == "query":
                 values = site.introduce(at)
             elif kind == "evaluate":
-                values = site.evaluate(at, unpack(message.content["weights"]), order["round"])
+                values = site.evaluate(at, unpack(message.content["weights"]), order["round"], order["since"])
             else:
                 where = (order[key] for key in ("round", "k", "since", "fresh"))
                 loss, state = site.train(at, unpack(message.content["weights"]), *where)
@@ -222,22 +222,24 @@ def _rounds(
 ) -> Iterator[Epoch]:
     """`federated.fit_federated` with the local updates and the tests made at the sites."""
     learners = {name: Remote(since=0, fresh=False) for name in hellos}
-    first = federated.restore(model, learners, checkpoint)
+    n_k = {name: hello["n_train"] for name, hello in hellos.items()}
+    server = federated.Server(model, settings.strategy, n_k)
+    first = federated.restore(model, learners, checkpoint, server)
     names, aggregated = list(learners), first > 1
     for round_ in range(first, settings.epochs + 1):
         taking_part = federated.drawn(names, settings.strategy, [*settings.seed, round_])
-        w_global = federated.snapshot(model)
+        w_global = server.sends(model)
         orders = {name: {"round": round_, "k": names.index(name), **learners[name]} for name in taking_part}
         answers = sites.ask("train", orders, w_global, min(sites.federation.min_sites, len(taking_part)))
-        updates = [_update(name, hellos[name]["n_train"], answers.get(name)) for name in taking_part]
-        loss, products, left_out = federated.aggregate(model, w_global, updates, names)
+        updates = [_update(name, n_k[name], answers.get(name)) for name in taking_part]
+        loss, products, left_out = federated.aggregate(model, server, w_global, updates, names)
         for name, answer in answers.items():
             learners[name]["fresh"] = name in left_out
             if "fault" not in answer:
                 learners[name]["since"] = round_
         aggregated |= len(left_out) < len(taking_part)
         enough = None if round_ == settings.epochs else 1
-        orders = {name: {"round": round_} for name in names}
+        orders = {name: {"round": round_, **learners[name]} for name in names}
         tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
         away = {name: left_out.get(name, "away") for name in names if name not in tested}
         left_out |= {name: f"{reason}; round not tested" for name, reason in away.items()}
@@ -247,7 +249,7 @@ def _rounds(
         elif not away:  # a site shares no scores; a fold may test nobody of a site
             having = [(name, tested[name]) for name in names if tested[name]["n"]]
             centers = [(name, told["n"], told["acc"], told["auc"]) for name, told in having]
-        yield Epoch(round_, loss, prob, learners, products, left_out, centers)
+        yield Epoch(round_, loss, prob, learners, products, left_out, centers, server)
     if not aggregated:
         raise federated.DivergedError(federated.without_any_client(left_out))
 

@@ -50,6 +50,14 @@ class FederationError(RuntimeError):
     """A federation cannot be started or went wrong; the message says where and what to do."""
 
 
+def federates(arm: str) -> bool:
+    """Whether an arm can be trained across machines: without models that a client trains for itself."""
+    try:
+        return not federated.strategy(arm).trains_alone
+    except ValueError:
+        return False
+
+
 class Federation(BaseModel):
     """Where the server is, which sites take part, what they train, and what a round does without a site.
 
@@ -83,7 +91,8 @@ class Federation(BaseModel):
             raise FederationError(f"sites: {', '.join(map(repr, wrong))} cannot be a site's name; {rule}")
         if len(names) < 2 or len(set(names)) < len(names):
             raise FederationError("sites: name two or more, once each, which differ in more than case")
-        known, alone = ", ".join(federated.STRATEGIES), [a for a in p.arms if a not in federated.STRATEGIES]
+        known = ", ".join(arm for arm, how in federated.STRATEGIES.items() if not how.trains_alone)
+        alone = [arm for arm in p.arms if not federates(arm)]
         if alone or not p.arms:
             raise FederationError(f"arms: {', '.join(alone) or 'none'} do not federate; use {known}")
         if p.inner_validation:

@@ -24,6 +24,7 @@ from ipmn_core.disk import atomic
 from ipmn_core.federated import Cases, Learner, State
 from ipmn_core.flower.deployment import FederationError
 from ipmn_core.params import Params
+from ipmn_core.runs import store
 
 
 class Site:
@@ -95,6 +96,15 @@ class Site:
         """The run's network, untrained, on the site's device."""
         return runs.build(self.settings, federated.device_of(self.p), 2, [self.center])
 
+    def learner(self, model: torch.nn.Module, since: int) -> Learner:
+        """The site's training state after round `since` (0: none yet)."""
+        mine = runs.indices(self.cohort.scans, "train")[self.center]
+        learner = Learner(self.center, model, mine, self.settings, self.settings.strategy)
+        if since:
+            path = self.folder / f"learner_{since}.pt"
+            learner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return learner
+
 
 def introduce(site: Site) -> dict[str, Any]:
     """What the server needs to know first: counts, a hash of the data keyed by the run, perhaps labels."""
@@ -114,26 +124,32 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
     is on disk before it returns, that of `since` stays: a round asked for again ends with the same bits.
     """
     model, settings = site.model(), site.settings
-    mine = runs.indices(site.cohort.scans, "train")[site.center]
-    learner = Learner(site.center, model, mine, settings)
-    states = {number: site.folder / f"learner_{number}.pt" for number in (since, round_)}
-    if since:
-        learner.load_state_dict(torch.load(states[since], map_location="cpu", weights_only=True))
+    learner = site.learner(model, since)
+    keep = [site.folder / f"learner_{number}.pt" for number in (since, round_)]
     if fresh:
         learner = federated.afresh(site.center, model, learner, settings)
     seed = [*settings.seed, round_, k]
-    loss = federated.local_update(model, w_global, learner, site.cases, settings, settings.strategy, seed)
-    with atomic(states[round_]) as tmp:
+    loss, state = federated.local_update(
+        model, w_global, learner, site.cases, settings, settings.strategy, seed
+    )
+    with atomic(keep[1]) as tmp:
         torch.save(learner.state_dict(), tmp)
-    for path in set(site.folder.glob("learner_*.pt")) - set(states.values()):
+    for path in set(site.folder.glob("learner_*.pt")) - set(keep):
         path.unlink()
-    return loss, model.state_dict()
+    return loss, state
 
 
-def evaluate(site: Site, w_global: State, round_: int) -> dict[str, Any]:
-    """What the site tells of the global model of a round on its test fold; by case only to its own disk."""
-    model = site.model()
+def evaluate(site: Site, w_global: State, round_: int, since: int) -> dict[str, Any]:
+    """What the site tells of the model of a round on its test fold; by case only to its own disk.
+
+    The global model, or with a personal strategy the site's own, made from its state after round `since`,
+    which then stays here as `model.pt`.
+    """
+    model, strategy = site.model(), site.settings.strategy
     model.load_state_dict(w_global)
+    if strategy.personal:
+        federated.personalize(model, site.learner(model, since), site.cases, site.settings, strategy)
+        store.save_model(site.folder, model, {})
     prob = federated.evaluate(model, torch.tensor(site.test.index), site.cases, site.settings)
     frame = runs.predictions_of(round_, prob, site.settings, site.settings.seed[0], site.test)
     frame = frame.drop(columns="role")

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ipmn_core.metrics import inference, scores
+from ipmn_core.names import is_personal
 
 ROUND = ["modality", "arm", "fold", "round"]
 OTHERS = ("centralized", "local_only")  # ways to train that are not federated
@@ -58,9 +59,10 @@ def gain(selected: pd.DataFrame) -> pd.DataFrame:
                 part, y = parts[center], parts[center]["y_true"].to_numpy()
                 tested = inference.delong_test(y, part["prob_1"], part["prob_1_reference"])[:3]
                 undefined = scores.absent_classes(y, 2) or inference.no_delong(y, 2)
-                if reference == "local_only" and center == scores.GLOBAL:
+                personal = [name for name in (reference, arm) if is_personal(name)]
+                if personal and center == scores.GLOBAL:
                     tested = (np.nan,) * 3
-                    undefined = "no common scale: local_only has one model per center"
+                    undefined = f"no common scale: {personal[0]} has one model per center"
                 rows.append((modality, arm, reference, center, len(y), y.sum(), *tested, undefined))
     columns = ["modality", "arm", "over", "center", "n", "positives", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=[*columns, "undefined"])

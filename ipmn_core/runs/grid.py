@@ -99,6 +99,7 @@ def run_settings(p: Params, run: Run) -> RunSettings:
         epochs = p.rounds * p.local_epochs
     elif run.arm != CENTRALIZED:
         epochs, strategy = p.rounds, federated.strategy(run.arm, p.clients_per_round)
+    finetune_epochs = p.finetune_epochs if strategy and strategy.finetune else 0
     same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size")
     same += ("batches_per_epoch", "lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob")
     return RunSettings(
@@ -108,7 +109,8 @@ def run_settings(p: Params, run: Run) -> RunSettings:
         model=model,
         folds=p.folds(run.task),
         strategy=strategy,
-        epochs=epochs,
+        epochs=epochs + finetune_epochs,
+        finetune_epochs=finetune_epochs,
         local_epochs=p.local_epochs if strategy else 1,
         seed=(p.seed, run.fold),
     )

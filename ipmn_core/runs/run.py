@@ -88,7 +88,9 @@ def learn(
     tensors = Cases(torch.tensor(cases.cubes).unsqueeze(1).to(device), torch.tensor(y, device=device))
     train, held_out = indices(cases.scans, "train"), indices(cases.scans, "test", "validation")
     if settings.strategy:
-        fit = partial(federated.fit_federated, strategy=settings.strategy)
+        tuned = settings.strategy.finetune is not None
+        fit = federated.fit_finetuned if tuned else federated.fit_federated
+        fit = partial(fit, strategy=settings.strategy)
     else:
         fit = federated.fit_local_only if settings.arm == LOCAL_ONLY else federated.fit_centralized
     return fit(model, train, held_out, tensors, settings, checkpoint=progress.learning)
@@ -120,8 +122,9 @@ def record(
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         store.note_share(folder, epoch.number / settings.epochs)
         judged = [(number, acc, auc) for number, _, acc, auc in progress.history if acc == acc]
-        if keeps_model(p, run) and metrics.best_epoch(judged) == epoch.number:
-            store.save_model(folder, model)
+        elsewhere = settings.strategy and settings.strategy.personal and not epoch.own  # at the sites
+        if keeps_model(p, run) and not elsewhere and metrics.best_epoch(judged) == epoch.number:
+            store.save_model(folder, model, epoch.own)
         now = time.perf_counter()
         progress.seconds = now - started
         pause = max(p.checkpoint_seconds, cost / CHECKPOINT_SHARE) if p.checkpoint_seconds else 0.0

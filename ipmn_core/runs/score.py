@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipmn_core import data, federated, metrics, params
 from ipmn_core.data import Cohort
 from ipmn_core.disk import digest
-from ipmn_core.names import REFERENCES
+from ipmn_core.names import REFERENCES, is_personal
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
@@ -94,8 +94,8 @@ def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
 
 def _arm(p: Params, one: Trained, asked: str | None) -> str:
     """The name of the arm to write."""
-    if one.arm == LOCAL_ONLY:
-        raise PredictError(f"{one.weights} is of {LOCAL_ONLY}; score an arm with one model for all centers")
+    if one.arm and is_personal(one.arm):
+        raise PredictError(f"{one.weights} is of {one.arm}; score an arm with one model for all centers")
     arm = asked or (f"scored_{one.arm}" if one.arm else "released")
     taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
     if arm in taken or not re.fullmatch(params.PLAIN, arm):

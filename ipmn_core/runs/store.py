@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ipmn_core import metrics
+from ipmn_core import federated, metrics
 from ipmn_core.disk import atomic
 from ipmn_core.names import TASKS
 from ipmn_core.params import Params
@@ -139,10 +139,17 @@ def save_checkpoint(
         torch.save({**about, "progress": content, "learning": learning}, tmp)
 
 
-def save_model(folder: Path, model: torch.nn.Module) -> None:
-    """Write `model.pt`, the best weights so far, to be read on any machine."""
+def save_model(folder: Path, model: torch.nn.Module, own: dict[str, federated.State]) -> None:
+    """Write `model.pt`, the best weights so far, to be read on any machine.
+
+    Of clients with tensors of their `own` one model each, numbered: `0.`, `1.` before its keys.
+    """
+    state = model.state_dict()
+    if own:
+        numbered = enumerate({**state, **of_client} for of_client in own.values())
+        state = {f"{k}.{key}": value for k, whole in numbered for key, value in whole.items()}
     with atomic(folder / "model.pt") as tmp:
-        torch.save({key: value.cpu() for key, value in model.state_dict().items()}, tmp)
+        torch.save({key: value.cpu() for key, value in state.items()}, tmp)
 
 
 def write(

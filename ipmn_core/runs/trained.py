@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from ipmn_core import models
 from ipmn_core.disk import digest
-from ipmn_core.names import LABELS, TASKS, binary_names
+from ipmn_core.names import LABELS, TASKS, binary_names, is_personal
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs.grid import LOCAL_ONLY
 
 METADATA = Path("configs", "metadata.json")  # of a MONAI bundle
 WRAPPED = r"((module|_orig_mod)\.)+"  # the prefix of all keys after DataParallel or torch.compile
@@ -45,7 +44,7 @@ class Trained:
     modality: str | None = None
     arm: str | None = None
     fold: int | None = None
-    centers: tuple[str, ...] = ()  # of the arm `local_only`: whose networks these are, in order
+    centers: tuple[str, ...] = ()  # of a personal arm: whose networks these are, in order
     outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
     data: str = ""  # key of the cohort it was trained on
     splits: Path | None = None  # the role of each case that the run knew
@@ -57,8 +56,8 @@ class Trained:
 
     @property
     def per_center(self) -> bool:
-        """Whether the file holds one network per center, as the runs of the arm `local_only` do."""
-        return self.arm == LOCAL_ONLY and bool(self.centers)
+        """Whether the file holds one network per center, as the runs of personal arms do."""
+        return self.arm is not None and is_personal(self.arm) and bool(self.centers)
 
 
 def find(
@@ -222,7 +221,7 @@ def roles(trained: Trained) -> pd.DataFrame:
 
 
 def load(trained: Trained, center: str | None = None) -> nn.Module:
-    """The network with its weights, in evaluation mode; of the arm `local_only` the one of `center`.
+    """The network with its weights, in evaluation mode; of a personal arm the one of `center`.
 
     Raises PredictError naming file and key.
     """

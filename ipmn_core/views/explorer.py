@@ -12,9 +12,8 @@ from matplotlib.colors import to_hex
 from ipmn_core import metrics
 from ipmn_core.data import Cohort
 from ipmn_core.metrics import centers
-from ipmn_core.names import display_name
+from ipmn_core.names import display_name, is_personal
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs import LOCAL_ONLY
 from ipmn_core.views.live import LiveView, answering, viewer_state
 from ipmn_core.views.results import overview
 from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
@@ -90,7 +89,7 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
 def _arm(name: str) -> dict:
     """How an arm is shown: a reference (trains no network) dashed; a personal arm has a model per center."""
     look = {"name": name, "label": display_name(name), "color": to_hex(color(name))}
-    return look | {"reference": name in REFERENCES, "personal": name == LOCAL_ONLY}
+    return look | {"reference": name in REFERENCES, "personal": is_personal(name)}
 
 
 def _cases(rows: pd.DataFrame) -> pd.DataFrame:

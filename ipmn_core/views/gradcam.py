@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated, models, phantom, runs
 from ipmn_core.data import Cohort
+from ipmn_core.names import is_personal
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import Run, store, trained
 from ipmn_core.views.scans import HEAT, OPACITY, pairs, section, show_slice
@@ -133,7 +134,7 @@ def grad_cam(network: nn.Module, cubes: torch.Tensor, label: int, layer: str) ->
 def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list[Look]:
     """Where the network of a finished run looks in `case_ids` when asked for its last class, in float32.
 
-    Of `local_only` each case is shown to its own center's network. The lesion is that of the phantom's truth.
+    Of a personal arm each case is shown to its own center's network. The lesion is the phantom's truth.
     Raises FileNotFoundError or StaleRunError without such a run, KeyError for an unknown case, ValueError for
     a phantom of another seed.
     """
@@ -152,7 +153,7 @@ def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list
         case_of = case, scan["center"], scan["label"], scan["class"]
         about = p.preprocessing, run.task, run.modality, one.network, one.classes
         looks.append(Look(*case_of, *volumes, *about))
-    local, seen = run.arm == runs.LOCAL_ONLY, {}
+    local, seen = is_personal(run.arm), {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
         network = trained.load(one, center).to(federated.device_of(p))
         seen |= {x.case_id: x for x in _seen(network, [x for x in looks if center in (None, x.center)])}

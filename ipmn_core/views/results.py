@@ -16,7 +16,7 @@ from sklearn.metrics import roc_curve
 
 from ipmn_core import metrics
 from ipmn_core.metrics import centers
-from ipmn_core.names import display_name
+from ipmn_core.names import display_name, is_personal
 from ipmn_core.views import style
 from ipmn_core.views.style import BLACK, MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
@@ -238,13 +238,13 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task.
 
     Of many centers the largest. The AUCs are right of each panel, the arms' names once below. All centers
-    together lack `local_only`: its models' scores share no scale to pool.
+    together lack the personal arms: scores of several models share no scale to pool.
     """
     largest = selected.drop_duplicates("case_id")["center"].value_counts()[: MANY - 1].index
     places = [metrics.GLOBAL, *(name for name in centers_in(selected["center"]) if name in largest)]
     down = -(-len(places) // 4)
     figure, axes = plt.subplots(down, 4, figsize=(WIDTH, 2.2 * down + 0.4), squeeze=False)
-    pooled = selected[selected["arm"] != "local_only"]
+    pooled = selected[~selected["arm"].map(is_personal)]
     roc(pooled, axes[0, 0], display_name(metrics.GLOBAL))
     for ax, center in zip(axes.flat[1:], places[1:], strict=False):
         roc(selected[selected["center"] == center], ax, center)

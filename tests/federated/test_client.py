@@ -36,8 +36,9 @@ def test_one_seed_gives_the_same_bits_and_every_seed_counts():
     ],
 )
 def test_a_batch_of_one_joins_the_one_before_it_where_it_must(n, sizes, joined):
-    for single, expected in ((True, sizes), (False, joined)):
-        pieces = [torch.arange(n)[batch] for batch in client.batches(n, 16, single)]
+    for size, expected in ((8, sizes), (4, joined)):  # 4^3 leaves one voxel of the feature map
+        data = Cases(torch.zeros(n, 1, size, size, size), torch.arange(n))
+        pieces = [torch.arange(n)[batch] for batch in client.batches(small_net(), data, n, 16)]
         assert [len(piece) for piece in pieces] == expected
         assert torch.cat(pieces).tolist() == list(range(n))
 

@@ -31,7 +31,7 @@ def first_updates(clients, strategy):
         model = small_net()
         learner = Learner(name, model, own, settings())
         start = small_net().state_dict()
-        loss = client.local_update(model, start, learner, data, settings(), strategy, [0, 0, 1, k])
+        loss, _ = client.local_update(model, start, learner, data, settings(), strategy, [0, 0, 1, k])
         found[name] = model, loss
     return found
 
