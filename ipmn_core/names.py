@@ -25,6 +25,8 @@ DISPLAY = {
     "centralized": "Centralized",
     "fedavg": "FedAvg",
     "local_only": "Local only",
+    "fedprox": "FedProx",
+    "ditto": "Ditto",
     "fedbn": "FedBN",
     "fedavg_bn_local": "FedAvg, local BN statistics",
     "fedavg_bn_recomputed": "FedAvg, BN recomputed",
@@ -53,7 +55,13 @@ FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedp
 
 def is_personal(arm: str) -> bool:
     """Whether an arm has one model per center: its scores share no scale, so no AUC is global."""
-    return bool(re.match(r"(local_only|fedbn|fedavg_bn_\w+|ditto_.+|finetune(_.+)?)\Z", arm))
+    return bool(re.match(r"(local_only|fedbn|fedavg_bn_\w+|(ditto|finetune)(_.+)?)\Z", arm))
+
+
+def family(arm: str) -> str:
+    """A strategy without the value of its parameter: `fedprox` of `fedprox_0.1`; another arm as it is."""
+    name = arm.partition("_")[0]
+    return name if name in FAMILIES else arm
 
 
 def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:

@@ -116,10 +116,13 @@ def in_process(p: Params, sites: Sequence[str]) -> Path:
 def compare(there: Path, here: Path, sites: Path) -> tuple[float, float]:
     """The largest absolute differences of weights and predictions of the run in `there` from that in `here`.
 
-    `sites` holds the files of the sites at which the first was trained.
+    `sites` holds the files of the sites at which the first was trained. The weights are those that the server
+    has: NaN for a personal strategy, with which it has none to test.
     """
-    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (there, here))
-    weights = max((ours[key].double() - theirs[key].double()).abs().max().item() for key in theirs)
+    weights = float("nan")
+    if (there / "model.pt").exists():
+        ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in (there, here))
+        weights = max((ours[key].double() - theirs[key].double()).abs().max().item() for key in theirs)
     ours = pd.concat([pd.read_parquet(path) for path in sites.glob("*/*/predictions.parquet")])
     alone = pd.read_parquet(here / "predictions.parquet")
     ours, alone = (table.set_index(["epoch", "case_id"]).filter(like="prob_") for table in (ours, alone))

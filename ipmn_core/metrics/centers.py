@@ -10,7 +10,8 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from ipmn_core.metrics import inference, scores
-from ipmn_core.metrics.scores import ARM, GLOBAL, RULES, y_and_prob
+from ipmn_core.metrics.scores import ARM, GLOBAL, RULES, RUN, y_and_prob
+from ipmn_core.names import family, is_personal
 
 
 def decompose(selected: pd.DataFrame) -> pd.DataFrame:
@@ -19,7 +20,7 @@ def decompose(selected: pd.DataFrame) -> pd.DataFrame:
     Columns task, modality, arm, pooled, within, between, share_within, pairs, undefined. `share_within` is
     the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between. Three
     classes: the mean over classes of each class's value against the rest (`pairs`: their sum); the identity
-    then holds for each class. `local_only` has one model per center: only its `within` has a meaning. A value
+    then holds for each class. Of a personal arm, one model per center, only `within` has a meaning. A value
     that has no pairs is NaN and `undefined` says so. Raises ValueError if a run has several epochs.
     """
     rows = []
@@ -49,6 +50,47 @@ def within_by_center(selected: pd.DataFrame) -> pd.DataFrame:
             undefined = "" if pairs.all() else _absent(part) or "no pairs"
             rows.append((*arm, center, _mean(won, pairs), int(pairs.sum()), undefined))
     return pd.DataFrame(rows, columns=[*ARM, "center", "within", "pairs", "undefined"])
+
+
+def tuned(selected: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
+    """`selected` with one arm per strategy, in each fold at the value that inner validation chose.
+
+    Arms that differ in a value alone (`fedprox_0.1`, `fedprox_0.3`) become one, called as the strategy; the
+    column `chosen` has the arm taken. What counts is the AUC within centers of the `validation` cases at the
+    epoch selected, so that personal arms and others are chosen alike; of equal ones the first. Raises
+    ValueError naming an arm without inner validation.
+    """
+    families = selected["arm"].map(family)
+    several = selected.assign(arm=families, own=selected["arm"]).groupby(ARM)["own"].transform("nunique") > 1
+    judged = validation.merge(selected[[*RUN, "epoch"]].drop_duplicates())
+    within = {}
+    for run, rows in judged.groupby(RUN):
+        within[run] = _mean(*_count(rows, ["center"]))
+    parts = [selected[~several].assign(chosen=selected["arm"])]
+    for (*of, fold), rows in selected[several].groupby([*ARM[:2], families, "fold"], sort=False):
+        arms = rows["arm"].unique()
+        if lacking := [arm for arm in arms if (*of[:2], arm, fold) not in within]:
+            raise ValueError(f"{lacking[0]} has no inner validation to choose by: set inner_validation")
+        best = max(arms, key=lambda arm: within[(*of[:2], arm, fold)])
+        parts.append(rows[rows["arm"] == best].assign(arm=of[2], chosen=best))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
+    """ACC and AUC of each strategy of `tuned`, over folds, and its AUC within centers.
+
+    Columns modality, arm, chosen (the values, fold by fold), acc_mean, acc_std, auc_mean, auc_std, within.
+    Of a personal arm the AUC over all centers is NaN: its models share no scale.
+    """
+    table = scores.over_folds(scores.by_fold(tuned.drop(columns="chosen")))
+    table = table[table["center"] == GLOBAL].merge(decompose(tuned.drop(columns="chosen"))[[*ARM, "within"]])
+    several = tuned.loc[tuned["arm"] != tuned["chosen"], "arm"].unique()
+    values = tuned.groupby([*ARM, "fold"])["chosen"].first().map(lambda arm: arm.rpartition("_")[2])
+    chosen = values.groupby(ARM).agg(", ".join).rename("chosen")
+    table = table.join(chosen, on=ARM)
+    table["chosen"] = table["chosen"].where(table["arm"].isin(several), "")
+    table.loc[table["arm"].map(is_personal), ["auc_mean", "auc_std"]] = np.nan
+    return table[["modality", "arm", "chosen", "acc_mean", "acc_std", "auc_mean", "auc_std", "within"]]
 
 
 def _count(frame: pd.DataFrame, keys: list[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ipmn_core import data, disk
-from ipmn_core.names import display_name
+from ipmn_core.names import display_name, is_personal
 
 KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
 NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
@@ -55,10 +55,13 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
     """The binary task by center and globally, in fractions of 4 decimals, in the paper's row order.
 
     Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std; `summary` comes from
-    `metrics.over_folds` (its binary rows count). `local_only`, no method of the paper, is left out.
+    `metrics.over_folds` (its binary rows count). `local_only`, no method of the paper, is left out; of
+    another personal arm the global AUC is NaN: its models share no scale.
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
+    pooled = table["method"].map(is_personal) & (table["center"] == "global")
+    table.loc[pooled, ["auc_mean", "auc_std"]] = float("nan")
     return _in_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
 
 
@@ -141,6 +144,14 @@ def write(table: pd.DataFrame, n: int, folder, is_paper: bool) -> pd.DataFrame:
         _write(table, f"table{n}", folder)
         return _write(beside_paper(table, n), f"table{n}_beside_paper", folder)
     return _write(table, f"table{n}", folder)
+
+
+def save(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Write another table than the paper's as CSV, an undefined number as "n/a"; return it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk.atomic(path) as tmp:
+        table.to_csv(tmp, index=False, na_rep=UNDEFINED)
+    return table
 
 
 def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:

@@ -30,6 +30,7 @@ from ipmn_core.runs.store import (
     histories,
     left_out,
     predictions,
+    seconds,
     updates,
     validation,
 )

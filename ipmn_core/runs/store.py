@@ -256,6 +256,16 @@ def histories(p: Params, task: str) -> pd.DataFrame:
     return _of_runs(p, task, "history")
 
 
+def seconds(p: Params, task: str) -> pd.DataFrame:
+    """What each run took on its machine: modality, arm, fold, seconds, and those of an epoch or round."""
+    rows = []
+    for run, protocol in protocols(p, task).items():
+        record = json.loads((whole(folder_of(p, run), protocol) / "run.json").read_text())
+        took = record["seconds"]
+        rows.append((run.modality, run.arm, run.fold, took, took / record["settings"]["epochs"]))
+    return pd.DataFrame(rows, columns=["modality", "arm", "fold", "seconds", "per_epoch"])
+
+
 def updates(p: Params) -> pd.DataFrame:
     """Inner products of the clients' updates in every round: modality, arm, fold and those in `COLUMNS`."""
     return _of_runs(p, "binary", "updates")

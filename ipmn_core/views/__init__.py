@@ -14,6 +14,7 @@ from ipmn_core.views.review import (
     majority,
     optimism,
     reliability_diagrams,
+    strategies,
     within_and_between,
 )
 from ipmn_core.views.scans import center_gallery, prediction, roi_and_cube, scan_volumes, show_slice, slices

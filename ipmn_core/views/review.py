@@ -106,6 +106,15 @@ def within_and_between(table: pd.DataFrame) -> Figure:
     return _side_by_side(table, PAIRS, "AUC")
 
 
+def strategies(table: pd.DataFrame) -> Figure:
+    """AUC of each strategy within centers and, unless it is personal, over all centers.
+
+    From `centers.by_strategy`.
+    """
+    columns = {"within": PAIRS["within"], "auc_mean": "over all centers"}
+    return _side_by_side(table.assign(task="binary"), columns, "AUC")
+
+
 def optimism(table: pd.DataFrame) -> Figure:
     """Global AUC of each arm under three rules of choosing the epoch: a panel per task and modality.
 

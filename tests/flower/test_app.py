@@ -49,6 +49,23 @@ def test_the_hospitals_asked_to_train_are_those_that_are_drawn(nodes, p, tmp_pat
     assert_same_bits(there, demo.in_process(drawn, SITES), tmp_path / "work")
 
 
+@pytest.mark.parametrize("arm", ["fedbn", "fedavg_bn_local", "fedavg_bn_recomputed", "fedadam", "scaffold"])
+def test_a_strategy_has_the_bits_of_one_process_also_after_the_server_was_killed(nodes, p, tmp_path, arm):
+    drawn, how = p(clients_per_round=2, rounds=4, arms=[arm]), {"arm": arm}
+    with pytest.raises(InterruptedError):
+        serve(Hospitals(nodes, away=lambda *asked: killed("evaluate", "NU")(*asked)), drawn, **how)
+    grid = Hospitals(nodes)
+    there = serve(grid, drawn, **how)
+    assert_same_bits(there, demo.in_process(drawn, SITES), tmp_path / "work")
+    sent = grid.weights(grid.left, "train", 3, next(iter(grid.orders("train", 3))))
+    norm = {key for key in models.build("tiny", 2).state_dict() if key.startswith(("1.", "4."))}
+    stays = {"fedbn": norm, "fedavg_bn_local": {key for key in norm if "running" in key or "num" in key}}
+    assert norm - sent.keys() == stays.get(arm, set())
+    assert any(key.startswith("control.") for key in sent) == (arm == "scaffold")
+    personal = [tmp_path / "work" / name / grid.left[0].order["token"] / "model.pt" for name in SITES]
+    assert all(path.exists() == federated.strategy(arm).personal for path in personal)
+
+
 def test_no_case_patient_or_folder_occurs_in_any_answer(trained, together):
     scans = data.read(together).scans
     secret = {*scans["case_id"], *scans["patient_id"], ".nii", ".xlsx", str(together.parent)}

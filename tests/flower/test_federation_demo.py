@@ -1,6 +1,7 @@
 """A federation of real processes on this machine, over TLS: one site is killed."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import ssl
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from hospitals import profile
+from hospitals import assert_same_bits, profile
 
 from ipmn_core import runs
 from ipmn_core.flower import demo, deployment, processes
@@ -88,9 +89,24 @@ def test_a_site_is_killed_and_all_ends_as_in_one_process(tmp_path):
                 time.sleep(1.0)
             assert trained.result() == there
         assert not (tmp_path / "f" / "sites" / "intruder").exists()
-    here = demo.in_process(p, SITES)
-    assert demo.compare(there, here, tmp_path / "f" / "sites") == (0.0, 0.0)
-    for name in ("updates.csv", "history.csv"):
-        assert (there / name).read_bytes() == (here / name).read_bytes()
+    assert_same_bits(there, demo.in_process(p, SITES), tmp_path / "f" / "sites")
     assert not (there / "left_out.csv").exists()
     assert not running(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_strategies_with_something_to_keep_have_the_bits_of_one_process(tmp_path):
+    """BatchNorm at the sites, moments at the server, control variates at both; one after another."""
+    arms = ["fedbn", "fedadam", "scaffold"]
+    p = profile(tmp_path / "outputs", binary_model="shufflenetv2", phantom_max_per_cell=2, arms=arms)
+    with demo.started(p, SITES, tmp_path / "f") as (federation, _):
+        folders = list(itertools.islice(processes.run(federation), len(arms)))  # those of the first fold
+    by_arm = {folder.parent.name: folder for folder in folders}
+    assert list(by_arm) == arms
+    for arm, there in by_arm.items():
+        here = demo.in_process(p.model_copy(update={"arms": (arm,)}), SITES)
+        sites = tmp_path / "of" / arm
+        for path in (tmp_path / "f" / "sites").glob(f"*/binary_t2_{arm}_fold_0-*"):
+            shutil.copytree(path, sites / path.parent.name / path.name)
+        assert_same_bits(there, here, sites)

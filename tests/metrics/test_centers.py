@@ -137,3 +137,44 @@ def test_confusions_are_scikit_learns_and_square_for_one_class(multiclasses, bin
     one_class = binary_predictions.query("modality == 't2' and arm == 'centralized'")
     matrix = centers.confusion(centers.at(one_class, "AHN"))
     assert matrix.shape == (2, 2) and matrix.sum() == 12 and not matrix[1].any()
+
+
+def values(*arms):
+    """Predictions of some arms, whose scores differ, and of their inner validation."""
+    tested = [one(2, seed=k, arm=arm) for k, arm in enumerate(arms)]
+    inner = [one(2, seed=10 + k, arm=arm) for k, arm in enumerate(arms)]
+    return pd.concat(tested, ignore_index=True), pd.concat(inner, ignore_index=True)
+
+
+def test_inner_validation_chooses_a_strategys_value_in_each_fold():
+    arms = ["fedavg", "fedprox_0.1", "fedprox_0.3", "ditto_1", "ditto_2", "fedadam_0.1"]
+    tested, inner = values(*arms)
+    tuned = centers.tuned(tested, inner)
+    assert set(tuned["arm"]) == {"fedavg", "fedprox", "ditto", "fedadam_0.1"}  # one value is no choice
+    for (family, fold), taken in tuned.groupby(["arm", "fold"]):
+        mine = [arm for arm in arms if arm == family or arm.startswith(f"{family}_")]
+        of = inner[inner["fold"] == fold]
+        judged = [centers.decompose(of[of["arm"] == arm])["within"].iloc[0] for arm in mine]
+        best = mine[int(np.argmax(judged))]
+        assert set(taken["chosen"]) == {best}
+        theirs = tested[(tested["arm"] == best) & (tested["fold"] == fold)]
+        assert taken["prob_1"].tolist() == theirs["prob_1"].tolist()
+    assert tuned.groupby("arm")["chosen"].nunique().max() > 1  # folds need not agree
+
+
+def test_the_table_of_strategies_has_no_global_auc_of_personal_arms():
+    tested, inner = values("fedavg", "fedprox_0.1", "fedprox_0.3", "ditto_1", "ditto_2", "scaffold")
+    tuned = centers.tuned(tested, inner)
+    table = centers.by_strategy(tuned).set_index("arm")
+    assert table["auc_mean"].isna().to_dict() == {
+        a: a == "ditto" for a in ("fedavg", "scaffold", "fedprox", "ditto")
+    }
+    assert table["within"].notna().all() and table.loc[["fedavg", "scaffold"], "chosen"].eq("").all()
+    chosen = tuned[tuned["arm"] == "ditto"].groupby("fold")["chosen"].first()
+    assert table.loc["ditto", "chosen"] == ", ".join(chosen.str.removeprefix("ditto_"))
+
+
+def test_a_value_without_inner_validation_is_named():
+    tested, inner = values("fedprox_0.1", "fedprox_0.3")
+    with pytest.raises(ValueError, match=r"fedprox_0.3 has no inner validation .*: set inner_validation"):
+        centers.tuned(tested, inner[inner["arm"] != "fedprox_0.3"])

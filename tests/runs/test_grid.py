@@ -45,7 +45,13 @@ NO_CHANGE = {
     **{"phantom_max_per_cell": 2, "phantom_shortcut": 0.5, "phantom_seed": 5},
     **{"modalities": ["t1", "t2"], "arms": ["fedprox_0.1"], "multiclass_models": ["resnet34"]},
     **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "multiclass_folds": 3, "keep_models": ["none"]},
-    **{"device": "cuda:3", "precision": "bfloat16", "jobs": 4, "checkpoint_seconds": 7.0},
+    **{
+        "finetune_epochs": 9,
+        "device": "cuda:3",
+        "precision": "bfloat16",
+        "jobs": 4,
+        "checkpoint_seconds": 7.0,
+    },
 }
 
 
@@ -71,6 +77,8 @@ def test_settings_arrive_under_their_names(tmp_path):
     assert (centralized.epochs, centralized.local_epochs, centralized.strategy) == (7, 1, None)
     local = runs.run_settings(p, Run("binary", "t1", "local_only", 0))
     assert (local.epochs, local.local_epochs) == (8 * 2, 1)  # as many as the federation's local epochs
+    tuned = runs.run_settings(p, Run("binary", "t1", "finetune_0.3", 0))
+    assert (tuned.epochs, tuned.finetune_epochs) == (8 + 5, 5)
     multiclass = runs.run_settings(p, Run("multiclass", "t1", "tiny", 0))
     assert (multiclass.epochs, multiclass.model) == (5, "tiny")
 
