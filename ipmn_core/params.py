@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ipmn_core.names import ARMS, MODELS
 
-PHANTOM = "v1"  # a phantom that draws other voxels gets another folder: raise it with such a change
+PHANTOM = "v2"  # a phantom that draws other voxels gets another folder: raise it with such a change
 
 
 class ParamsError(ValueError):
@@ -84,6 +84,9 @@ class Params(BaseModel):
     center_names: Naming | None = setting(None, "centers in order, or {name in the data: name}; null: as met")
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
     phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
+    phantom_shift: float = setting(
+        0.5, "phantom: 0, one scanner for all centers; 0.5, one each; 1, opposite contrasts", ge=0, le=1
+    )
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
     cohort: Literal["all", "histology"] = setting(
         "all", "real data set: all, or the cases that are not only followed up"
@@ -154,7 +157,8 @@ class Params(BaseModel):
         """The folder of the phantom cohort of this seed and size, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
         shortcut = f"_shortcut{self.phantom_shortcut:g}" if self.phantom_shortcut else ""
-        name = f"{PHANTOM}_seed{self.phantom_seed}_{cases}{shortcut}"
+        shift = f"_shift{self.phantom_shift:g}" if self.phantom_shift != 0.5 else ""
+        name = f"{PHANTOM}_seed{self.phantom_seed}_{cases}{shortcut}{shift}"
         return project_root() / self.outputs / "phantom" / name
 
     @property

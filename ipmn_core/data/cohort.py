@@ -205,7 +205,7 @@ def open_cohort(p: Params) -> Cohort:
         from ipmn_core import phantom
 
         options = {"max_per_cell": p.phantom_max_per_cell, "shortcut": p.phantom_shortcut}
-        phantom.write(root, seed=p.phantom_seed, jobs=p.jobs, **options)
+        phantom.write(root, seed=p.phantom_seed, shift=p.phantom_shift, jobs=p.jobs, **options)
     if not root.exists():
         remedy = "set `data` to a manifest, the folder of the real data set (`ipmn fetch`), or phantom"
         raise CohortError(root, "no such file or folder, so no cohort", remedy)

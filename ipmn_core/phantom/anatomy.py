@@ -10,6 +10,9 @@ FINE = np.array([1.5, 1.5, 2.0])  # mm, voxel of the grid on which anatomy is dr
 ORIGIN = np.array([-98.0, -46.0, -54.0])
 SHAPE = (112, 76, 52)
 AXES = [(ORIGIN[k] + FINE[k] * np.arange(SHAPE[k])).astype(np.float32) for k in range(3)]  # mm
+CYSTS, CYST_MM = 1.5, (12, 40)  # mean number and diameters of simple cysts
+WIDE_MM = 4.0  # mm by which the outline of the organ is too wide, at most on average
+GLAND = (0.1, 0.25, 0.05)  # spread between patients of the logarithm of the gland's T1, T2, proton density
 EDGE = 1.8  # mm over which a surface fades: its partial volume on the fine grid
 CENTER_LINE = np.array(  # of the pancreas, uncinate process to tail
     [[30, 12, -24], [36, 17, -12], [26, 24, -1], [10, 30, 3], [-10, 29, 7], [-38, 16, 13], [-70, -6, 20]],
@@ -60,7 +63,8 @@ class Anatomy:
 
     layers: list  # (tissue, box, coverage 0-1 in the box), back to front
     texture: np.ndarray  # SHAPE, unit spread
-    organ: np.ndarray  # SHAPE, coverage by the pancreas and its cysts
+    organ: np.ndarray  # SHAPE, depth (mm) inside the pancreas and its cysts as outlined by a reader
+    gland: np.ndarray  # (3,) factors of the parenchyma's T1, T2 and proton density
 
 
 def along_axes(volume, operators):
@@ -187,6 +191,22 @@ def cyst_shapes(rng, space, patient, line, radius):
     return loculi, nodules
 
 
+def distractors(rng, space, line, radius):
+    """What means nothing for the risk: simple cysts, a wide outline, a bright or dark gland.
+
+    Returns the cysts (box, depth): round, at the surface, without communication with the duct; the width in
+    mm (SHAPE) by which the outline takes in fat and vessels; factors of the gland's T1, T2, proton density.
+    """
+    cysts = []
+    for _ in range(rng.poisson(CYSTS)):
+        place, big = rng.integers(1, 12), rng.uniform(*CYST_MM) / 2
+        center = line[place] + unit(rng.normal(size=3)) * (radius[place] + 0.7 * big)
+        center = np.clip(center, ORIGIN + big + 4, ORIGIN + FINE * SHAPE - big - 4)
+        cysts.append(ellipsoid(space, center, [big] * 3))
+    margin = rng.uniform(0, WIDE_MM) * np.clip(0.6 + 0.6 * smooth_field(rng, AXES, 30), 0, 1.5)
+    return cysts, margin, np.exp(rng.normal(0, GLAND))
+
+
 def draw(patient, seed):
     """Anatomy of one row of `phantom.patients` (as a namedtuple or Series), the same for both modalities."""
     rng = np.random.default_rng([seed, patient.number])
@@ -197,15 +217,18 @@ def draw(patient, seed):
     box, depth = tube(space, line, radius, squash=0.78)
     parenchyma = box, depth + texture[box]  # lobules, with fat between them
     loculi, nodules = cyst_shapes(rng, space, patient, line, radius)
+    apart = np.random.default_rng([seed, patient.number, 3])  # the anatomy does not depend on these
+    simple, margin, factors = distractors(apart, space, line, radius)
     organ = np.full(SHAPE, -99, np.float32)  # depth, in mm
-    for box, depth in [parenchyma, *loculi]:
+    for box, depth in [parenchyma, *loculi, *simple]:
         organ[box] = np.maximum(organ[box], depth)
     vessels = np.clip(1.7 - 7 * np.hypot(warp[0], warp[1]), 0, 1)  # two fields vanish together along curves
     layers = neighbors(rng, space, clear=np.clip(-organ / 2 - 1, 0, 1), vessels=vessels)
     splenic_vein = line[4:] - [0, 1, 0] * (radius[4:, None] + 2.5)
     bile_duct = line[2] + np.array([[6, -6, 50], [5, -7, 16], [3, -5, 0], [5, -2, -14]])
     layers += [layer("blood", tube(space, splenic_vein, 4)), layer("pancreas", parenchyma)]
-    layers += [layer("wall", (box, depth + 0.8)) for box, depth in loculi]
+    layers += [layer("wall", (box, depth + 0.8)) for box, depth in simple + loculi]
+    layers += [layer("fluid", cyst) for cyst in simple]
     layers += [layer("fluid", tube(space, bile_duct, 3.1)), layer("duct", tube(space, line[1:], duct[1:]))]
     layers += [layer("cyst", loculus) for loculus in loculi] + [layer("nodule", nodule) for nodule in nodules]
-    return Anatomy(layers, texture, coverage(organ + 0.8))
+    return Anatomy(layers, texture, organ + 0.8 + margin, factors)

@@ -121,6 +121,7 @@ def write(
     layout="second",
     max_per_cell=None,
     shortcut=0.0,
+    shift=0.5,
     centers=None,
     axes=False,
     jobs=1,
@@ -131,18 +132,24 @@ def write(
     `layout` is that of the data set's "first", "second" or "third" release, or "manifest": scans.csv with the
     classes `CLASSES` and `centers` of any name (default: `INVENTED`). truth.csv holds `patients`, which
     explains max_per_cell and shortcut, or `patients_of`. If `axes`, each center stores its voxels along axes
-    of its own (`AXES`, in turn); affine and a column of truth.csv tell which. The files do not depend on jobs
-    (processes). Raises FileExistsError if root exists, ValueError for centers in another layout.
+    of its own (`AXES`, in turn); affine and a column of truth.csv tell which. `shift` is how much the
+    scanners of the centers differ (`scanner_of`), and a column of truth.csv unless 0.5. The files do not
+    depend on jobs (processes). Raises FileExistsError if root exists, ValueError for centers in another
+    layout and for a shift outside 0-1.
     """
     root = Path(root).absolute()  # a process that joblib keeps may be in another folder
     if root.exists():
         raise FileExistsError(f"{root} exists: remove it, or write the phantom to another folder")
     if centers and layout != "manifest":
         raise ValueError(f"layout {layout} has the paper's centers: choose others with the layout manifest")
+    if not 0 <= shift <= 1:  # NaN too
+        raise ValueError(f"shift is {shift}: choose a number from 0 (one scanner) to 1 (opposite contrasts)")
     invented = [centers or INVENTED] if layout == "manifest" else []
     cohort = (patients_of if invented else patients)(*invented, seed, max_per_cell, shortcut)
     if axes:
         cohort["stored_axes"] = [AXES[k % len(AXES)] for k in pd.factorize(cohort["center"])[0]]
+    if shift != 0.5:
+        cohort["scanner_shift"] = shift
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
         write_sheets(cohort, layout, partial)

@@ -1,6 +1,6 @@
 """Scans of an anatomy by each center's protocol: relaxation, geometry, bias field, noise."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +8,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy import ndimage, sparse
 
 from ipmn_core.names import MODALITIES
-from ipmn_core.phantom.anatomy import AXES, FINE, ORIGIN, SHAPE, along_axes, draw, smooth_field
+from ipmn_core.phantom.anatomy import AXES, FINE, ORIGIN, SHAPE, along_axes, coverage, draw, smooth_field
 
 DILATED_MM = 5  # main duct: worrisome from here, in the Fukuoka and Kyoto guidelines (`phantom.guideline`)
 
@@ -52,6 +52,9 @@ class Scanner:
     bias: float  # spread of the receive field's logarithm
     scale: float  # stored value of the brightest tissue
     dtype: str = "int16"
+    blur: float = 1.0  # width of the point spread, voxels
+    margin: float = 0.0  # mm by which the center's readers outline the organ too wide
+    gamma: float = 1.0  # of the processing: stored = scale (v / max)^gamma
 
 
 SCANNERS = {  # standard protocols. T1: 3D spoiled gradient echo. T2: single-shot fast spin echo.
@@ -72,6 +75,49 @@ SCANNERS = {  # standard protocols. T1: 3D spoiled gradient echo. T2: single-sho
 }
 
 
+COMMON = "NYU"  # whose scanner all centers share at shift 0
+FULL_SHIFT = {  # noise, bias, blur (factors), margin (mm), gamma; from which shift the contrast is opposite
+    "NYU": (1.0, 1.0, 1.0, 0.0, 1, np.inf),
+    "MCF": (1.2, 2.0, 1.0, 1.0, 1, 0.6),
+    "NU": (1.5, 1.0, 1.4, 0.0, 1, 0.75),
+    "AHN": (1.0, 1.5, 1.0, 2.0, 3, np.inf),
+    "MCA": (1.5, 2.5, 1.0, 1.0, 1, np.inf),
+    "IU": (1.2, 1.5, 1.2, 2.0, 1, 0.9),
+    "EMC": (1.0, 1.0, 1.3, 0.5, 3, np.inf),
+}
+
+
+def scanner_of(patient, modality):
+    """The `Scanner` of a row's scan, by its `scanner_shift` (0-1, default 0.5) and `protocol`.
+
+    From 0 to 0.5 the numbers go from the common scanner's to the center's own; from there to 1 its noise,
+    bias, blur, margin and gamma go to `FULL_SHIFT`, and one after another three centers run the sequence of
+    the other modality, whose contrast of fluid is the opposite. No contrast fades out in between.
+    """
+    center, shift = getattr(patient, "scanner", patient.center), getattr(patient, "scanner_shift", 0.5)
+    scanner, common = SCANNERS[center, modality], SCANNERS[COMMON, modality]
+    if shift < 0.5:
+        mixed = {
+            f.name: 2 * shift * getattr(scanner, f.name) + (1 - 2 * shift) * getattr(common, f.name)
+            for f in fields(Scanner)
+            if f.type is float
+        }
+        pairs = zip(scanner.matrix, common.matrix, strict=True)
+        mixed["matrix"] = tuple(round(2 * shift * a + (1 - 2 * shift) * b) for a, b in pairs)
+        scanner = replace(scanner if shift else common, **mixed)
+    elif shift > 0.5:
+        noise, bias, blur, margin, gamma, opposite = FULL_SHIFT[center]
+        part = 2 * shift - 1
+        factors = {"noise": noise, "bias": bias, "blur": blur, "gamma": gamma}
+        new = {name: getattr(scanner, name) * most**part for name, most in factors.items()}
+        new["scale"] = scanner.scale * new["gamma"] ** 3  # finer steps: dark tissue is darker still
+        if shift >= opposite:
+            other = SCANNERS[center, MODALITIES[1 - MODALITIES.index(modality)]]
+            new |= {"tr": other.tr, "te": other.te, "flip": other.flip}
+        scanner = replace(scanner, margin=margin * part, **new)
+    return dedicated(scanner) if patient.protocol == "dedicated" else scanner
+
+
 def dedicated(scanner):
     """The protocol a center would keep for the pancreas: finer voxels over the same extent, more noise."""
     spacing, thickness = 0.95 * scanner.spacing, 0.8 * scanner.thickness
@@ -81,13 +127,16 @@ def dedicated(scanner):
     return replace(scanner, spacing=spacing, thickness=thickness, matrix=matrix, noise=noise, **timing)
 
 
-def signals(scanner, mucin):
+def signals(scanner, mucin, gland=(1, 1, 1)):
     """Signal of each tissue by name, the brightest 1, by the spoiled echo equation.
 
     Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14; with a long TR and 90 degrees
     it is the spin echo's.
     """
     t1, t2, density, _ = np.array(list(TISSUES.values())).T
+    factors = np.ones((3, len(TISSUES)))
+    factors[:, list(TISSUES).index("pancreas")] = gland
+    t1, t2, density = factors * (t1, t2, density)
     t1 = np.where(np.isin(list(TISSUES), JUICE), 1 / (1 / t1 + MUCIN_R1 * mucin), t1)
     angle, e1 = np.deg2rad(scanner.flip), np.exp(-scanner.tr / t1)
     signal = density * np.sin(angle) * (1 - e1) / (1 - np.cos(angle) * e1) * np.exp(-scanner.te / t2)
@@ -117,17 +166,17 @@ def grid(drawn, patient, modality, seed):
 
     It is centered on the pancreas as far as the fine grid reaches.
     """
-    scanner = SCANNERS[getattr(patient, "scanner", patient.center), modality]
-    scanner = dedicated(scanner) if patient.protocol == "dedicated" else scanner
+    scanner = scanner_of(patient, modality)
     rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
-    (box,) = ndimage.find_objects(np.uint8(drawn.organ > 0.5))
+    (box,) = ndimage.find_objects(np.uint8(drawn.organ > 0))
     middle = [(side.start + side.stop - 1) / 2 for side in box]
     center = ORIGIN + FINE * middle + rng.uniform(-2, 2, 3)
     voxel = np.array([scanner.spacing, scanner.spacing, scanner.thickness])
     half = voxel * (np.array(scanner.matrix) - 1) / 2
     first = np.clip(center, ORIGIN + half, ORIGIN + FINE * (np.array(SHAPE) - 1) - half) - half
     axes = [first[k] + voxel[k] * np.arange(scanner.matrix[k]) for k in range(3)]
-    operators = [profile(*pair) for pair in zip(axes, AXES, np.maximum(voxel, FINE), strict=True)]
+    width = np.maximum(scanner.blur * voxel, FINE)
+    operators = [profile(*triple) for triple in zip(axes, AXES, width, strict=True)]
     affine = np.diag([*voxel, 1.0])
     affine[:3, 3] = first
     return scanner, rng, axes, operators, affine
@@ -137,17 +186,21 @@ def volumes(patient, seed, modality, drawn=None):
     """Image and mask (nib.Nifti1Image, mask uint8 0/1) of a row of `phantom.patients` or truth.csv.
 
     `seed` is that of the cohort; `drawn` saves drawing the anatomy again. A row may have `scanner`, the
-    paper's center whose scanner it is (default: its own), and `stored_axes`, such as "LPS".
+    paper's center whose scanner it is (default: its own), `scanner_shift` (`scanner_of`), and
+    `stored_axes`, such as "LPS".
     """
     drawn = drawn or draw(patient, seed)
     scanner, rng, axes, operators, affine = grid(drawn, patient, modality, seed)
-    volume = along_axes(paint(drawn, signals(scanner, patient.mucin)), operators)
+    volume = along_axes(paint(drawn, signals(scanner, patient.mucin, drawn.gland)), operators)
     volume = volume * np.exp(scanner.bias * smooth_field(rng, axes, 70))
     noise = scanner.noise * rng.standard_normal((2, *volume.shape), dtype=np.float32)
-    volume = scanner.scale * np.hypot(volume + noise[0], noise[1])  # Rician
+    volume = np.hypot(volume + noise[0], noise[1])  # Rician
+    if scanner.gamma != 1:
+        volume = volume.max() * (volume / volume.max()) ** scanner.gamma
+    volume *= np.float32(scanner.scale)
     step = 1 if scanner.dtype == "int16" else 2**-8  # below the noise, and coarse: small files
     stored = (np.rint(volume / step) * step).astype(scanner.dtype)
-    mask = (along_axes(drawn.organ, operators) > 0.5).astype(np.uint8)
+    mask = (along_axes(coverage(drawn.organ + scanner.margin), operators) > 0.5).astype(np.uint8)
     axes = getattr(patient, "stored_axes", "RAS")
     return nifti(stored, affine, axes), nifti(mask, affine, axes)
 

@@ -76,15 +76,15 @@ def test_a_cohort_keeps_scans_and_cubes_together_and_its_key_follows_files_and_r
 def test_the_phantom_is_written_once_where_the_profile_says(tmp_path, monkeypatch):
     written = []
 
-    def write(root, seed, max_per_cell, shortcut, jobs):
-        written.append((root, seed, max_per_cell, shortcut, jobs))
+    def write(root, seed, max_per_cell, shortcut, shift, jobs):
+        written.append((root, seed, max_per_cell, shortcut, shift, jobs))
         second_release(root, [("nyu_1", "nyu_1", 1)])
 
     monkeypatch.setattr(ipmn_core, "phantom", types.SimpleNamespace(write=write), raising=False)
-    drawn = {"phantom_seed": 3, "phantom_max_per_cell": 7, "phantom_shortcut": 0.5}
+    drawn = {"phantom_seed": 3, "phantom_max_per_cell": 7, "phantom_shortcut": 0.5, "phantom_shift": 0.75}
     p = profile(tmp_path, data="phantom", **drawn)
     assert len(data.open_cohort(p)) == len(data.open_cohort(p)) == 2
-    assert written == [(p.phantom_root, 3, 7, 0.5, 2)] and tmp_path in p.phantom_root.parents
+    assert written == [(p.phantom_root, 3, 7, 0.5, 0.75, 2)] and tmp_path in p.phantom_root.parents
     assert data.read_truth(p).empty
 
 

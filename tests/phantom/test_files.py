@@ -91,6 +91,8 @@ def test_a_manifest_has_invented_centers_and_classes_and_joins_its_truth(tmp_pat
     for kind, drawn in (("image", image), ("mask", mask)):
         stored = nib.load(cohort.scans[kind].iloc[-1])
         assert np.array_equal(np.asarray(stored.dataobj), np.asarray(drawn.dataobj))
+    with pytest.raises(ValueError, match="shift is nan"):
+        phantom.write(tmp_path / "new", shift=np.nan)
     with pytest.raises(ValueError, match="layout second has the paper's centers"):
         phantom.write(tmp_path / "new", centers=["7"])
 
@@ -116,10 +118,13 @@ def test_files_depend_on_seed_and_shortcut_and_not_on_the_processes(phantom_root
     two = digests(write_some(monkeypatch, tmp_path / "two", some, jobs=2))
     assert len(two) == 12 and two.items() <= here.items()
     monkeypatch.chdir(tmp_path)  # the processes of joblib stay where they began
-    for settings in ({"seed": 1}, {"shortcut": 1}):
+    for settings in ({"seed": 1}, {"shortcut": 1}, {"shift": 0.25}):
         other = write_some(monkeypatch, Path(str(settings)), some, jobs=2, **settings)
         truth = pd.read_csv(other / "truth.csv")
-        changed = truth[(truth.protocol == "dedicated") | ("seed" in settings)].patient_id
+        kept = truth.center == "NYU" if "shift" in settings else False  # whose scanner is the common one
+        changed = truth[
+            ((truth.protocol == "dedicated") | ("shortcut" not in settings)) & ~np.array(kept)
+        ].patient_id
         assert len(changed) > 0
         for name, digest in digests(other).items():
             assert (digest != here.get(name)) == (Path(name).name.split(".")[0] in set(changed)), name
