@@ -28,11 +28,11 @@ DISPLAY = {
     "fedprox": "FedProx",
     "ditto": "Ditto",
     "fedbn": "FedBN",
-    "fedavg_bn_local": "FedAvg, local BN statistics",
+    "fedavg_bn_local": "FedAvg, BN local",
     "fedavg_bn_recomputed": "FedAvg, BN recomputed",
     "fedadam": "FedAdam",
     "scaffold": "SCAFFOLD",
-    "finetune": "FedAvg, fine-tuned",
+    "finetune": "Fine-tuned",
     "center_only": "Center only",
     "header_only": "Header only",
     "histogram_only": "Histogram only",
@@ -49,7 +49,7 @@ FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedp
     "fedadam": "FedAdam (η={})",
     "scaffold": "SCAFFOLD (η={})",
     "ditto": "Ditto (λ={})",
-    "finetune": "FedAvg, fine-tuned (lr × {})",
+    "finetune": "Fine-tuned (lr × {})",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,22 +21,32 @@ from ipmn_core.names import display_name, is_personal
 from ipmn_core.views import style
 from ipmn_core.views.style import BLACK, MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
+ACROSS = 5  # panels in a line, and curves in a panel, of which each can still be read
 
-def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
+
+def panels(table: pd.DataFrame, column: str, row: str, height: float, most: int = ACROSS, **share):
     """Axes (rows, columns), and the axes and rows of the table of each panel that has any.
 
-    One panel per value of `column` (across) and of `row` (down), `height` inches each.
+    One panel per value of `column` (across, at most `most` in a line) and of `row` (down), `height` inches
+    each.
     """
     down, across = (in_order(table[name]) or [""] for name in (row, column))
-    size = WIDTH, height * len(down) + 0.3 if len(table) else 0.6
-    axes = plt.subplots(len(down), len(across), figsize=size, squeeze=False, layout="constrained", **share)[1]
+    wide = min(len(across), most)
+    lines = -(-len(across) // wide)
+    size = WIDTH, height * lines * len(down) + 0.3 if len(table) else 0.6
+    how = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    axes = plt.subplots(lines * len(down), wide, **how, **share)[1]
+    across += [None] * (lines * wide - len(across))
     found = []
-    for (i, j), ax in np.ndenumerate(axes):
-        names = filter(None, (down[i], across[j]))
-        ax.set_title(", ".join(display_name(name) for name in names))
-        rows = table[(table[row] == down[i]) & (table[column] == across[j])]
+    for ax, (below, beside) in zip(axes.flat, product(down, across), strict=True):
+        names = [display_name(name) for name in (below, beside) if name]
+        ax.set_title(style.short(", ".join(names)) if lines > 1 else ", ".join(names))
+        rows = table[(table[row] == below) & (table[column] == beside)]
         if len(rows):
             found.append((ax, rows))
+        elif beside is None:
+            ax.set_axis_off()
+            ax.set_title("")
         else:
             ax.text(0.5, 0.5, "n/a: nothing to show in this profile", ha="center", transform=ax.transAxes)
             ax.set_axis_off()
@@ -237,9 +248,11 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
 def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task.
 
-    Of many centers the largest. The AUCs are right of each panel, the arms' names once below. All centers
-    together lack the personal arms: scores of several models share no scale to pool.
+    Of many centers the largest, of many arms the first. The AUCs are right of each panel, the arms' names
+    once below. All centers together lack the personal arms: scores of several models share no scale to pool.
     """
+    arms = list(selected["arm"].unique())[:ACROSS]
+    selected = selected[selected["arm"].isin(arms)]
     largest = selected.drop_duplicates("case_id")["center"].value_counts()[: MANY - 1].index
     places = [metrics.GLOBAL, *(name for name in centers_in(selected["center"]) if name in largest)]
     down = -(-len(places) // 4)
@@ -251,7 +264,6 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
         ax.set_ylabel("")
     for ax in axes.flat[len(places) :]:
         ax.set_axis_off()
-    arms = selected["arm"].unique()
     lines = [plt.Line2D([], [], color=color(arm), label=display_name(arm)) for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(arms))
     return figure

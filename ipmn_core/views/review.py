@@ -144,7 +144,7 @@ def cosines(matrices: pd.DataFrame) -> Figure:
     """
     clients = centers_in(matrices["client"])
     height = 2.8 if len(clients) <= MANY else 3.6
-    axes, shown = panels(matrices, "arm", "modality", height, sharex=True, sharey=True)
+    axes, shown = panels(matrices, "arm", "modality", height, most=4, sharex=True, sharey=True)
     for ax, rows in shown:
         cells = rows.pivot(index="client", columns="other", values="cosine")
         cells = cells.reindex(index=clients, columns=clients)
