@@ -149,7 +149,7 @@ def evaluate(site: Site, w_global: State, round_: int, since: int) -> dict[str, 
     model.load_state_dict(w_global)
     if strategy.personal:
         federated.personalize(model, site.learner(model, since), site.cases, site.settings, strategy)
-        store.save_model(site.folder, model, {})
+        store.save_model(site.folder, model)
     prob = federated.evaluate(model, torch.tensor(site.test.index), site.cases, site.settings)
     frame = runs.predictions_of(round_, prob, site.settings, site.settings.seed[0], site.test)
     frame = frame.drop(columns="role")

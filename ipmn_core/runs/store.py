@@ -139,7 +139,9 @@ def save_checkpoint(
         torch.save({**about, "progress": content, "learning": learning}, tmp)
 
 
-def save_model(folder: Path, model: torch.nn.Module, own: dict[str, federated.State]) -> None:
+def save_model(
+    folder: Path, model: torch.nn.Module, own: dict[str, federated.State] | None = None
+) -> None:
     """Write `model.pt`, the best weights so far, to be read on any machine.
 
     Of clients with tensors of their `own` one model each, numbered: `0.`, `1.` before its keys.
