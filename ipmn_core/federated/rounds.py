@@ -27,7 +27,8 @@ class Epoch:
     `learners` holds the training state of each client, which the next epoch changes. A federated round also
     has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, and the
     reason for each of these. `prob` is None if a hospital was away or shares only its own `centers`: tuples
-    of center, cases, accuracy and AUC.
+    of center, cases, accuracy and AUC. `cross` (K, n_test, classes), in the last epoch of `local_only`: the
+    probabilities of every client's model for the test cases of all centers.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Epoch:
     inner_products: np.ndarray | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     centers: list[tuple[str, int, float, float]] = field(default_factory=list)
+    cross: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def fit_local_only(
 
     The yardstick of a federation's gain. The probabilities follow `test`, one center after another, and come
     from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
-    first round.
+    first round. After the last every model is tested at every center (`cross`).
     """
     mine = dict(zip(train, models, strict=True))
     learners = {name: Learner(name, mine[name], indices, settings) for name, indices in train.items()}
@@ -136,7 +138,11 @@ def fit_local_only(
             for k, (name, learner) in enumerate(learners.items())
         ]
         prob = [client.evaluate(mine[name], indices, cases, settings) for name, indices in test.items()]
-        yield Epoch(epoch, float(np.average(losses, weights=n_k)), np.concatenate(prob), learners)
+        loss, cross = float(np.average(losses, weights=n_k)), None
+        if epoch == settings.epochs:
+            of_all = ([client.evaluate(m, i, cases, settings) for i in test.values()] for m in mine.values())
+            cross = np.stack([np.concatenate(of_one) for of_one in of_all])
+        yield Epoch(epoch, loss, np.concatenate(prob), learners, cross=cross)
 
 
 def checkpoint_of(model: nn.Module, epoch: Epoch) -> dict[str, Any]:

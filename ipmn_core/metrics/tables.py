@@ -158,6 +158,14 @@ def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
     return printed
 
 
+def save(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
+    """Write a table as `<stem>.csv`, an undefined number as "n/a", and return it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with disk.atomic(Path(folder) / f"{stem}.csv") as tmp:
+        table.to_csv(tmp, index=False, na_rep=UNDEFINED)
+    return table
+
+
 def _latex(printed: pd.DataFrame) -> str:
     """A booktabs tabular in plain ASCII, for any pdflatex."""
     n_names = printed.columns.isin(["Center", "Model", "Method"]).sum()
