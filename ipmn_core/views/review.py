@@ -13,7 +13,7 @@ from ipmn_core.metrics import GLOBAL, RULES
 from ipmn_core.metrics.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.names import display_name
 from ipmn_core.views.results import beside_paper, fold_curves, forest, labelled, numbered, panels
-from ipmn_core.views.style import MANY, PAIRS, REFERENCES, centers_in, color, in_order
+from ipmn_core.views.style import MANY, PAIRS, REFERENCES, SMALL, centers_in, color, in_order, short
 
 DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
 
@@ -104,7 +104,9 @@ def cross_site(table: pd.DataFrame) -> Figure:
         others = rows[rows["trained_at"] == GLOBAL].pivot(index="arm", columns="center", values="auc")
         cells = pd.concat([own.reindex(sites), others.reindex(common)]).reindex(columns=sites).to_numpy()
         names = [*sites, *map(display_name, common)]
-        image = numbered(ax, cells, sites, names, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = numbered(ax, cells, sites, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        every = slice(None, None, -(-len(names) // (2 * MANY)))
+        ax.set_yticks(range(len(names))[every], [short(name) for name in names[every]], fontsize=SMALL)
         ax.axhline(len(sites) - 0.5, color="white", linewidth=6)
     if shown:
         axes[0, 0].figure.colorbar(image, ax=axes, label="AUC within the center", shrink=0.7)
