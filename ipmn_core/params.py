@@ -103,9 +103,10 @@ class Params(BaseModel):
     orientation: Literal["stored", "canonical"] = setting(
         "stored", "axes of the voxels: stored as in the paper, or canonical: to right, front and head"
     )
-    fold_rule: Literal["center", "patient", "given", "official"] = setting(
+    fold_rule: Literal["center", "patient", "given", "official", "leave_one_center_out"] = setting(
         "center",
-        "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's",
+        "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's; "
+        "leave_one_center_out: fold k is center k",
     )
     multiclass_folds: int = setting(5, "folds of the task of all classes", ge=2)
     binary_folds: int = setting(4, "folds of the binary task", ge=2)

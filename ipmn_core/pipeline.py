@@ -192,18 +192,15 @@ def run(p: Params) -> Iterator[Path]:
 def _foreign(p: Params) -> set[str]:
     """Tags of the cells that are not about this profile.
 
-    `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not); `multiclass` and
-    `binary` where the task has no arm, `multiclass-trained` and `binary-trained` where none was trained here
-    (`ipmn score`).
+    `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not), `unseen`
+    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`); `multiclass` and `binary` where the
+    task has no arm, `multiclass-trained` and `binary-trained` where none was trained here (`ipmn score`).
     """
     from ipmn_core import data, runs
 
-    more = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
-    applies = {
-        "strategies": more,
-        "paper": data.open_cohort(p).is_paper,
-        "phantom": not data.read_truth(p).empty,
-    }
+    applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
+    applies |= {"unseen": p.fold_rule == data.UNSEEN and bool(p.arms), "cross": runs.LOCAL_ONLY in p.arms}
+    applies["strategies"] = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))
         applies |= {task: trained or scored, f"{task}-trained": trained}

@@ -14,7 +14,7 @@ from ipmn_core.data.cohort import (
     told,
 )
 from ipmn_core.data.cubes import area_weights, load_cubes, scanner_facts, to_cube, volume_problems
-from ipmn_core.data.folds import assign_folds, inner_validation, targets
+from ipmn_core.data.folds import UNSEEN, assign_folds, inner_validation, targets
 from ipmn_core.data.manifest import UNLABELLED, unlabelled
 from ipmn_core.data.releases import CohortError, case_name
 from ipmn_core.data.scan import (

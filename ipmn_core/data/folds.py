@@ -9,6 +9,8 @@ import pandas as pd
 
 from ipmn_core.data.releases import CohortError
 
+UNSEEN = "leave_one_center_out"
+
 
 def targets(scans: pd.DataFrame, task: str) -> pd.Series:
     """The class of each scan in a task: of all classes, or (binary) 1 for a positive one, else 0; int64."""
@@ -22,14 +24,18 @@ def assign_folds(cohort, n_folds: int, rule: str = "center", task: str = "multic
     center, over patients, by the largest of a patient's classes there. `rule="patient"`: Departs from the
     paper: the same within each center for all modalities together, so that T1 and T2 of one pancreas are
     never on both sides of a split. `rule="given"` or "official": the folds that the manifest, or the release,
-    gives. Raises ValueError for another rule, CohortError for a center without a class of `n_folds` patients
-    and for given folds that cannot be used.
+    gives. `rule="leave_one_center_out"`: Departs from the paper: fold k is the k-th center, which its run
+    never sees. Raises ValueError for another rule, CohortError for a center without a class of `n_folds`
+    patients, for given folds that cannot be used, for another number of folds than centers and for a patient
+    of two centers.
     """
     scans = cohort.scans
     if rule in ("given", "official"):
         return _given_folds(scans, n_folds, task)
+    if rule == UNSEEN:
+        return _centers_as_folds(cohort, n_folds, task)
     if rule not in ("center", "patient"):
-        raise ValueError(f"fold_rule {rule!r}: choose center, patient, given or official")
+        raise ValueError(f"fold_rule {rule!r}: choose center, patient, given, official or {UNSEEN}")
     fold = pd.Series(-1, scans.index, name="fold")
     for where, rows, y in _cells(scans, rule, task):
         split = _stratified_folds(y, n_folds, cohort.names(task), where)
@@ -45,6 +51,8 @@ def problems(cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str,
     except CohortError as error:
         found.append(("warning", *error.args))
     small = []
+    if rule == UNSEEN:  # absent classes are told where the center is tested
+        return found
     for where, _, y in _cells(cohort.scans, "center", task):
         few = [f"{n} {name}" for name, n in _counts(y, cohort.names(task)).items() if n < n_folds]
         small += [f"{where}: {', '.join(few)}"] if few else []
@@ -100,6 +108,20 @@ def _stratified_folds(y, n_folds, names, where):
         for k, (_, test) in enumerate(StratifiedKFold(n_folds).split(y, y)):
             fold.iloc[test] = k
     return fold
+
+
+def _centers_as_folds(cohort, n_folds, task):
+    """The place of each scan's center among the centers."""
+    scans, names, where = cohort.scans, cohort.centers, f"folds of {task}"
+    if len(names) != n_folds:
+        text = f"{UNSEEN} needs one fold per center: {len(names)} centers ({', '.join(names)}), not {n_folds}"
+        remedy = f"set `{task}_folds: {len(names)}`" if len(names) > 1 else "choose another `fold_rule`"
+        raise CohortError(where, text, remedy)
+    homes = scans.groupby("patient_id")["center"].nunique()
+    if len(moved := homes.index[homes > 1]):
+        text = f"{UNSEEN} would test patients that it trains on: {', '.join(moved[:10])} are in two centers"
+        raise CohortError(where, text, "give each patient one center, or choose another `fold_rule`")
+    return scans["center"].map(names.index).rename("fold")
 
 
 def _given_folds(scans, n_folds, task):

@@ -28,7 +28,8 @@ class Epoch:
     has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, the reason
     for each of these, the `server` and, of a personal strategy, the tensors of each client's `own` model that
     replace the global one's. `prob` is None if the round was not tested, a hospital was away, or shares
-    only its own `centers`: tuples of center, cases, accuracy and AUC.
+    only its own `centers`: tuples of center, cases, accuracy and AUC. `cross` (K, n_test, classes), in
+    the last epoch of `local_only`: the probabilities of every client's model for the test cases of all.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Epoch:
     centers: list[tuple[str, int, float, float]] = field(default_factory=list)
     server: Server | None = None
     own: dict[str, State] = field(default_factory=dict)
+    cross: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def fit_local_only(
 
     The yardstick of a federation's gain. The probabilities follow `test`, one center after another, and come
     from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
-    first round.
+    first round. After the last every model is tested at every center (`cross`).
     """
     mine = dict(zip(train, models, strict=True))
     learners = {name: Learner(name, mine[name], indices, settings) for name, indices in train.items()}
@@ -193,7 +195,11 @@ def fit_local_only(
             for k, (name, learner) in enumerate(learners.items())
         ]
         prob = [client.evaluate(mine[name], indices, cases, settings) for name, indices in test.items()]
-        yield Epoch(epoch, float(np.average(losses, weights=n_k)), np.concatenate(prob), learners)
+        loss, cross = float(np.average(losses, weights=n_k)), None
+        if epoch == settings.epochs:
+            of_all = ([client.evaluate(m, i, cases, settings) for i in test.values()] for m in mine.values())
+            cross = np.stack([np.concatenate(of_one) for of_one in of_all])
+        yield Epoch(epoch, loss, np.concatenate(prob), learners, cross=cross)
 
 
 def checkpoint_of(model: nn.Module, epoch: Epoch) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from ipmn_core.metrics.scores import (
     AS_GIVEN,
     COLUMNS,
     GLOBAL,
+    REPEAT,
     RULES,
     RUN,
     PredictionsError,

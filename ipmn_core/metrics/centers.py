@@ -93,6 +93,45 @@ def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
     return table[["modality", "arm", "chosen", "acc_mean", "acc_std", "auc_mean", "auc_std", "within"]]
 
 
+def unseen(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Every arm at each center left out of its training (`fold_rule: leave_one_center_out`), binary task.
+
+    Columns task, modality, arm, center, n, positives, acc and auc with limits (`inference.intervals`; global:
+    the mean AUC of the centers), auc_best_test, gained, undefined. The epoch is chosen on inner `validation`,
+    or the last where that is empty. Departs from the authors' newer code, which chooses it on the left-out
+    center: `auc_best_test` is what it would print, `gained` the difference.
+    """
+    binary = predictions[predictions["task"] == "binary"]
+    rule = "last" if validation is None or validation.empty else "best_inner"
+    table = inference.intervals(scores.select(binary, rule, validation))
+    peak = scores.over_folds(scores.by_fold(scores.select(binary)))
+    peak = peak.rename(columns={"auc_mean": "auc_best_test"})[[*ARM, "center", "auc_best_test"]]
+    table = table.drop(columns=["pooled_auc", "pooled_low", "pooled_high"]).merge(peak, how="left")
+    table["gained"] = table["auc_best_test"] - table["auc"]
+    return table[[*(name for name in table if name != "undefined"), "undefined"]]
+
+
+def cross_site(cross: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """AUC of each center's own model at each center, and of the common models trained here, last epoch.
+
+    Columns modality, arm, trained_at (a center; "global" for a common model), center (tested at), n,
+    positives, auc (over pairs of a fold and center, as `within_by_center`), pairs, over_own: AUC less that of
+    the tested center's own model; undefined. `cross` is `runs.cross`, `predictions` has all epochs.
+    """
+    last = scores.select(predictions[predictions["epoch"] != scores.AS_GIVEN], "last")
+    common = within_by_center(last[~last["arm"].map(is_personal)]).assign(trained_at=GLOBAL)
+    own = within_by_center(cross.assign(arm=cross["model_center"])).rename(columns={"arm": "trained_at"})
+    table = pd.concat([own.assign(arm="local_only"), common], ignore_index=True)
+    table = table.rename(columns={"within": "auc"})
+    keys, cases = ["modality", "center"], cross.drop_duplicates(["modality", "fold", "case_id"])
+    counts = cases.groupby(keys)["y_true"].agg(n="size", positives="sum")
+    diagonal = own[own["trained_at"] == own["center"]].set_index(keys)["within"].rename("own")
+    table = table.join(counts, on=keys).join(diagonal, on=keys)
+    table["over_own"] = table["auc"] - table["own"]
+    numbers = ["n", "positives", "auc", "pairs", "over_own", "undefined"]
+    return table[["modality", "arm", "trained_at", "center", *numbers]]
+
+
 def _count(frame: pd.DataFrame, keys: list[str]) -> np.ndarray:
     """(2, K): pairs in the right order, and all pairs, of each class against the rest in groups by `keys`."""
     y, prob = y_and_prob(frame)

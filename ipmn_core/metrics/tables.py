@@ -146,14 +146,6 @@ def write(table: pd.DataFrame, n: int, folder, is_paper: bool) -> pd.DataFrame:
     return _write(table, f"table{n}", folder)
 
 
-def save(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Write another table than the paper's as CSV, an undefined number as "n/a"; return it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk.atomic(path) as tmp:
-        table.to_csv(tmp, index=False, na_rep=UNDEFINED)
-    return table
-
-
 def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
     printed = as_printed(table)
     texts = {
@@ -167,6 +159,14 @@ def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
         with disk.atomic(Path(folder) / f"{stem}.{suffix}") as tmp:
             tmp.write_text(text, encoding="utf-8")
     return printed
+
+
+def save(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
+    """Write a table as `<stem>.csv`, an undefined number as "n/a", and return it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with disk.atomic(Path(folder) / f"{stem}.csv") as tmp:
+        table.to_csv(tmp, index=False, na_rep=UNDEFINED)
+    return table
 
 
 def _latex(printed: pd.DataFrame) -> str:

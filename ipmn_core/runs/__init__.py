@@ -25,6 +25,7 @@ from ipmn_core.runs.run import (
 )
 from ipmn_core.runs.store import (
     StaleRunError,
+    cross,
     discard,
     finished_predictions,
     histories,

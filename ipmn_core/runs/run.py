@@ -40,7 +40,8 @@ def execute(p: Params, run: Run, cohort: Cohort) -> Path:
 
     Returns its folder: `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case) and, last,
     `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch with the highest global AUC on
-    the test fold, the paper's rule; where it applies `validation.parquet`, `updates.csv` and `left_out.csv`.
+    the test fold, the paper's rule; where it applies `validation.parquet`, `updates.csv`, `left_out.csv` and
+    `cross.parquet`.
     """
     federated.prepare(p.threads)
     settings = on_this_machine(p, run_settings(p, run))
@@ -120,6 +121,8 @@ def record(
         note(progress, epoch, settings, tested)
         for client, reason in epoch.left_out.items():
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
+        if epoch.cross is not None:  # of the last epoch, which no checkpoint follows
+            store.write_table(folder / "cross.parquet", cross_of(epoch, settings, tested))
         store.note_share(folder, epoch.number / settings.epochs)
         judged = [(number, acc, auc) for number, _, acc, auc in progress.history if acc == acc]
         elsewhere = settings.strategy and settings.strategy.personal and not epoch.own  # at the sites
@@ -173,3 +176,14 @@ def predictions_of(
         **about, y_true=data.targets(tested, run.task)
     )
     return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
+
+
+def cross_of(epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `cross.parquet`: those of predictions for each center's model, named in `model_center`."""
+    how = settings, settings.seed[0], tested
+    rows = [
+        predictions_of(epoch.number, prob, *how).assign(model_center=center)
+        for center, prob in zip(epoch.learners, epoch.cross, strict=True)
+    ]
+    rows = pd.concat(rows, ignore_index=True)
+    return rows[rows["role"] == "test"].drop(columns="role")

@@ -23,7 +23,7 @@ from ipmn_core import federated, metrics
 from ipmn_core.disk import atomic
 from ipmn_core.names import TASKS
 from ipmn_core.params import Params
-from ipmn_core.runs.grid import MACHINE, Run, folder_of, protocols, scored
+from ipmn_core.runs.grid import LOCAL_ONLY, MACHINE, Run, folder_of, protocols, scored
 
 
 class StaleRunError(RuntimeError):
@@ -139,9 +139,7 @@ def save_checkpoint(
         torch.save({**about, "progress": content, "learning": learning}, tmp)
 
 
-def save_model(
-    folder: Path, model: torch.nn.Module, own: dict[str, federated.State] | None = None
-) -> None:
+def save_model(folder: Path, model: torch.nn.Module, own: dict[str, federated.State] | None = None) -> None:
     """Write `model.pt`, the best weights so far, to be read on any machine.
 
     Of clients with tensors of their `own` one model each, numbered: `0.`, `1.` before its keys.
@@ -211,8 +209,13 @@ def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test")
             f"{folder}: a hospital shared no scores, so predictions and a pooled AUC are not available; "
             "`ipmn federation run` with `--share scores` at every site, or read centers.csv"
         )
+    return metrics.check(pd.read_parquet(path), _not_of(role, folder), str(path))
+
+
+def _not_of(role: str, folder: Path) -> pd.Series:
+    """Cases of another role in a run."""
     splits = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
-    return metrics.check(pd.read_parquet(path), splits.loc[splits["role"] != role, "case_id"], str(path))
+    return splits.loc[splits["role"] != role, "case_id"]
 
 
 def read_all(p: Params, wanted: dict[Run, dict[str, Any]], role: str = "test") -> pd.DataFrame:
@@ -271,6 +274,28 @@ def seconds(p: Params, task: str) -> pd.DataFrame:
 def updates(p: Params) -> pd.DataFrame:
     """Inner products of the clients' updates in every round: modality, arm, fold and those in `COLUMNS`."""
     return _of_runs(p, "binary", "updates")
+
+
+def cross(p: Params) -> pd.DataFrame:
+    """Test predictions of every `local_only` model at every center, last epoch, checked.
+
+    The columns of `predictions` and `model_center`, where the model was trained. Raises FileNotFoundError for
+    a run that is not finished or that lacks them, PredictionsError naming a bad row.
+    """
+    frames = []
+    for run, protocol in protocols(p, "binary").items() if LOCAL_ONLY in p.arms else ():
+        if run.arm != LOCAL_ONLY:
+            continue
+        path = whole(folder_of(p, run), protocol) / "cross.parquet"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not written by this version; delete its folder, repeat the run")
+        rows = pd.read_parquet(path)
+        if "model_center" not in rows:
+            raise metrics.PredictionsError(f"{path}: no column model_center; {metrics.REPEAT}")
+        for _, of_one in rows.groupby("model_center"):
+            metrics.check(of_one, _not_of("test", path.parent), str(path))
+        frames.append(rows)
+    return pd.concat(frames or [metrics.none().assign(model_center="")], ignore_index=True)
 
 
 def left_out(p: Params) -> pd.DataFrame:

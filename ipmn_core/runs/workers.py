@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated
 from ipmn_core.data import Cohort
+from ipmn_core.names import is_personal
 from ipmn_core.params import Params, Preprocessing, validate
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
@@ -95,13 +96,19 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
 def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     """Raise ValueError for a fold that tests no case, or in which a center has too few to train by itself.
 
-    Also for a federation of one center. Raises CohortError for a center that cannot be split.
+    Also for a federation of one center, and for an arm of one model per center where the tested center never
+    trains. Raises CohortError for a center that cannot be split.
     """
     cohort = replace(cohort, cubes=None)  # roles need none
+    unseen = p.fold_rule == data.UNSEEN
+    if "binary" in tasks and unseen and (personal := [arm for arm in p.arms if is_personal(arm)]):
+        text = f"{', '.join(personal)}: one model per center, so none for a center that never trains"
+        raise ValueError(f"{text}; with `fold_rule: {p.fold_rule}` leave them out of `arms`")
     federated_arms = [arm for arm in p.arms if arm not in (CENTRALIZED, LOCAL_ONLY)]
     for modality in p.modalities if federated_arms and "binary" in tasks else ():
-        if len(found := cohort.of(modality).centers) < 2:
-            text = f"{', '.join(federated_arms)} needs two centers, {modality} has {', '.join(found)}"
+        if len(found := cohort.of(modality).centers) < 2 + unseen:
+            needs = "three centers (one is left out)" if unseen else "two centers"
+            text = f"{', '.join(federated_arms)} needs {needs}, {modality} has {', '.join(found)}"
             raise ValueError(f"{text}; set `arms: [{CENTRALIZED}]`")
     for task in tasks:
         runs = {(run.modality, run.fold): run for run in grid(p, task)}  # folds are the same for all arms
@@ -109,8 +116,9 @@ def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
             where = f"{task} {run.modality} fold {run.fold}"
             scans = with_roles(cohort, run_settings(p, run)).scans
             if not (scans["role"] == "test").any():
-                raise ValueError(f"{where} has no case to test; take fewer folds")
+                raise ValueError(f"{where} has no case to test; take fewer folds, or another `fold_rule`")
             if task == "binary" and set(p.arms) != {CENTRALIZED}:
+                scans = scans[scans["role"] != "test"] if unseen else scans  # the tested center is no client
                 n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
                 federated.check_n_train(n_train.to_dict(), f", {where}")
 

@@ -8,6 +8,7 @@ from ipmn_core.views.results import benchmark, confusions, forests, roc_by_cente
 from ipmn_core.views.review import (
     auc_intervals,
     cosines,
+    cross_site,
     decision_curves,
     drift,
     gain,

@@ -272,7 +272,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
 def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
     """The image of a matrix, a number in each cell, n/a for NaN, names at rows and columns."""
     image = ax.imshow(cells, **look)
-    for (i, j), number in np.ndenumerate(cells if len(cells) <= MANY else cells[:0]):
+    for (i, j), number in np.ndenumerate(cells if len(names) <= MANY else cells[:0]):
         text = f"{number:z.2f}" if isinstance(number, float) else str(number)  # z: no -0.00
         hue = "white" if abs(number) > 0.6 * image.norm.vmax else BLACK
         ax.text(j, i, text.replace("nan", "n/a"), color=hue, fontsize=SMALL, ha="center", va="center")

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ipmn_core.metrics import RULES
+from ipmn_core.metrics import GLOBAL, RULES
 from ipmn_core.metrics.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.names import display_name
 from ipmn_core.views.results import beside_paper, fold_curves, forest, labelled, numbered, panels
-from ipmn_core.views.style import MANY, PAIRS, REFERENCES, centers_in, color
+from ipmn_core.views.style import MANY, PAIRS, REFERENCES, SMALL, centers_in, color, in_order, short
 
 DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
 
@@ -87,6 +87,30 @@ def gain(table: pd.DataFrame) -> Figure:
     over = [f"gain over {display_name(name)}" for name in table["over"]]
     table = table.assign(value=table["difference"], line=0, over=over)
     return forest(table, "difference in AUC, 95 % interval", column="over", row="modality", limits=None)
+
+
+def cross_site(table: pd.DataFrame) -> Figure:
+    """AUC of each center's own model (rows) at each center (columns), common models below the gap.
+
+    From `centers.cross_site`. A panel per modality.
+    """
+    sites = centers_in(table["center"])
+    common = in_order(table.loc[table["trained_at"] == GLOBAL, "arm"])
+    table = table.assign(row=table["trained_at"].where(table["trained_at"] != GLOBAL, table["arm"]), task="")
+    height = 1.0 + 0.27 * min(len(sites) + len(common), 2 * MANY)
+    axes, shown = panels(table, "modality", "task", height, sharey=True)
+    for ax, rows in shown:
+        own = rows[rows["trained_at"] != GLOBAL].pivot(index="trained_at", columns="center", values="auc")
+        others = rows[rows["trained_at"] == GLOBAL].pivot(index="arm", columns="center", values="auc")
+        cells = pd.concat([own.reindex(sites), others.reindex(common)]).reindex(columns=sites).to_numpy()
+        names = [*sites, *map(display_name, common)]
+        image = numbered(ax, cells, sites, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        every = slice(None, None, -(-len(names) // (2 * MANY)))
+        ax.set_yticks(range(len(names))[every], [short(name) for name in names[every]], fontsize=SMALL)
+        ax.axhline(len(sites) - 0.5, color="white", linewidth=6)
+    if shown:
+        axes[0, 0].figure.colorbar(image, ax=axes, label="AUC within the center", shrink=0.7)
+    return labelled(axes, "tested at", "trained at")
 
 
 def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> Figure:

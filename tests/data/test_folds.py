@@ -156,3 +156,25 @@ def test_given_folds_that_cannot_be_used_name_the_cases(tmp_path, patient, fold,
     with pytest.raises(data.CohortError, match=f"folds of multiclass: {part}"):
         data.assign_folds(data.read(path), 2, "given")
     assert any(part[:9] in text for text in problems_of(path, "warning", fold_rule="given"))
+
+
+def test_leave_one_center_out_tests_each_center_by_itself_in_the_order_of_the_cohort():
+    cohort = paper_cohort(paper_scans(paired=True))
+    for task in ("multiclass", "binary"):
+        folds = data.assign_folds(cohort, len(cohort.centers), data.UNSEEN, task)
+        assert [cohort.scans["center"][folds == k].unique().tolist() for k in range(7)] == [
+            [center] for center in cohort.centers
+        ]
+        assert folds_of.problems(cohort, 7, data.UNSEEN, task) == []
+
+
+def test_leave_one_center_out_with_other_folds_or_a_patient_of_two_centers_is_refused(tmp_path):
+    rows = [(f"c_{k}", "ab"[k % 2], "XYZ"[k % 3], "", "", "") for k in range(12)]
+    path = manifest(tmp_path, rows, FOLDS)
+    with pytest.raises(data.CohortError, match=r"3 centers \(X, Y, Z\), not 4: set `binary_folds: 3`"):
+        data.assign_folds(data.read(path), 4, data.UNSEEN, "binary")
+    told = problems_of(path, "warning", fold_rule=data.UNSEEN, multiclass_folds=3, binary_folds=4)
+    assert len(told) == 1 and "set `binary_folds: 3`" in told[0]
+    rows += [(f"d_{k}", "a", "XY"[k], "moved", "", "") for k in range(2)]
+    with pytest.raises(data.CohortError, match="moved are in two centers: give each patient one center"):
+        data.assign_folds(data.read(manifest(tmp_path, rows, FOLDS)), 3, data.UNSEEN)

@@ -178,3 +178,51 @@ def test_a_value_without_inner_validation_is_named():
     tested, inner = values("fedprox_0.1", "fedprox_0.3")
     with pytest.raises(ValueError, match=r"fedprox_0.3 has no inner validation .*: set inner_validation"):
         centers.tuned(tested, inner[inner["arm"] != "fedprox_0.3"])
+
+
+def test_the_cross_site_matrix_against_pairs_counted_by_hand():
+    y, at, fold = [1, 0, 1, 0, 1, 0, 0], [*"AAAABBC"], [0, 0, 1, 1, 0, 0, 0]
+    by_model = {
+        "A": [0.9, 0.1, 0.2, 0.8, 0.3, 0.3, 0.5],
+        "B": [0.2, 0.6, 0.7, 0.1, 0.9, 0.4, 0.5],
+        "C": [0.5, 0.5, 0.5, 0.5, 0.1, 0.9, 0.5],
+    }
+    made = [rows(y, prob, at, arm="local_only", fold=fold, epoch=2) for prob in by_model.values()]
+    cross = pd.concat([of.assign(model_center=name) for of, name in zip(made, by_model, strict=True)])
+    first, last = ([0.5] * 7, [0.9, 0.1, 0.9, 0.1, 0.2, 0.7, 0.5])
+    predictions = pd.concat(
+        [rows(y, prob, at, arm=arm, fold=fold, epoch=epoch)
+         for arm in ("fedavg", "local_only") for epoch, prob in ((1, first), (2, last))]
+    )  # fmt: skip
+    table = centers.cross_site(cross, predictions).set_index(["trained_at", "center"])
+    assert table["auc"].unstack("center").loc[["A", "B", "C", "global"], ["A", "B"]].to_numpy().tolist() == [
+        [0.5, 0.5],  # at A a pair of each fold, never across: one won, one lost; at B a tie
+        [0.5, 1.0],
+        [0.5, 0.0],
+        [1.0, 0.0],
+    ]
+    at_c = table.xs("C", level="center")
+    assert at_c["auc"].isna().all() and set(at_c["undefined"]) == {"no positive case"}
+    assert table.loc[("B", "A"), ["n", "positives", "pairs"]].tolist() == [4, 2, 2]
+    assert table.loc["global", "over_own"].tolist()[:2] == [0.5, -1.0]
+    assert table["arm"].loc["global"].tolist() == ["fedavg"] * 3  # no row for the arm of many models
+
+
+def test_a_center_left_out_is_reported_at_an_epoch_that_it_did_not_choose():
+    y, at = [1, 0, 1, 0, 0, 0], [*"AABBCC"]
+    fold = ["ABC".index(c) for c in at]
+    wrong, right = [0.1, 0.9, 0.9, 0.1, 0.4, 0.5], [0.9, 0.1, 0.9, 0.1, 0.4, 0.5]
+    predictions = pd.concat(
+        [rows(y, prob, at, fold=fold, epoch=e) for e, prob in enumerate((right, wrong), 1)]
+    )
+    table = centers.unseen(predictions).set_index("center")
+    assert table["auc"][["A", "B"]].tolist() == [0.0, 1.0] and table["gained"][["A", "B"]].tolist() == [
+        1.0,
+        0.0,
+    ]
+    assert table["auc_best_test"]["A"] == 1.0 and table.loc["global", "gained"] == 0.5
+    assert np.isnan(table["auc"]["C"]) and table["undefined"]["C"].startswith("no positive case in fold 2")
+    assert table.loc["A", ["n", "positives", "acc"]].tolist() == [2, 1, 0.0]
+    inner = pd.concat([rows(y[:2], prob[:2], "B", fold=k, epoch=e)
+                       for k in range(3) for e, prob in enumerate((right, wrong), 1)])  # fmt: skip
+    assert centers.unseen(predictions, inner).set_index("center")["auc"]["A"] == 1.0

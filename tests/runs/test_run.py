@@ -53,8 +53,9 @@ def test_a_run_leaves_the_contract_and_is_not_repeated(trained, cohort):
     np.testing.assert_allclose(predictions["prob_0"] + predictions["prob_1"], 1, atol=1e-6)
     for arm in ARMS:
         folder = trained.folder / "runs" / "binary" / "t1" / arm / "fold1"
-        updates = {"updates.csv"} if arm.startswith("fed") else set()
-        assert {path.name for path in folder.iterdir()} == FILES | updates
+        more = {"updates.csv"} if arm.startswith("fed") else set()
+        more |= {"cross.parquet"} if arm == "local_only" else set()
+        assert {path.name for path in folder.iterdir()} == FILES | more
     record = json.loads((folder / "run.json").read_text())
     assert record["settings"]["arm"] == "local_only" and record["data"] == "data-1" and record["seconds"] > 0
     before = times(trained.folder)
@@ -79,6 +80,41 @@ def test_a_run_says_what_every_case_was_used_for(trained, cohort):
         cells = cells[role != "test"].groupby(["center", "label"])["role"]
         held = cells.agg(lambda r: (r == "validation").sum())
         assert (held == (0.3 * cells.size()).round()).all() and held.sum() > 0
+
+
+def test_every_local_model_is_tested_everywhere_and_at_home_as_in_its_own_predictions(trained):
+    cross, own = runs.cross(trained), runs.predictions(trained, "binary").query("arm == 'local_only'")
+    last = own[own["epoch"] == 3].reset_index(drop=True)
+    assert list(cross.columns) == [*own.columns, "model_center"]
+    at_home = cross[cross["center"] == cross["model_center"]].drop(columns="model_center")
+    keys = ["fold", "case_id"]
+    pd.testing.assert_frame_equal(
+        at_home.sort_values(keys, ignore_index=True),
+        last.sort_values(keys, ignore_index=True),
+        rtol=0,
+        atol=0,
+    )
+    for center, rows in cross.groupby("model_center"):
+        assert sorted(rows["case_id"]) == sorted(last["case_id"])
+        away = rows[rows["center"] != center].merge(last, on="case_id")
+        assert (away["prob_1_x"] != away["prob_1_y"]).any()
+
+
+def test_a_cross_table_that_is_absent_or_wrong_is_refused(copied):
+    path = copied.folder / "runs/binary/t1/local_only/fold1/cross.parquet"
+    good, other = pd.read_parquet(path), runs.cross(copied).query("fold == 0")["case_id"].iloc[0]
+    bad = {
+        r"no column model_center": good.drop(columns="model_center"),
+        r"row \d+ .*not all between 0 and 1": good.assign(prob_1=2.0),
+        r"row \d+ .*trained on": good.head(1).assign(case_id=other),
+    }
+    for match, rows in bad.items():
+        rows.to_parquet(path)
+        with pytest.raises(metrics.PredictionsError, match=match):
+            runs.cross(copied)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"fold1.cross.parquet: not written .* repeat the run"):
+        runs.cross(copied)
 
 
 def test_the_held_out_cases_do_not_train(trained, cohort, monkeypatch):

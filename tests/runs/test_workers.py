@@ -163,3 +163,35 @@ def test_centers_of_any_name_stay_themselves(tmp_path, cohort):
     assert set(runs.run_grid(p, "binary", cohort)["center"]) == set(names.values())
     updates = runs.updates(p)
     assert set(updates["client"]) == set(updates["other"]) == set(names.values())
+
+
+UNSEEN = {"fold_rule": data.UNSEEN, "multiclass_folds": 3, "binary_folds": 3}
+
+
+def test_a_center_left_out_is_tested_by_runs_of_all_others(tmp_path, cohort):
+    few = {"epochs": 2, "rounds": 2, "inner_validation": 0.3}
+    p = profile(tmp_path, **UNSEEN, **few, arms=["centralized", "fedprox_0.1"])
+    told = runs.run_grid(p, "binary", cohort)
+    assert told.groupby("fold")["center"].unique().map(list).tolist() == [["NYU"], ["AHN"], ["EMC"]]
+    seen = runs.validation(p, "binary").groupby("fold")["center"].unique().map(sorted).tolist()
+    assert seen == [["AHN", "EMC"], ["EMC", "NYU"], ["AHN", "NYU"]]
+    clients = runs.updates(p).groupby("fold")["client"].unique().map(list).tolist()
+    assert clients == [["AHN", "EMC"], ["NYU", "EMC"], ["NYU", "AHN"]]
+
+
+@pytest.mark.parametrize(
+    ("arms", "centers", "changes", "error"),
+    [
+        (["fedavg", "local_only"], 3, {}, r"local_only: one model per center.*leave them out of `arms`"),
+        (["fedavg"], 2, {"binary_folds": 2}, r"fedavg needs three centers \(one is left out\)"),
+        (["fedavg"], 3, {"binary_folds": 4}, r"set `binary_folds: 3`"),
+    ],
+)
+def test_what_leave_one_center_out_cannot_do_is_refused_before_any_training(
+    tmp_path, cohort, arms, centers, changes, error
+):
+    some = cohort.where(cohort.scans["center"].isin(cohort.centers[:centers]))
+    p = profile(tmp_path, **{**UNSEEN, **changes}, arms=arms)
+    with pytest.raises((ValueError, data.CohortError), match=error):
+        runs.train(p, ["binary"], some)
+    assert not (p.folder / "runs").exists()

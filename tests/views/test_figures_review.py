@@ -189,3 +189,17 @@ def test_a_profile_without_a_federated_arm_is_told_so(figure):
     keys = ["modality", "arm", "fold", "round", "client", "other", "center", "over"]
     empty = pd.DataFrame(columns=[*keys, "difference", "distance"])
     assert any(text.startswith("n/a: nothing to show") for text in texts(figure(empty)))
+
+
+def test_the_cross_site_figure_has_a_row_per_model_with_the_common_ones_below():
+    sites, trained = ["A", "B"], [("local_only", "A"), ("local_only", "B"), ("fedavg", "global")]
+    rows = [("t2", *model, at, k / 10) for k, (model, at) in enumerate(itertools.product(trained, sites))]
+    shown = pd.DataFrame(rows, columns=["modality", "arm", "trained_at", "center", "auc"])
+    shown.loc[1, "auc"] = np.nan
+    figure = review.cross_site(shown)
+    assert is_clean(figure) and titles(figure)[0] == "T2"
+    ax = figure.axes[0]
+    assert rows_of(ax) == ["A", "B", "FedAvg"]
+    cells = ["0.00", "n/a", "0.20", "0.30", "0.40", "0.50"]
+    assert [text.get_text() for text in ax.texts] == cells
+    assert ax.lines[0].get_ydata()[0] == 1.5  # the gap
