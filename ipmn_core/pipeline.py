@@ -19,7 +19,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from ipmn_core.names import TASKS
+from ipmn_core.names import TASKS, fusion
 from ipmn_core.params import Params, ParamsError, project_root
 from ipmn_core.process import end_with
 
@@ -192,12 +192,14 @@ def run(p: Params) -> Iterator[Path]:
 def _foreign(p: Params) -> set[str]:
     """Tags of the cells that are not about this profile.
 
-    `paper` (its own numbers), `phantom` (its truth); `multiclass` and `binary` where the task has no arm,
-    `multiclass-trained` and `binary-trained` where none was trained here (`ipmn score`).
+    `paper` (its own numbers), `phantom` (its truth), `fusion` (of modalities); `multiclass` and `binary`
+    where the task has no arm, `multiclass-trained` and `binary-trained` where none was trained here
+    (`ipmn score`).
     """
     from ipmn_core import data, runs
 
     applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
+    applies["fusion"] = any(fusion(modality)[1] for modality in p.modalities) and bool(p.arms)
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))
         applies |= {task: trained or scored, f"{task}-trained": trained}

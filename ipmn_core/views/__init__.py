@@ -10,6 +10,7 @@ from ipmn_core.views.review import (
     cosines,
     decision_curves,
     drift,
+    fusion,
     gain,
     majority,
     optimism,
