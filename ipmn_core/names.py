@@ -5,6 +5,7 @@ everything else takes centers, modalities and classes from the cohort.
 """
 
 import re
+from collections.abc import Sequence
 
 CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
 MODALITIES = ("t1", "t2")
@@ -53,6 +54,21 @@ FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedp
 }
 
 
+def fusion(modality: str) -> tuple[tuple[str, ...], str]:
+    """The modalities behind a name and how they are fused: `t1+t2_siamese` is (t1, t2), siamese.
+
+    `channels`: an input channel for each. `siamese`: one encoder for both, features concatenated. Another
+    name is a single modality, not fused ("").
+    """
+    fused = re.fullmatch(r"([^+]+)\+([^+]+)_(channels|siamese)", modality)
+    return (fused.groups()[:2], fused[3]) if fused else ((modality,), "")
+
+
+def single(modalities: Sequence[str]) -> tuple[str, ...]:
+    """The single modalities among and behind `modalities`, each once, in order."""
+    return tuple(dict.fromkeys(one for modality in modalities for one in fusion(modality)[0]))
+
+
 def is_personal(arm: str) -> bool:
     """Whether an arm has one model per center: its scores share no scale, so no AUC is global."""
     return bool(re.match(r"(local_only|fedbn|fedavg_bn_\w+|(ditto|finetune)(_.+)?)\Z", arm))
@@ -72,5 +88,8 @@ def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:
 
 def display_name(name: str) -> str:
     """Name of a task, model, method or modality as people read it; another, such as a center's, as it is."""
+    parts, how = fusion(name)
+    if how:
+        return f"{' + '.join(map(display_name, parts))} ({how})"
     family, _, value = name.partition("_")
     return DISPLAY.get(name) or (FAMILIES[family].format(value) if family in FAMILIES and value else name)

@@ -93,6 +93,9 @@ class Params(BaseModel):
     )
     max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
     modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
+    paired: bool = setting(
+        False, "only patients with a scan of every modality, as fused ones need. Departs from the paper"
+    )
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
     spacing: float | None = setting(
         None, "edge of the voxels before masking, mm; null as stored, as in the paper", ge=0.25, le=10

@@ -19,7 +19,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from ipmn_core.names import ARMS, TASKS
+from ipmn_core.names import ARMS, TASKS, fusion
 from ipmn_core.params import Params, ParamsError, project_root
 from ipmn_core.process import end_with
 
@@ -193,14 +193,16 @@ def _foreign(p: Params) -> set[str]:
     """Tags of the cells that are not about this profile.
 
     `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not), `unseen`
-    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`); `multiclass` and `binary` where the
-    task has no arm, `multiclass-trained` and `binary-trained` where none was trained here (`ipmn score`).
+    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities); `multiclass`
+    and `binary` where the task has no arm, `multiclass-trained` and `binary-trained` where none was trained
+    here (`ipmn score`).
     """
     from ipmn_core import data, runs
 
     applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
     applies |= {"unseen": p.fold_rule == data.UNSEEN and bool(p.arms), "cross": runs.LOCAL_ONLY in p.arms}
     applies["strategies"] = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
+    applies["fusion"] = any(fusion(modality)[1] for modality in p.modalities) and bool(p.arms)
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))
         applies |= {task: trained or scored, f"{task}-trained": trained}

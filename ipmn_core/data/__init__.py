@@ -7,6 +7,7 @@ from ipmn_core.data.cohort import (
     inspect,
     load_cohort,
     open_cohort,
+    paired,
     read,
     read_truth,
     subset,

@@ -12,7 +12,7 @@ import pandas as pd
 from ipmn_core.data import folds, manifest, releases
 from ipmn_core.data.cubes import load_cubes, volume_problems
 from ipmn_core.data.releases import SCAN_COLUMNS, CohortError
-from ipmn_core.names import CENTERS, LABELS, TASKS, binary_names
+from ipmn_core.names import CENTERS, LABELS, TASKS, binary_names, fusion, single
 from ipmn_core.params import Params
 
 PAPER = dict(zip("012", LABELS, strict=True))  # label in the sheets of the real data set -> class
@@ -65,7 +65,16 @@ class Cohort:
         return replace(self, scans=self.scans[keep].reset_index(drop=True), cubes=cubes)
 
     def of(self, modality: str) -> "Cohort":
-        """The scans of one modality, with their cubes."""
+        """The scans of one modality, with their cubes.
+
+        Of a fused one (`names.fusion`) of a paired cohort: a row per patient, that of the second modality's
+        scan under the fused name, and cubes (N, 2, S, S, S).
+        """
+        parts, how = fusion(modality)
+        if how:
+            mine = [self.of(part) for part in parts]
+            cubes = None if self.cubes is None else np.stack([one.cubes for one in mine], axis=1)
+            return replace(mine[-1], scans=mine[-1].scans.assign(modality=modality), cubes=cubes)
         return self.where(self.scans["modality"] == modality)
 
     def names(self, task: str) -> tuple[str, ...]:
@@ -126,6 +135,12 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
     is_paper = of_release and not (p.classes or p.positive or p.center_names)
     cohort = Cohort("phantom" if root == p.phantom_root else root.name, scans, classes, positive, is_paper)
     problems += [*_names(cohort, root, p, of_release), *_disagreements(cohort)]
+    if p.paired and len(scans):
+        try:
+            used = scans["modality"].isin(single(p.modalities))
+            cohort = paired(cohort.where(used), root, problems)
+        except CohortError as error:
+            problems.append(("error", *error.args))
     for task in TASKS if positive else ():
         problems += folds.problems(cohort, p.folds(task), p.fold_rule, task)
     if any(unlabelled.values()):
@@ -210,11 +225,41 @@ def open_cohort(p: Params) -> Cohort:
         remedy = "set `data` to a manifest, the folder of the real data set (`ipmn fetch`), or phantom"
         raise CohortError(root, "no such file or folder, so no cohort", remedy)
     cohort = read(root, p)
-    found = cohort.scans["modality"].unique()
-    if missing := [m for m in p.modalities if m not in found]:
+    found, modalities = cohort.scans["modality"].unique(), single(p.modalities)
+    if missing := [m for m in modalities if m not in found]:
         text = f"no labelled scan of {' and '.join(missing)}, but of {' and '.join(found) or 'none'}"
         raise CohortError(root, text, f"set `modalities: [{', '.join(found)}]`")
-    return cohort.where(cohort.scans["modality"].isin(p.modalities))
+    cohort = cohort.where(cohort.scans["modality"].isin(modalities))
+    return paired(cohort, root) if p.paired else cohort
+
+
+def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Cohort:
+    """The patients with a scan of every modality: the first of each, patients in the same order in all.
+
+    Patients whose scans differ in class or center are left out. Adds these choices to the problems `told`.
+    Raises CohortError if no patient is left.
+    """
+    scans, told = cohort.scans, [] if told is None else told
+    first = scans.drop_duplicates(["modality", "patient_id"])
+    count = first.groupby("patient_id")[["modality", "label", "center"]].nunique()
+    every = count.index[count["modality"] == scans["modality"].nunique()]
+    agree = every[(count.loc[every, ["label", "center"]] == 1).all(axis="columns")]
+    kept = first[first["patient_id"].isin(agree)]
+    if kept.empty:
+        every = " and ".join(scans["modality"].unique())
+        text = f"no patient with a scan of {every} that agree in class and center"
+        raise CohortError(where, text, "see that `patient_id` joins the scans, or set `paired: false`")
+    if others := sorted(set(every) - set(agree)):
+        text = f"left out of the paired cohort, for their scans differ: {', '.join(others)}"
+        told.append(("warning", where, text, "correct the table if this is a slip"))
+    if len(first) < len(scans):
+        again = scans.loc[~scans.index.isin(first.index), "case_id"]
+        text = f"further scans of a patient, not used in the paired cohort: {', '.join(again)}"
+        told.append(("note", where, text, "none needed: the first of each modality is used"))
+    place = {patient: k for k, patient in enumerate(kept["patient_id"].unique())}
+    order = kept.assign(place=kept["patient_id"].map(place)).groupby("modality", sort=False)
+    rows = [index for _, one in order for index in one.sort_values("place").index]
+    return replace(cohort, scans=scans.loc[rows].reset_index(drop=True))
 
 
 def read(root, p: Params | None = None) -> Cohort:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from ipmn_core import data, federated, params
 from ipmn_core.data.manifest import SUFFIXES
 from ipmn_core.data.sheets import NA
+from ipmn_core.names import fusion
 from ipmn_core.params import Params
 
 CA = "ipmn federation CA"
@@ -95,6 +96,8 @@ class Federation(BaseModel):
         alone = [arm for arm in p.arms if not federates(arm)]
         if alone or not p.arms:
             raise FederationError(f"arms: {', '.join(alone) or 'none'} do not federate; use {known}")
+        if fused := [name for name in p.modalities if fusion(name)[1]]:
+            raise FederationError(f"modalities: sites send no fused ones yet; leave out {', '.join(fused)}")
         if p.inner_validation:
             raise FederationError("inner_validation: sites draw no inner split yet; set it to 0.0")
         if p.classes is None and Path(p.data).suffix.lower() in SUFFIXES:

@@ -14,6 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ipmn_core.metrics import scores
 from ipmn_core.metrics.scores import ARM, GLOBAL, ordered, y_and_prob
+from ipmn_core.names import fusion
 
 STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
 Z = norm.ppf(0.975)  # intervals are of 95 %
@@ -193,6 +194,22 @@ def not_paired(arm: pd.DataFrame, reference: pd.DataFrame) -> str:
         return ""
     cases = [set(zip(rows["fold"], rows["case_id"], strict=True)) for rows in (arm, reference)]
     return "" if cases[0] == cases[1] else "not tested on the same cases in the same folds"
+
+
+def compare_modalities(
+    selected: pd.DataFrame, scans: pd.DataFrame, reference: str, inner_validation: float = 0.0
+) -> pd.DataFrame:
+    """Every modality against the modality `reference`, paired by patient: `compare_arms` of modalities.
+
+    `scans` are those of a paired cohort. Columns as there, `modality` before `reference` and `arm` what both
+    share. Raises ValueError as `paired`.
+    """
+    patients = scans.set_index(["modality", "case_id"])["patient_id"]
+    of = [fusion(modality)[0][-1] for modality in selected["modality"]]  # whose case a fused row is named by
+    keys = pd.MultiIndex.from_arrays([of, selected["case_id"]])
+    exchanged = {"arm": "modality", "modality": "arm"}
+    rows = selected.assign(case_id=patients.loc[keys].to_numpy()).rename(columns=exchanged)
+    return compare_arms(rows, reference, inner_validation).rename(columns=exchanged)
 
 
 def compare_arms(

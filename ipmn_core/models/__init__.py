@@ -11,6 +11,7 @@ import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 
+from ipmn_core.models.fusion import FUSIONS
 from ipmn_core.models.mobilenet import mobilenetv2
 from ipmn_core.models.shufflenet import shufflenetv2
 
@@ -64,12 +65,13 @@ def factory(name: str) -> Callable[[int], nn.Module]:
     return MODELS[name]
 
 
-def build(name: str, n_classes: int, seed: int = 0) -> nn.Module:
+def build(name: str, n_classes: int, seed: int = 0, fusion: str = "") -> nn.Module:
     """Build a model on the CPU, its weights drawn from `seed` alone; the caller's random state is unchanged.
 
+    With `fusion`, the network of that name in FUSIONS, which is a DenseNet-121 for cubes (N, 2, D, H, W).
     Raises ValueError for a name that is not in MODELS.
     """
-    make = factory(name)
+    make = FUSIONS[fusion] if fusion else factory(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
         return make(n_classes)

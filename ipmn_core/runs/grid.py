@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ipmn_core import federated, models
 from ipmn_core.federated import Settings, Strategy
-from ipmn_core.names import TASKS
+from ipmn_core.names import TASKS, fusion
 from ipmn_core.params import Params
 
 CENTRALIZED, LOCAL_ONLY = "centralized", "local_only"  # one model for all images; one model per center
@@ -60,7 +61,7 @@ class RunSettings(Settings):
 def grid(p: Params, task: str) -> list[Run]:
     """All runs of a task: models x modalities x folds, or arms x modalities x folds.
 
-    Raises ValueError naming an unknown task, model or arm.
+    Raises ValueError naming an unknown task, model or arm, and for a fused modality that cannot be trained.
     """
     if task not in TASKS:
         raise ValueError(f"{task}: unknown task; known are {', '.join(TASKS)}")
@@ -69,8 +70,23 @@ def grid(p: Params, task: str) -> list[Run]:
     for arm in set(p.arms) - {CENTRALIZED, LOCAL_ONLY}:
         federated.strategy(arm)
     arms = p.multiclass_models if task == "multiclass" else p.arms
+    if arms:
+        _check_fusion(p, p.multiclass_models if task == "multiclass" else (p.binary_model,))
     # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
+
+
+def _check_fusion(p: Params, networks: Sequence[str]) -> None:
+    """Raise ValueError for a profile whose fused modality cannot be trained or compared fairly."""
+    fused = [modality for modality in p.modalities if fusion(modality)[1]]
+    for wrong, text in (
+        (not p.paired, "needs patients with both scans; set `paired: true`"),
+        (p.fold_rule == "center", "needs both scans of a patient in one fold; set `fold_rule: patient`"),
+        (set(networks) != {"densenet121"}, f"needs densenet121, not {', '.join(networks)}; set that"),
+        (fused[-1:] == [*p.modalities[-1:]], "is last, where chapters look for scans; put a single one last"),
+    ):
+        if fused and wrong:
+            raise ValueError(f"modalities: {fused[0]} {text}")
 
 
 def named(run: Run) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ipmn_core import data
 from ipmn_core.data import Cohort, headers
+from ipmn_core.names import single
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import Run, folder_of
@@ -87,7 +88,9 @@ def predict(
 
 def grid(p: Params, task: str) -> list[Run]:
     """The runs of all probes of a task: probes x modalities x folds."""
-    return [Run(task, m, name, k) for m in p.modalities for name in PROBES for k in range(p.folds(task))]
+    return [
+        Run(task, m, name, k) for m in single(p.modalities) for name in PROBES for k in range(p.folds(task))
+    ]
 
 
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:

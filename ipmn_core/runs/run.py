@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ipmn_core import data, federated, metrics, models
 from ipmn_core.data import Cohort
 from ipmn_core.federated import Cases, Epoch
+from ipmn_core.names import fusion
 from ipmn_core.params import Params
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import (
@@ -73,7 +74,7 @@ def build(
     settings: RunSettings, device: torch.device, n_classes: int, clients: Sequence[str]
 ) -> torch.nn.Module:
     """The untrained network of a run on its device; of the arm `local_only` one per client, all alike."""
-    make = partial(models.build, settings.model, n_classes, settings.seed[0])
+    make = partial(models.build, settings.model, n_classes, settings.seed[0], fusion(settings.modality)[1])
     local = settings.arm == LOCAL_ONLY
     model = torch.nn.ModuleList([make() for _ in clients]) if local else make()
     model = model.to(device)
@@ -86,7 +87,9 @@ def learn(
     """The epochs of a run that are still to come, each of which leaves its weights in `model`."""
     device = next(model.parameters()).device
     y = data.targets(cases.scans, settings.task).to_numpy()
-    tensors = Cases(torch.tensor(cases.cubes).unsqueeze(1).to(device), torch.tensor(y, device=device))
+    x = torch.tensor(cases.cubes)
+    x = x if x.ndim == 5 else x.unsqueeze(1)  # (N, C, S, S, S): fused modalities have two channels
+    tensors = Cases(x.to(device), torch.tensor(y, device=device))
     train, held_out = indices(cases.scans, "train"), indices(cases.scans, "test", "validation")
     if settings.strategy:
         tuned = settings.strategy.finetune is not None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ipmn_core import data, federated, metrics, params
 from ipmn_core.data import Cohort
 from ipmn_core.disk import digest
-from ipmn_core.names import REFERENCES, is_personal
+from ipmn_core.names import REFERENCES, fusion, is_personal
 from ipmn_core.params import Params, Preprocessing
 from ipmn_core.runs import store
 from ipmn_core.runs.grid import LOCAL_ONLY, Run, folder_of
@@ -86,9 +86,10 @@ def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
         raise PredictError(f"weights of several kinds: {'; '.join(sorted(kinds))}; score each by itself")
     of, only = given[0].modality, p.modalities[0] if len(p.modalities) == 1 else None
     modality = asked or of or only
-    if modality not in p.modalities or of not in (None, modality):
+    own = [name for name in p.modalities if not fusion(name)[1]]  # weights take one scan
+    if modality not in own or of not in (None, modality):
         text = f"{given[0].weights} is of modality {of or 'unknown'}, asked for is {asked or 'none'}"
-        raise PredictError(f"{text}; give `--modality`, one of the profile's: {', '.join(p.modalities)}")
+        raise PredictError(f"{text}; give `--modality`, one of the profile's: {', '.join(own)}")
     return modality
 
 

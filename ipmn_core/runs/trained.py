@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ipmn_core import models
 from ipmn_core.disk import digest
-from ipmn_core.names import LABELS, TASKS, binary_names, is_personal
+from ipmn_core.names import LABELS, TASKS, binary_names, fusion, is_personal
 from ipmn_core.params import Preprocessing
 
 METADATA = Path("configs", "metadata.json")  # of a MONAI bundle
@@ -104,6 +104,8 @@ def _of_run(folder: Path) -> Trained:
         more = {"fold": record["settings"]["fold"], "centers": tuple(record["centers"])}
         more |= {"data": record.get("data", ""), "splits": folder / "splits.csv"}
         found = Trained(folder / "model.pt", **_known(record), **more)
+    if fusion(found.modality)[1]:
+        raise PredictError(f"{folder} takes two scans of a patient ({found.modality}); give another run's")
     if not record.get("trained_here", True):
         files = ", ".join(one["file"] for one in record["weights"])
         raise PredictError(f"{folder} is a test of weights from elsewhere; give these: {files}")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated
 from ipmn_core.data import Cohort
-from ipmn_core.names import is_personal
+from ipmn_core.names import fusion, is_personal
 from ipmn_core.params import Params, Preprocessing, validate
 from ipmn_core.process import end_with
 from ipmn_core.runs import store
@@ -114,6 +114,9 @@ def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
         runs = {(run.modality, run.fold): run for run in grid(p, task)}  # folds are the same for all arms
         for run in runs.values():
             where = f"{task} {run.modality} fold {run.fold}"
+            fold = data.assign_folds(cohort, p.folds(task), p.fold_rule, task)
+            if fusion(run.modality)[1] and fold.groupby(cohort.scans["patient_id"]).nunique().max() > 1:
+                raise ValueError(f"{where}: scans of a patient are in two folds; set `fold_rule: patient`")
             scans = with_roles(cohort, run_settings(p, run)).scans
             if not (scans["role"] == "test").any():
                 raise ValueError(f"{where} has no case to test; take fewer folds, or another `fold_rule`")

@@ -11,6 +11,7 @@ from ipmn_core.views.review import (
     cross_site,
     decision_curves,
     drift,
+    fusion,
     gain,
     majority,
     optimism,

@@ -113,6 +113,17 @@ def cross_site(table: pd.DataFrame) -> Figure:
     return labelled(axes, "tested at", "trained at")
 
 
+def fusion(table: pd.DataFrame) -> Figure:
+    """Gain in AUC of each modality over the reference, on the same patients: a panel per arm.
+
+    From `inference.compare_modalities`.
+    """
+    over = f"difference in AUC from {display_name(table['reference'].iloc[0])}, 95 % interval"
+    rows = table.assign(center=table["modality"], value=table["difference"], line=0)
+    rows = rows.assign(method=rows["arm"])
+    return forest(rows, over, ylabel="", column="method", limits=None)
+
+
 def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> Figure:
     """The forest of columns of one table, a row per arm, without a column that has no number."""
     keys = ["task", "modality", "center", "undefined"]

@@ -1,0 +1,35 @@
+"""DenseNet-121 for two modalities of one patient: (N, 2, D, H, W) to logits (N, n_classes)."""
+
+import torch
+from torch import nn
+
+
+def channels(n_classes: int) -> nn.Module:
+    """Early fusion: DenseNet-121 with an input channel for each modality."""
+    from monai.networks import nets
+
+    return nets.DenseNet121(spatial_dims=3, in_channels=2, out_channels=n_classes)
+
+
+class Siamese(nn.Module):
+    """Late fusion: one encoder with shared weights (Bromley et al., 1993), features side by side, one layer.
+
+    Both modalities pass the encoder as one batch, so its BatchNorm has one set of statistics.
+    """
+
+    def __init__(self, n_classes: int):
+        super().__init__()
+        from monai.networks import nets
+
+        self.encoder = nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=n_classes)
+        n_features = self.encoder.class_layers.out.in_features
+        self.encoder.class_layers.out = nn.Identity()
+        self.classifier = nn.Linear(2 * n_features, n_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, n_classes) of cubes (N, 2, D, H, W)."""
+        features = self.encoder(x.flatten(0, 1).unsqueeze(1))  # (2 N, n_features)
+        return self.classifier(features.view(len(x), -1))
+
+
+FUSIONS = {"channels": channels, "siamese": Siamese}
