@@ -193,9 +193,9 @@ def _foreign(p: Params) -> set[str]:
     """Tags of the cells that are not about this profile.
 
     `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not), `unseen`
-    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities); `multiclass`
-    and `binary` where the task has no arm, `multiclass-trained` and `binary-trained` where none was trained
-    here (`ipmn score`).
+    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities);
+    `multiclass` and `binary` where the task has no arm, `multiclass-trained` and `binary-trained` where none
+    was trained here (`ipmn score`).
     """
     from ipmn_core import data, runs
 
