@@ -10,9 +10,9 @@ FINE = np.array([1.5, 1.5, 2.0])  # mm, voxel of the grid on which anatomy is dr
 ORIGIN = np.array([-98.0, -46.0, -54.0])
 SHAPE = (112, 76, 52)
 AXES = [(ORIGIN[k] + FINE[k] * np.arange(SHAPE[k])).astype(np.float32) for k in range(3)]  # mm
-CYSTS, CYST_MM = 1.5, (12, 40)  # mean number and diameters of simple cysts
+CYSTS, CYST_MM = 0.6, (10, 26)  # mean number and diameters of simple cysts
 WIDE_MM = 4.0  # mm by which the outline of the organ is too wide, at most on average
-GLAND = (0.1, 0.25, 0.05)  # spread between patients of the logarithm of the gland's T1, T2, proton density
+GLAND = (0.1, 0.3, 0.05)  # spread between patients of the logarithm of the gland's T1, T2, proton density
 EDGE = 1.8  # mm over which a surface fades: its partial volume on the fine grid
 CENTER_LINE = np.array(  # of the pancreas, uncinate process to tail
     [[30, 12, -24], [36, 17, -12], [26, 24, -1], [10, 30, 3], [-10, 29, 7], [-38, 16, 13], [-70, -6, 20]],

@@ -74,7 +74,7 @@ def test_both_modalities_show_the_same_organ_and_fluid_is_bright_on_t2_alone(pai
         assert np.linalg.norm(center - center2) < 4, row.patient_id  # mm; less than a slice
         (image, mask), (image2, mask2) = arrays(t1), arrays(t2)
         inside, inside2 = image[mask > 0], image2[mask2 > 0]
-        # simple cysts fill up to half of an outline: the gland is at the other quartile
+        # a simple cyst may fill much of an outline: the gland is at the other quartile
         assert np.percentile(inside2, 99.5) > 1.5 * np.percentile(inside2, 25), row.patient_id
         assert np.percentile(inside, 1) < 0.6 * np.percentile(inside, 75), row.patient_id
 
@@ -211,5 +211,5 @@ def test_fluid_and_the_glands_brightness_tell_nothing_by_themselves(cohort):
         voxel = np.prod(image.header.get_zooms()) / 1000
         bright.append((data[inside] > 0.6 * np.percentile(data, 99.9)).sum() * voxel)
         glands.append(drawn.gland[1])
-    assert np.median(bright) > 1 and max(bright) > 5  # ml, of simple cysts: as much as that of lesions
+    assert sum(ml > 0.5 for ml in bright) >= 2 and max(bright) > 2, bright  # ml, of simple cysts
     assert max(glands) / min(glands) > 1.5
