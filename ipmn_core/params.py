@@ -87,6 +87,12 @@ class Params(BaseModel):
     phantom_shift: float = setting(
         0.5, "phantom: 0, one scanner for all centers; 0.5, one each; 1, opposite contrasts", ge=0, le=1
     )
+    dial: Maybe[Annotated[float, Field(ge=0, le=1)]] = setting(
+        (), "phantom: values of phantom_shift at which the binary arms are trained, too, for chapter 3's dial"
+    )
+    dial_intensities: Maybe[Literal["minmax", "zscore", "none"]] = setting(
+        (), "intensities at which the dial is turned; [] for the profile's"
+    )
     phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
     cohort: Literal["all", "histology"] = setting(
         "all", "real data set: all, or the cases that are not only followed up"

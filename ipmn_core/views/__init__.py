@@ -10,6 +10,7 @@ from ipmn_core.views.review import (
     cosines,
     cross_site,
     decision_curves,
+    dial,
     drift,
     fusion,
     gain,

@@ -141,6 +141,23 @@ def within_and_between(table: pd.DataFrame) -> Figure:
     return _side_by_side(table, PAIRS, "AUC")
 
 
+def dial(table: pd.DataFrame) -> Figure:
+    """AUC within centers against the phantom's shift: a panel per intensity (across) and modality (down).
+
+    From `dial.table`. A color per arm: a point per fold, a line through their mean; the oracle is dashed.
+    """
+    axes, shown = panels(table, "intensity", "modality", 3.4, sharex=True, sharey=True)
+    for ax, rows in shown:
+        for arm in in_order(rows["arm"]):
+            mine = rows[rows["arm"] == arm]
+            mean = mine.groupby("shift")["within"].mean()
+            ax.plot(mean.index, mean, linewidth=1.6, marker=None if arm in REFERENCES else "o", **_line(arm))
+            if arm not in REFERENCES:
+                ax.scatter(mine["shift"], mine["within"], s=8, color=color(arm), alpha=0.5)
+        ax.axhline(0.5, color="0.8", linewidth=0.8, zorder=0)
+    return labelled(axes, "phantom_shift: how much scanners differ", "AUC within centers")
+
+
 def strategies(table: pd.DataFrame) -> Figure:
     """AUC of each strategy within centers and, unless it is personal, over all centers.
 

@@ -1,0 +1,44 @@
+"""The dial: a profile's binary arms on phantoms whose scanners differ less or more, at any intensity."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pandas as pd
+
+from ipmn_core import data, metrics
+from ipmn_core.metrics import centers, truth
+from ipmn_core.params import Params
+from ipmn_core.runs import store
+
+
+def points(p: Params) -> list[Params]:
+    """The profile at each point of its dial, `phantom_shift` x `intensity`; empty if it has none.
+
+    A point is a profile of its own, called `<profile>_shift0.75_zscore`, with a folder of its own; the point
+    at which the profile stands is the profile itself.
+    """
+    found = []
+    for shift, how in product(p.dial, p.dial_intensities or (p.intensity,)):
+        at = {"phantom_shift": shift, "intensity": how, "profile": f"{p.profile}_shift{shift:g}_{how}"}
+        here = (shift, how) == (p.phantom_shift, p.intensity)
+        found.append(p if here else p.model_copy(update=at))
+    return found
+
+
+def table(p: Params) -> pd.DataFrame:
+    """AUC within centers of every arm, and of the oracle, at each point of the dial, in the last epoch.
+
+    Columns intensity, shift, modality, arm, fold, within, undefined. Raises FileNotFoundError naming a run
+    that is not finished.
+    """
+    tables = []
+    for q in points(p):
+        last = metrics.select(store.predictions(q, "binary"), "last")
+        known = truth.reference_arms(last, data.read_truth(q), data.open_cohort(q))
+        every = pd.concat([last, known[known["arm"] == "oracle"]])
+        for fold, rows in every.groupby("fold"):
+            numbers = centers.decompose(rows)[["modality", "arm", "within", "undefined"]]
+            tables.append(numbers.assign(intensity=q.intensity, shift=q.phantom_shift, fold=fold))
+    columns = ["intensity", "shift", "modality", "arm", "fold", "within", "undefined"]
+    return pd.concat(tables, ignore_index=True)[columns]
