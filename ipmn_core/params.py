@@ -87,7 +87,7 @@ class Params(BaseModel):
     phantom_shift: float = setting(
         0.5, "phantom: 0, one scanner for all centers; 0.5, one each; 1, opposite contrasts", ge=0, le=1
     )
-    dial: Maybe[Annotated[float, Field(ge=0, le=1)]] = setting(
+    dial_shifts: Maybe[Annotated[float, Field(ge=0, le=1)]] = setting(
         (), "phantom: values of phantom_shift at which the binary arms are trained, too, for chapter 3's dial"
     )
     dial_intensities: Maybe[Literal["minmax", "zscore", "none"]] = setting(

@@ -204,7 +204,7 @@ def _foreign(p: Params) -> set[str]:
     applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
     applies |= {"unseen": p.fold_rule == data.UNSEEN and bool(p.arms), "cross": runs.LOCAL_ONLY in p.arms}
     applies["strategies"] = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
-    applies["dial"] = bool(p.dial)
+    applies["dial"] = bool(p.dial_shifts)
     applies["fusion"] = any(fusion(modality)[1] for modality in p.modalities) and bool(p.arms)
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))

@@ -19,7 +19,7 @@ def points(p: Params) -> list[Params]:
     at which the profile stands is the profile itself.
     """
     found = []
-    for shift, how in product(p.dial, p.dial_intensities or (p.intensity,)):
+    for shift, how in product(p.dial_shifts, p.dial_intensities or (p.intensity,)):
         at = {"phantom_shift": shift, "intensity": how, "profile": f"{p.profile}_shift{shift:g}_{how}"}
         here = (shift, how) == (p.phantom_shift, p.intensity)
         found.append(p if here else p.model_copy(update=at))

@@ -48,6 +48,8 @@ NO_CHANGE = {
     **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "multiclass_folds": 3, "keep_models": ["none"]},
     **{
         "finetune_epochs": 9,
+        "dial_shifts": [0.1],
+        "dial_intensities": ["none"],
         "device": "cuda:3",
         "precision": "bfloat16",
         "jobs": 4,
