@@ -12,6 +12,7 @@ from ipmn_core import federated, metrics, runs
 from ipmn_core.data import assign_folds
 from ipmn_core.federated import client
 from ipmn_core.runs import Run, StaleRunError, run, store
+from ipmn_core.runs import trained as networks
 
 ARMS = ["centralized", "fedprox_0.1", "local_only"]
 ALL = {"arms": ARMS, "inner_validation": 0.3}
@@ -300,3 +301,20 @@ def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(copied, na
     frame.to_parquet(path)
     with pytest.raises(metrics.PredictionsError, match=rf"{name}, row 2 \(case {leaked} .* was trained on"):
         (runs.predictions if name.startswith("p") else runs.validation)(copied, "binary")
+
+
+@pytest.mark.parametrize("arm", ["fedbn", "fedavg_bn_local", "fedavg_bn_recomputed", "ditto_0.1", "finetune"])
+def test_the_weights_of_a_personal_arm_are_one_network_per_center(tmp_path, cohort, arm):
+    p = profile(tmp_path, arms=[arm], binary_folds=2)
+    folder = run.execute(p, Run("binary", "t1", arm, 0), cohort)
+    (one,) = networks.find(folder)
+    stored = metrics.select(
+        pd.read_parquet(folder / "predictions.parquet")
+    )  # the epoch whose weights are kept
+    cases = cohort.of("t1")
+    assert one.centers == ("NYU", "AHN", "EMC")
+    for center, rows in stored.groupby("center"):
+        places = cases.scans.reset_index().set_index("case_id")["index"][rows["case_id"]]
+        cubes = torch.tensor(cases.cubes[places]).unsqueeze(1).float()
+        prob = networks.probabilities(networks.load(one, center), cubes, folder)
+        np.testing.assert_allclose(prob[:, 1], rows["prob_1"], atol=1e-6)  # one by one, not in a batch
