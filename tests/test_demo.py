@@ -52,7 +52,7 @@ def demo(tmp_path_factory):
 def test_the_demo_learns_and_stays_below_the_oracle(demo):
     auc = demo.query("center == 'global'").set_index(["task", "arm"])["auc_mean"]
     assert 0.70 <= auc["binary", "centralized"] <= auc["binary", "oracle"]
-    assert 0.65 <= auc["multiclass", "densenet121"] <= auc["multiclass", "oracle"]
+    assert 0.60 <= auc["multiclass", "densenet121"] <= auc["multiclass", "oracle"]
 
 
 def test_the_reference_is_complete_and_its_table_1_that_of_the_paper():
