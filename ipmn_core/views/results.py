@@ -189,7 +189,8 @@ def training_curves(
     table, values = histories.assign(task=""), histories[column]
     figure = fold_curves(table, "epoch", column, "modality", "task", xlabel, ylabel)
     for ax in figure.axes if reference is not None and len(table) else ():
-        ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
+        if ax.axison:
+            ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
     if values.min() > 0 and values.max() > max(1, 5 * values.min()):
         _by_factors(figure.axes[0])  # a loss that one arm begins high; an AUC is never above 1
     return figure
