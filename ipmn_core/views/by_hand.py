@@ -55,8 +55,15 @@ class TwoWeights(nn.Module):
 class PlainLearner(federated.Learner):
     """A learner with plain SGD, as in FedProx's paper (Li et al. 2020), in place of AdamW."""
 
-    def __init__(self, name: str, model: nn.Module, indices: torch.Tensor, settings: federated.Settings):
-        super().__init__(name, model, indices, settings)
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        indices: torch.Tensor,
+        settings: federated.Settings,
+        strategy: federated.Strategy | None = None,
+    ):
+        super().__init__(name, model, indices, settings, strategy)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.lr_step, settings.lr_gamma)
 

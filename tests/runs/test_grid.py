@@ -43,7 +43,7 @@ NO_CHANGE = {
     **{"profile": "u", "outputs": "elsewhere", "data": "a folder"},  # the data's key
     **{"classes": ["a", "b"], "positive": ["a"], "center_names": ["NU"], "cohort": "histology"},
     **{"paired": True},
-    **{"phantom_max_per_cell": 2, "phantom_shortcut": 0.5, "phantom_seed": 5},
+    **{"phantom_max_per_cell": 2, "phantom_shortcut": 0.5, "phantom_seed": 5, "phantom_shift": 1.0},
     **{"modalities": ["t1", "t2"], "arms": ["fedprox_0.1"], "multiclass_models": ["resnet34"]},
     **{"epochs": 9, "epochs_by_model": {"resnet34": 2}, "multiclass_folds": 3, "keep_models": ["none"]},
     **{
