@@ -98,8 +98,8 @@ class Learner:
         """Set it back to `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        device = self.optimizer.param_groups[0]["params"][0].device
-        self.own = {key: value.to(device) for key, value in state["own"].items()}
+        where = self.optimizer.param_groups[0]["params"][0].device
+        self.own = {key: value.to(where) for key, value in state["own"].items()}
         if self.personal:
             self.personal.load_state_dict(state["personal"])
 
@@ -196,7 +196,10 @@ def personalize(
 
 @torch.no_grad()
 def _recompute(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Settings) -> State:
-    """Set BatchNorm's statistics to the mean over batches of the cases at `indices`; return them."""
+    """Set BatchNorm's statistics to the mean over batches of the cases at `indices`; return them.
+
+    Not by torch's `update_bn`, under which dropout would draw at random.
+    """
     layers, order = strategies.batch_norms(model), indices.to(cases.y.device)
     pieces = batches(model, cases, len(order), settings.batch_size)
     momentum = {name: layer.momentum for name, layer in layers.items()}

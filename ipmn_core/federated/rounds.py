@@ -95,7 +95,7 @@ def fit_federated(
     for round_ in range(first, settings.epochs + 1):
         seed = [*settings.seed, round_]
         taking_part = drawn(list(learners), strategy, seed)
-        w_global = server.sends(model)
+        w_global = server.sends(client.snapshot(model))
         updates = (  # each is in `model` until the next one is computed
             _update(name, model, w_global, learner, cases, settings, strategy, [*seed, k])
             for k, (name, learner) in enumerate(learners.items())

@@ -169,17 +169,15 @@ class Server:
         device = next(iter(self.c.values())).device if self.c else None
         self.c, self.moments = {key: value.to(device) for key, value in state["c"].items()}, state["moments"]
 
-    def sends(self, model: nn.Module) -> State:
-        """What every client gets at the start of a round: a copy of the weights that are shared, and c."""
-        self.w_t = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        return {key: value for key, value in self.w_t.items() if key not in self.stays} | self.c
+    def sends(self, w_t: State) -> State:
+        """What every client gets at the start of a round at `w_t`: the weights that are shared, and c."""
+        self.w_t = w_t
+        return without(w_t, self.stays) | self.c
 
     def step(self, mean: State, n: int) -> State:
         """The next global weights, all, from the `mean`, Eq. (2), of answers of clients with `n` cases."""
-        w, how = {key: value for key, value in mean.items() if not key.startswith(CONTROL)}, self.strategy
-        for key, change in mean.items():
-            if key.startswith(CONTROL):
-                self.c[key] = self.c[key] + change * (n / self.n)
+        w, how = without(mean, self.c), self.strategy
+        self.c = {key: c + mean[key] * (n / self.n) if mean else c for key, c in self.c.items()}
         moving = [key for key in self.parameters if key in w]
         if how.scaffold not in (None, 1.0):
             w |= {key: self.w_t[key] + how.scaffold * (w[key] - self.w_t[key]) for key in moving}

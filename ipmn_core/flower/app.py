@@ -228,7 +228,7 @@ def _rounds(
     names, aggregated = list(learners), first > 1
     for round_ in range(first, settings.epochs + 1):
         taking_part = federated.drawn(names, settings.strategy, [*settings.seed, round_])
-        w_global = server.sends(model)
+        w_global = server.sends(federated.snapshot(model))
         orders = {name: {"round": round_, "k": names.index(name), **learners[name]} for name in taking_part}
         answers = sites.ask("train", orders, w_global, min(sites.federation.min_sites, len(taking_part)))
         updates = [_update(name, n_k[name], answers.get(name)) for name in taking_part]

@@ -37,10 +37,10 @@ def split(*sizes):
     return {f"center {k}": part for k, part in enumerate(parts)}
 
 
-def federation(strategy, clients, **changes):
+def federation(strategy, clients, net=small_net, fit=federated.fit_federated, **changes):
     """Weights after all rounds, and the rounds; every client is tested on its own cases."""
-    model, data = small_net(), cases(sum(map(len, clients.values())))
-    rounds = list(federated.fit_federated(model, clients, clients, data, settings(**changes), strategy))
+    model, data = net(), cases(sum(map(len, clients.values())))
+    rounds = list(fit(model, clients, clients, data, settings(**changes), strategy))
     return model.state_dict(), rounds
 
 

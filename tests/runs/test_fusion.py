@@ -141,7 +141,12 @@ def test_given_folds_that_part_a_patient_are_refused(tmp_path):
         runs.check_folds(p, ["binary"], found)
 
 
-def test_fused_runs_train_and_are_compared_by_patient(tmp_path):
+def test_fused_runs_train_and_are_compared_by_patient(tmp_path, monkeypatch):
+    tiny = models.MODELS["tiny"]  # the protocol is tested here, the networks above
+    for fusion in models.FUSIONS:
+        both = lambda n: torch.nn.Sequential(torch.nn.Conv3d(2, 1, 1), tiny(n))  # noqa: E731
+        monkeypatch.setitem(models.FUSIONS, fusion, both)
+    monkeypatch.setitem(models.MODELS, "densenet121", tiny)
     p = profile(tmp_path, **CHANGES | {"modalities": [*FUSED, "t2"]})
     found = with_cubes(paired(cohort()))
     predictions = runs.run_grid(p, "binary", found)
