@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ipmn_core.data import folds, manifest, releases
-from ipmn_core.data.cubes import load_cubes, volume_problems
+from ipmn_core.data.cubes import RECIPE, load_cubes, volume_problems
 from ipmn_core.data.releases import SCAN_COLUMNS, CohortError
 from ipmn_core.names import CENTERS, LABELS, TASKS, binary_names, fusion, single
 from ipmn_core.params import Params
@@ -276,10 +276,14 @@ def read(root, p: Params | None = None) -> Cohort:
 def load_cohort(p: Params) -> Cohort:
     """The scans that a profile trains on: its cohort, cut to `max_per_cell`, with cubes from the cache.
 
-    Raises CohortError, or ScanError naming the first case that cannot be used.
+    The cohort's key stands for its scans and cubes: of files the contents, of a phantom its recipe, for the
+    last bits of its voxels depend on the processor. Raises CohortError, or ScanError naming the first case
+    that cannot be used.
     """
     cohort = subset(open_cohort(p), p.max_per_cell)
     cubes, key = load_cubes(cohort.scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
+    if p.data == "phantom":
+        key = json.dumps([RECIPE, asdict(p.preprocessing), p.phantom_root.name])
     rows = cohort.scans.drop(columns=["image", "mask"]).to_csv(index=False)
     key = hashlib.sha256((key + rows + json.dumps(cohort.classes)).encode()).hexdigest()
     return replace(cohort, cubes=cubes, key=key)

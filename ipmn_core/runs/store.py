@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ import torch
 from ipmn_core import federated, metrics
 from ipmn_core.disk import atomic
 from ipmn_core.names import TASKS
-from ipmn_core.params import Params
+from ipmn_core.params import Params, project_root
 from ipmn_core.runs.grid import LOCAL_ONLY, MACHINE, Run, folder_of, protocols, scored
 
 
@@ -50,6 +51,7 @@ COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows
     "centers": ["round", "center", "n", "acc", "auc"],
 }
 CPU = torch.device("cpu")
+TRAINED_HERE = "trained_here"  # a file beside runs that no shipped ones may replace
 # a center may be called 042, or NA
 AS_WRITTEN = {"dtype": dict.fromkeys(("client", "other", "center"), str)}
 AS_WRITTEN |= {"keep_default_na": False, "na_values": [""]}
@@ -87,17 +89,35 @@ def whole(folder: Path, protocol: dict[str, Any]) -> Path:
 
 
 def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[Run]:
-    """The runs in `wanted`, given with their protocols, that are not on disk yet. Raises StaleRunError."""
+    """The runs in `wanted`, given with their protocols, that are neither on disk nor shipped.
+
+    A shipped run, of `outputs/reference/<profile>/runs`, is copied if its settings and data are the same. It
+    has no weights. Raises StaleRunError.
+    """
+    for run, protocol in wanted.items():
+        folder = folder_of(p, run)
+        shipped = project_root() / "outputs" / "reference" / folder.relative_to(p.folder.parent)
+        if not (folder.exists() or (p.folder / "runs" / TRAINED_HERE).exists()):
+            with contextlib.suppress(StaleRunError):
+                if finished(shipped, protocol, key):
+                    arriving = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+                    shutil.copytree(shipped, arriving)
+                    arriving.replace(folder)
     return [run for run, protocol in wanted.items() if not finished(folder_of(p, run), protocol, key)]
 
 
 def discard(p: Params) -> None:
-    """Delete the runs and probes of a profile; keep those whose weights are from elsewhere (`score`)."""
+    """Delete the runs and probes of a profile; keep those whose weights are from elsewhere (`score`).
+
+    No shipped run takes their place from then on.
+    """
     root = p.folder / "runs"
     records = {path: path.read_text() for path in root.glob("*/*/*/fold*/run.json")}
     kept = {path.parents[1] for path, text in records.items() if '"trained_here": false' in text}
     for arm in set(root.glob("*/*/*")) - kept:
         shutil.rmtree(arm, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / TRAINED_HERE).touch()
 
 
 def note_share(folder: Path, share: float) -> None:
