@@ -137,6 +137,9 @@ class Params(BaseModel):
     lr_gamma: float = setting(0.1, "factor of the learning rate after lr_step epochs", gt=0, le=1)
     augment_prob: float = setting(0.1, "probability of a random flip, and of a quarter turn", ge=0, le=1)
     seed: int = setting(0, "draws weights, batches, augmentation and inner splits", ge=0, lt=2**32)
+    more_seeds: Maybe[Annotated[int, Field(ge=0, lt=2**32)]] = setting(
+        (), "further seeds at which the binary arms are trained on the last modality, for chapter 4's spread"
+    )
     keep_models: tuple[str, ...] = setting(
         ("*",),
         "runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",

@@ -97,7 +97,7 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import data, runs
-    from ipmn_core.runs import dial, probes
+    from ipmn_core.runs import dial, probes, seeds
 
     try_notebooks(p)
     for task in TASKS:
@@ -114,7 +114,7 @@ def _prepare(p: Params, fresh: bool) -> None:
     runs.train(p, ("binary", "multiclass"), cohort)  # the longer runs first: workers end together
     for task in TASKS:
         probes.fit(p, task, cohort)
-    for q in dial.points(p):
+    for q in (*seeds.points(p), *dial.points(p)):
         runs.train(q, ("binary",), data.load_cohort(q))
 
 
@@ -195,16 +195,16 @@ def _foreign(p: Params) -> set[str]:
     """Tags of the cells that are not about this profile.
 
     `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not), `unseen`
-    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities), `dial`;
-    `multiclass` and `binary` where the task has no arm, `multiclass-trained` and `binary-trained` where none
-    was trained here (`ipmn score`).
+    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities), `dial`,
+    `seeds` (`more_seeds`); `multiclass` and `binary` where the task has no arm, `multiclass-trained` and
+    `binary-trained` where none was trained here (`ipmn score`).
     """
     from ipmn_core import data, runs
 
     applies = {"paper": data.open_cohort(p).is_paper, "phantom": not data.read_truth(p).empty}
     applies |= {"unseen": p.fold_rule == data.UNSEEN and bool(p.arms), "cross": runs.LOCAL_ONLY in p.arms}
     applies["strategies"] = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
-    applies["dial"] = bool(p.dial_shifts)
+    applies |= {"dial": bool(p.dial_shifts), "seeds": bool(p.more_seeds and p.arms)}
     applies["fusion"] = any(fusion(modality)[1] for modality in p.modalities) and bool(p.arms)
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))

@@ -49,6 +49,7 @@ NO_CHANGE = {
     **{
         "finetune_epochs": 9,
         "dial_shifts": [0.1],
+        "more_seeds": [5],
         "dial_intensities": ["none"],
         "device": "cuda:3",
         "precision": "bfloat16",
