@@ -135,6 +135,12 @@ class Params(BaseModel):
     weight_decay: float = setting(0.01, "weight decay of AdamW", ge=0)
     lr_step: Count = setting(30, "epochs after which the learning rate is multiplied by lr_gamma")
     lr_gamma: float = setting(0.1, "factor of the learning rate after lr_step epochs", gt=0, le=1)
+    batch_norm_momentum: float | None = setting(
+        None,
+        "weight of a batch in BatchNorm's running statistics; null: the network's, 0.1 (EfficientNet 0.01)",
+        gt=0,
+        le=1,
+    )
     augment_prob: float = setting(0.1, "probability of a random flip, and of a quarter turn", ge=0, le=1)
     seed: int = setting(0, "draws weights, batches, augmentation and inner splits", ge=0, lt=2**32)
     more_seeds: Maybe[Annotated[int, Field(ge=0, lt=2**32)]] = setting(

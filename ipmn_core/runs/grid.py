@@ -46,6 +46,7 @@ class RunSettings(Settings):
     intensity: str
     orientation: str
     threads: int
+    batch_norm_momentum: float | None
     strategy: Strategy | None
     device: str = field(default="cpu", compare=False)
 
@@ -118,6 +119,7 @@ def run_settings(p: Params, run: Run) -> RunSettings:
     finetune_epochs = p.finetune_epochs if strategy and strategy.finetune else 0
     same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size")
     same += ("batches_per_epoch", "lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob")
+    same += ("batch_norm_momentum",)
     return RunSettings(
         **asdict(run),
         **{key: getattr(p, key) for key in same},

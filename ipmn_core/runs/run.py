@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ipmn_core import data, federated, metrics, models
 from ipmn_core.data import Cohort
-from ipmn_core.federated import Cases, Epoch
+from ipmn_core.federated import Cases, Epoch, strategies
 from ipmn_core.names import fusion
 from ipmn_core.params import Params
 from ipmn_core.runs import store
@@ -77,6 +77,8 @@ def build(
     make = partial(models.build, settings.model, n_classes, settings.seed[0], fusion(settings.modality)[1])
     local = settings.arm == LOCAL_ONLY
     model = torch.nn.ModuleList([make() for _ in clients]) if local else make()
+    for layer in strategies.batch_norms(model).values():
+        layer.momentum = settings.batch_norm_momentum or layer.momentum
     model = model.to(device)
     return model.to(memory_format=torch.channels_last_3d) if settings.channels_last else model
 

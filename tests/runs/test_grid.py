@@ -37,7 +37,7 @@ CHANGES = {
     **{"spacing": 1.0, "intensity": "zscore", "orientation": "canonical"},
     **{"max_per_cell": 9, "size": 48, "rounds": 8, "local_epochs": 2, "clients_per_round": 2},
     **{"batch_size": 5, "batches_per_epoch": 3, "lr": 0.2, "weight_decay": 0.3, "lr_step": 9},
-    **{"lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11, "threads": 2},
+    **{"lr_gamma": 0.4, "augment_prob": 0.5, "seed": 11, "threads": 2, "batch_norm_momentum": 0.5},
 }
 NO_CHANGE = {
     **{"profile": "u", "outputs": "elsewhere", "data": "a folder"},  # the data's key

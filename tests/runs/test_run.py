@@ -318,3 +318,12 @@ def test_the_weights_of_a_personal_arm_are_one_network_per_center(tmp_path, coho
         cubes = torch.tensor(cases.cubes[places]).unsqueeze(1).float()
         prob = networks.probabilities(networks.load(one, center), cubes, folder)
         np.testing.assert_allclose(prob[:, 1], rows["prob_1"], atol=1e-6)  # one by one, not in a batch
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_running_statistics_take_the_weight_of_a_batch_that_is_set(tmp_path, momentum):
+    p = profile(tmp_path, batch_norm_momentum=momentum)
+    settings = runs.run_settings(p, runs.Run("binary", "t1", "centralized", 0))
+    norm = runs.build(settings, torch.device("cpu"), 2, ["A"])[1]
+    norm(torch.full((2, 4, 2, 2, 2), 8.0))  # from 0 towards 8
+    assert norm.running_mean.tolist() == pytest.approx([8.0 * (momentum or 0.1)] * 4)
