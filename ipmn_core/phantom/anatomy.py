@@ -139,7 +139,10 @@ def unit(vector):
 
 
 def neighbors(rng, space, clear, vessels):
-    """Layers of the organs around the pancreas, back to front; clear is 0 in the fat around the pancreas."""
+    """Layers of the organs around the pancreas, back to front; clear is 0 in the fat around the pancreas.
+
+    That fat is 1.5 mm wide, and a wide outline takes in bowel, stomach and fluid behind it.
+    """
     layers, shift = [("blood", (slice(None),) * 3, 0.8 * vessels)], np.zeros(3)
     for tissue, center, radii in NEIGHBORS:
         if tissue not in ("medulla", "fluid", "chyme", "fat"):  # contents move with the organ before them
@@ -223,7 +226,7 @@ def draw(patient, seed):
     for box, depth in [parenchyma, *loculi, *simple]:
         organ[box] = np.maximum(organ[box], depth)
     vessels = np.clip(1.7 - 7 * np.hypot(warp[0], warp[1]), 0, 1)  # two fields vanish together along curves
-    layers = neighbors(rng, space, clear=np.clip(-organ / 2 - 1, 0, 1), vessels=vessels)
+    layers = neighbors(rng, space, clear=np.clip(-organ / 2 - 0.75, 0, 1), vessels=vessels)
     splenic_vein = line[4:] - [0, 1, 0] * (radius[4:, None] + 2.5)
     bile_duct = line[2] + np.array([[6, -6, 50], [5, -7, 16], [3, -5, 0], [5, -2, -14]])
     layers += [layer("blood", tube(space, splenic_vein, 4)), layer("pancreas", parenchyma)]

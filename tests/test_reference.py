@@ -1,0 +1,86 @@
+"""The tables in `outputs/reference/` are functions of the predictions that are shipped beside them."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ipmn_core import metrics, models, params, runs
+from ipmn_core.metrics import centers, tables
+from ipmn_core.runs import dial, seeds
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "outputs" / "reference"
+SHIPPED = sorted(path.parent for path in REFERENCE.glob("*/params.yaml") if (path.parent / "runs").is_dir())
+
+
+def profile(folder):
+    return params.load(folder / "params.yaml").model_copy(update={"outputs": str(REFERENCE)})
+
+
+def table2(p):
+    selected = metrics.select(runs.predictions(p, "multiclass"))
+    counted = {name: models.complexity(name) for name in p.multiclass_models}
+    return tables.table2(metrics.over_folds(metrics.by_fold(selected)), counted)
+
+
+def table3(p):
+    return tables.table3(metrics.over_folds(metrics.by_fold(metrics.select(runs.predictions(p, "binary")))))
+
+
+def unseen(p):
+    table = centers.unseen(runs.predictions(p, "binary"), runs.validation(p, "binary"))
+    return table.drop(columns="task").rename(columns={"arm": "method"})
+
+
+def cross_site(p):
+    return centers.cross_site(runs.cross(p), runs.predictions(p, "binary"))
+
+
+def strategies(p):
+    last = metrics.select(runs.predictions(p, "binary"), "last")
+    return centers.by_strategy(centers.tuned(last, runs.validation(p, "binary")))
+
+
+def dial_arms(p):
+    """The dial without the oracle, whose truth is the phantom's."""
+    of_arms = [
+        centers.decompose(rows).assign(intensity=q.intensity, shift=q.phantom_shift, fold=fold)
+        for q in dial.points(p)
+        for fold, rows in metrics.select(runs.predictions(q, "binary"), "last").groupby("fold")
+    ]
+    return pd.concat(of_arms, ignore_index=True)
+
+
+TABLES = {
+    **{"table2": table2, "table3": table3, "unseen": unseen, "cross_site": cross_site},
+    **{"strategies": strategies, "seeds": seeds.table, "dial": dial_arms},
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [(folder, name) for folder in SHIPPED for name in TABLES if (folder / "tables" / f"{name}.csv").exists()],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_shipped_table_is_that_of_the_shipped_predictions(folder, name):
+    kept = pd.read_csv(folder / "tables" / f"{name}.csv", keep_default_na=False, na_values="n/a")
+    fresh = TABLES[name](profile(folder))
+    keys = [
+        c
+        for c in ("center", "method", "arm", "model", "modality", "trained_at", "intensity", "shift", "fold")
+        if c in kept and c in fresh
+    ]
+    kept = kept[kept["arm"] != "oracle"] if name == "dial" else kept
+    shared = [column for column in kept if column in fresh]
+    assert len(kept) == len(fresh) > 0
+    both = [table[shared].sort_values(keys, ignore_index=True) for table in (kept, fresh)]
+    pd.testing.assert_frame_equal(*both, check_dtype=False, atol=1e-9, rtol=0)
+
+
+def test_what_is_shipped_is_small_and_has_no_weights():
+    files = [path for path in REFERENCE.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".pt"]
+    assert sum(path.stat().st_size for path in files) <= 20 * 2**20
+    for path in REFERENCE.glob("*/runs/*/*/*/fold*"):
+        assert (path / "run.json").exists(), path
