@@ -20,6 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
 
 THEIRS, TRAINED = {"paper", "phantom"}, {"multiclass-trained", "binary-trained"}  # tags
+FURTHER = {"unseen", "strategies", "fusion", "dial"}  # tags of sections that a few profiles have
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -91,13 +92,32 @@ def told(cell):
 def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
     first, *_, last = (cell.source for cell in cells(path, "markdown"))
     minutes = int(re.search(r"\*Reading time\* about (\d+) minutes", first).group(1))
-    words = sum(len(cell.source.split()) for cell in cells(path, "markdown"))
-    pictures = sum(bool(re.search(r"\bviews\.(?!show\()", cell.source)) for cell in cells(path)[2:])
+    words = sum(words_of(cell) for cell in cells(path, "markdown") if not tags_of(cell) & FURTHER)
+    shown = [cell.source for cell in cells(path)[2:] if not tags_of(cell) & FURTHER]
+    pictures = sum(bool(re.search(r"\bviews\.(?!show\()", source)) for source in shown)
     assert minutes == pytest.approx(words / 180 + pictures, rel=0.3)
+    assert minutes <= 12
     number = int(path.stem[:2])
     for other in (number - 1, number + 1):
         assert f"](0{other}_" in first or other not in (1, 2, 3, 4), f"no link to chapter {other}"
     assert "**What to take home.**" in last
+
+
+@every_notebook
+@pytest.mark.parametrize("tag", sorted(FURTHER))
+def test_a_further_section_takes_two_minutes_to_read(path, tag):
+    words = sum(words_of(cell) for cell in cells(path, "markdown") if tag in tags_of(cell))
+    assert words / 180 <= 2
+    if words:
+        assert "about two for each further section that a profile has" in cells(path, "markdown")[0].source
+
+
+def words_of(cell):
+    return len(cell.source.split())
+
+
+def tags_of(cell):
+    return set(cell.metadata.get("tags", []))
 
 
 @every_notebook
