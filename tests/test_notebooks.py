@@ -95,7 +95,7 @@ def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
     words = sum(words_of(cell) for cell in cells(path, "markdown") if not tags_of(cell) & FURTHER)
     shown = [cell.source for cell in cells(path)[2:] if not tags_of(cell) & FURTHER]
     pictures = sum(bool(re.search(r"\bviews\.(?!show\()", source)) for source in shown)
-    assert minutes == pytest.approx(words / 180 + pictures, rel=0.3)
+    assert minutes == pytest.approx(words / 200 + pictures / 2, rel=0.15)
     assert minutes <= 12
     number = int(path.stem[:2])
     for other in (number - 1, number + 1):
@@ -107,7 +107,7 @@ def test_a_reader_is_told_how_long_it_takes_and_where_to_go_on(path):
 @pytest.mark.parametrize("tag", sorted(FURTHER))
 def test_a_further_section_takes_two_minutes_to_read(path, tag):
     words = sum(words_of(cell) for cell in cells(path, "markdown") if tag in tags_of(cell))
-    assert words / 180 <= 2
+    assert words / 200 <= 2
     if words:
         assert "about two for each further section that a profile has" in cells(path, "markdown")[0].source
 
