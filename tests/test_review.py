@@ -33,7 +33,7 @@ def shown(folder):
     assert not re.findall(r"(?i)traceback|warning|>\s*(?:nan|none|-?inf)\s*<", text)
     source = "\n".join(cell.source for cell in notebook.cells)
     figures = set(re.findall(r'"(\w+)",\s+p\.folder / "figures"', source))
-    assert len(figures) == 4 and {path.stem for path in (folder / "figures").glob("*.png")} >= figures
+    assert len(figures) == 7 and {path.stem for path in (folder / "figures").glob("*.png")} >= figures
     return text
 
 
