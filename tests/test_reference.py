@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ipmn_core import metrics, models, params, runs
+from ipmn_core import data, metrics, models, params, runs
 from ipmn_core.metrics import centers, tables
-from ipmn_core.runs import dial, seeds
+from ipmn_core.runs import dial, seeds, store
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -76,6 +76,21 @@ def test_a_shipped_table_is_that_of_the_shipped_predictions(folder, name):
     assert len(kept) == len(fresh) > 0
     both = [table[shared].sort_values(keys, ignore_index=True) for table in (kept, fresh)]
     pd.testing.assert_frame_equal(*both, check_dtype=False, atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_shipped_run_counts_here_and_a_repeat_is_close(tmp_path):
+    """Another processor rounds differently, and after some hundred steps that is another network: 0.1."""
+    p = profile(REFERENCE / "dial")
+    (run, *_) = [run for run in runs.grid(p, "binary") if (run.arm, run.fold) == ("centralized", 0)]
+    shipped, protocol = runs.folder_of(p, run), runs.run_settings(p, run).protocol()
+    q = p.model_copy(update={"outputs": str(tmp_path)})
+    cohort = data.load_cohort(q)
+    assert store.finished(shipped, protocol, cohort.key)
+    repeated = runs.execute(q, run, cohort)
+    auc = [pd.read_csv(folder / "history.csv")["test_auc"].iloc[-1] for folder in (shipped, repeated)]
+    print("shipped {:.3f}, here {:.3f}".format(*auc))
+    assert abs(auc[0] - auc[1]) <= 0.1
 
 
 def test_what_is_shipped_is_small_and_has_no_weights():
