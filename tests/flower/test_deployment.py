@@ -94,6 +94,10 @@ NAMES = ["", ".", "..", ".hidden", "-x", "a b", "a/b", "Köln", "a\n", "a'b", "g
         ({"sites": ("NYU", "nyu")}, "sites: name two or more, once each, which differ in more than case"),
         ({"changes": {"arms": ["fedavg", "local_only"]}}, "arms: local_only do not federate; use fedavg"),
         ({"changes": {"inner_validation": 0.2}}, "inner_validation: .* set it to 0.0"),
+        (
+            {"changes": {"modalities": ["t1+t2_siamese", "t2"]}},
+            r"no fused ones yet; leave out t1\+t2_siamese",
+        ),
         ({"changes": {"data": "own/Scans.CSV"}}, "classes: .* list them in order"),
         ({"changes": {"classes": ["a", "b"], "positive": ["c"]}}, "positive c of the classes a, b"),
         *(({"sites": ("NYU", n)}, re.escape(f"sites: {n!r} cannot be a site's name; ")) for n in NAMES),

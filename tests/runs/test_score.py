@@ -148,6 +148,12 @@ REFUSED = [  # outputs or arms, settings of the profile, options, message
     (1, {}, {"arm": "oracle"}, r"'oracle' is .* a reference"),
     (1, {}, {"arm": "../x"}, r"'\.\./x' is .* no plain name"),
     (1, {}, {"modality": "t1"}, "modality unknown, asked for is t1; give `--modality`, one of .*: t2"),
+    (
+        1,
+        {"modalities": ["t1+t2_channels", "t2"]},
+        {"modality": "t1+t2_channels"},
+        r"asked for is t1\+t2_channels; give `--modality`, one of the profile's: t2$",
+    ),
     (3, OTHERS, {}, "tells no risk, low risk, high risk apart, this cohort has low, high"),
     (
         ["binary/t2/centralized"],
