@@ -181,7 +181,7 @@ def check(options: argparse.Namespace) -> int:
     if not errors:
         print(f"\n{data.table1(cohort).to_markdown(index=False)}")
     remarks = len(problems) - errors
-    print(f"\n{root}: {len(cohort)} labelled scans, {errors} error(s), {remarks} other remark(s)")
+    print(f"\n{root}: {len(cohort)} labeled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
 
 

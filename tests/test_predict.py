@@ -308,7 +308,7 @@ def test_a_scan_is_judged_as_in_a_cohort_and_what_is_in_doubt_is_said(arm, tmp_p
     nib.save(nib.Nifti1Image(np.zeros((24, 20, 8), np.uint8), AFFINE), mask)
     with pytest.raises(ScanError, match=r"EMC7: .* is an empty mask; draw the pancreas"):
         predict.predict(image, mask, arm)
-    with pytest.raises(ScanError, match=r"cannot be read .*; replace it by a whole NIfTI file"):
+    with pytest.raises(ScanError, match=r"cannot be read .*; replace it by a complete NIfTI file"):
         predict.predict(tmp_path / "nowhere.nii", None, arm)
 
 
