@@ -147,7 +147,7 @@ def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, device, model, pa
 def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch, n, auto, absent):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     assert devices.device_of(Params(device="auto")) == auto
-    with pytest.raises(ValueError, match=rf"{absent} was asked for, torch sees {n} GPU.*`cpu`"):
+    with pytest.raises(ValueError, match=rf"{absent} is set, but torch sees {n} GPU.*`cpu`"):
         devices.device_of(Params(device=absent))
 
 
