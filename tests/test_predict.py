@@ -114,7 +114,7 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
     harm = tmp_path / "harm"
     state = torch.load(fold / "model.pt", weights_only=True)
     torch.save({**state, "more": Malicious(harm)}, fold / "model.pt")
-    with pytest.raises(PredictError, match=r"model.pt is refused: it holds code, .*nothing in it was run"):
+    with pytest.raises(PredictError, match=r"model.pt is refused: it holds code, .*no code in it was run"):
         predict.predict(*scan, fold)
     assert not harm.exists()
     torch.load(fold / "model.pt", weights_only=False)
@@ -124,17 +124,17 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: dict([*s.items()][1:]), r"lacks 0.weight \(1 in all\); no weights of quick with 2"),
+        (lambda s: dict([*s.items()][1:]), r"lacks 0.weight \(1 in all\); these are not weights of quick"),
         (lambda s: {**s, "head.bias": torch.zeros(2)}, "has surplus head.bias"),
         (lambda s: models.build("tiny", 2).state_dict(), "lacks .*has surplus .* they fit tiny: name that"),
         (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "0.weight has the shape 3 x 1 .* expected 8 x 1 x"),
         (lambda s: quick(3).state_dict(), "5.weight has the shape 3 x 8, expected 2 x 8"),
         (lambda s: {**s, "0.weight": s["0.weight"] * np.nan}, "0.weight holds NaN or infinity"),
         (lambda s: {**s, "0.weight": s["0.weight"].int()}, "0.weight is of type torch.int32, expected float"),
-        (lambda s: {**s, "epoch": 3}, "more than tensors by name: 'epoch' is of type int; ask for a plain"),
-        (lambda s: list(s.values()), "more than tensors by name: 'list'"),
-        (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "not numbers"),
-        (lambda s: b"", "is refused: it is empty, and nothing in it was run; fetch the file again"),
+        (lambda s: {**s, "epoch": 3}, "more than named tensors: 'epoch' is of type int; ask for a plain"),
+        (lambda s: list(s.values()), "more than named tensors: 'list'"),
+        (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "are NaN"),
+        (lambda s: b"", "is refused: it is empty; no code in it was run; fetch the file again"),
         (lambda s: b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer .`git lfs pull"),
         (lambda s: b"<!DOCTYPE html>", "cannot be read as plain tensors"),
     ],
@@ -199,7 +199,7 @@ def test_bare_weights_that_are_no_classifier_or_of_another_network_are_refused(b
             predict.predict(*scan, bare)
     with pytest.raises(PredictError, match=r"no finished run .*; give its files: .*weights\.pt"):
         predict.predict(*scan, bare.parent)
-    with pytest.raises(PredictError, match="is of quick, not resnet34; leave out --network"):
+    with pytest.raises(PredictError, match="has the network quick, not resnet34; leave out --network"):
         predict.predict(*scan, arm, network="resnet34")
     with pytest.raises(ValueError, match=r"unknown model 'vgg': choose one of .*densenet121"):
         predict.predict(*scan, bare, network="vgg")
