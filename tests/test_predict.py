@@ -76,7 +76,7 @@ def test_a_case_that_the_models_know_is_pointed_out_with_its_role(arm, scan, tmp
     known = {case: write_scan(tmp_path, case.lower()) for case in ("NYU00", "AHN05", "AHN11")}
     for case, files in known.items():  # sheets and files differ in case
         (warning,) = predict.predict(*files, arm).warnings
-        assert warning.startswith("no independent test, it was a case of these models")
+        assert warning.startswith("not an independent test: it was a case of these models")
         assert all(f"centralized fold {k}: {roles[k][case]}" in warning for k in (0, 1))
     assert predict.predict(*scan, arm).warnings == ()
     local = arm.with_name("local_only")
@@ -98,7 +98,7 @@ def test_a_center_is_chosen_where_each_has_its_model_and_only_there(arm, scan):
 )
 def test_models_of_two_kinds_are_not_averaged(arm, fold, scan, change):
     (value,) = change.values()
-    with pytest.raises(PredictError, match=f"several kinds: .*{value}.*; use each by itself"):
+    with pytest.raises(PredictError, match=f"several kinds: .*{value}.*; use each separately"):
         predict.predict(*scan, [arm / "fold1", change_settings(fold, **change)])
 
 
@@ -171,7 +171,7 @@ def test_bare_weights_in_any_wrapping_give_torchs_own_probabilities(bare, scan, 
     assert result.folds.columns.tolist() == ["model", "weights", *classes]
     np.testing.assert_allclose(result.folds[classes].to_numpy(float)[0], expected, atol=1e-6)
     (warning,) = result.warnings
-    assert "which cases the models were trained on is not known" in warning
+    assert "the models' training cases are unknown" in warning
     uncounted = {key: value for key, value in state.items() if "num_batches" not in key}
     for same in (
         {f"module._orig_mod.{key}": value for key, value in state.items()},
@@ -270,12 +270,12 @@ def test_a_manifest_without_labels_is_enough(arm, many, tmp_path, capsys):
     )
     scans = unlabelled(tmp_path / "new.csv")
     known, other, *failed = predict.by_case(scans, predict.predict_each(scans, arm)).to_dict("records")
-    assert known["warnings"].startswith("no independent test, it was a case of these models")
+    assert known["warnings"].startswith("not an independent test: it was a case of these models")
     assert other["warnings"] == "its modality is t1, that of the models t2"
     for row, words in zip(failed, ("row 4: no image .*gone", "b is given", "B is given"), strict=True):
         assert re.search(words, row["error"]) and np.isnan(row["mean high risk"])
     assert cli.main(["predict", str(tmp_path / "new.csv"), "--models", str(arm), "--device", "cpu"]) == 1
-    assert "NYU00: no independent test" in capsys.readouterr().out
+    assert "NYU00: not an independent test" in capsys.readouterr().out
 
 
 def test_scans_that_cannot_be_listed_are_explained(many, tmp_path):
