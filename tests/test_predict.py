@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damag
     else:
         torch.save(damaged, fold / "model.pt")
     with pytest.raises(PredictError, match=rf"fold0/model\.pt.*{message}"):
-        predict.predict(*scan if "numbers" in message else ("no", "scan"), fold)
+        predict.predict(*scan if "are NaN" in message else ("no", "scan"), fold)
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_a_manifest_without_labels_is_enough(arm, many, tmp_path, capsys):
     scans = unlabelled(tmp_path / "new.csv")
     known, other, *failed = predict.by_case(scans, predict.predict_each(scans, arm)).to_dict("records")
     assert known["warnings"].startswith("not an independent test: it was a case of these models")
-    assert other["warnings"] == "its modality is t1, that of the models t2"
+    assert other["warnings"] == "its modality is t1, but the models' is t2"
     for row, words in zip(failed, ("row 4: no image .*gone", "b is given", "B is given"), strict=True):
         assert re.search(words, row["error"]) and np.isnan(row["mean high risk"])
     assert cli.main(["predict", str(tmp_path / "new.csv"), "--models", str(arm), "--device", "cpu"]) == 1
