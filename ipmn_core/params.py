@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ipmn_core.names import ARMS, MODELS
 
-PHANTOM = "v2"  # in the name of the phantom's folder: raise it with every change of its voxels
+PHANTOM = "v2"  # a phantom that draws other voxels gets another folder: raise it with such a change
 
 
 class ParamsError(ValueError):

@@ -97,7 +97,7 @@ class Federation(BaseModel):
         if alone or not p.arms:
             raise FederationError(f"arms: {', '.join(alone) or 'none'} cannot be federated; use {known}")
         if fused := [name for name in p.modalities if fusion(name)[1]]:
-            text = f"modalities: sites do not support fused ones yet; leave out {', '.join(fused)}"
+            text = f"modalities: sites support no fused ones yet; leave out {', '.join(fused)}"
             raise FederationError(text)
         if p.inner_validation:
             raise FederationError("inner_validation: sites have no inner split yet; set it to 0.0")

@@ -91,7 +91,7 @@ def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
     modality = asked or of or only
     own = [name for name in p.modalities if not fusion(name)[1]]  # weights take one scan
     if modality not in own or of not in (None, modality):
-        text = f"{given[0].weights} is of modality {of or 'unknown'}, `--modality` is {asked or 'not given'}"
+        text = f"{given[0].weights} is of modality {of or 'unknown'}, asked for is {asked or 'none'}"
         raise PredictError(f"{text}; give `--modality`, one of the profile's: {', '.join(own)}")
     return modality
 
@@ -103,7 +103,7 @@ def _arm(p: Params, one: Trained, asked: str | None) -> str:
     arm = asked or (f"scored_{one.arm}" if one.arm else "released")
     taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
     if arm in taken or not re.fullmatch(params.PLAIN, arm):
-        text = f"arm {arm!r} is trained by the profile, is a reference, or is not a plain name"
+        text = f"arm {arm!r} is trained by the profile, is a reference, or is no plain name"
         raise PredictError(f"{text}; give another with `--arm`, such as released_fedavg")
     return arm
 
@@ -128,7 +128,7 @@ def _cohort(p: Params, one: Trained, modality: str, whole: bool) -> Cohort:
     """The cases of a modality, preprocessed for the weights, each with its `fold`."""
     names = data.open_cohort(p).names(one.task)
     if names != one.classes if one.arm else len(names) != len(one.classes):
-        text = f"{one.weights} has the classes {', '.join(one.classes)}, this cohort {', '.join(names)}"
+        text = f"{one.weights} tells {', '.join(one.classes)} apart, this cohort has {', '.join(names)}"
         raise PredictError(f"{text}; score it on a cohort with its classes, or set `classes` and `positive`")
     cohort = data.load_cohort(params.validate({**p.model_dump(), **asdict(one.how)}, "the weights"))
     fold = 0 if whole else data.assign_folds(cohort, p.folds(one.task), p.fold_rule, one.task)
