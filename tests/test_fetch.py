@@ -52,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         return fetch.fetch(self.root, ask, parts or fetch.DEFAULT, endpoint=self.url, **options)
 
     def command(self, *arguments):
-        """`ipmn fetch --yes` in a process of its own."""
+        """`ipmn fetch --yes` in a separate process."""
         env = os.environ | {"HF_ENDPOINT": self.url, "HF_HOME": f"{self.root}.hf", "HF_HUB_DISABLE_XET": "1"}
         env["HF_HUB_DISABLE_TELEMETRY"] = "1"
         line = [sys.executable, "-m", "ipmn_core.cli", "fetch", str(self.root), "--yes", *arguments]

@@ -133,7 +133,7 @@ def copies(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str, str
     for path, (_, _, digest) in zip(scans["image"], judged, strict=True):
         if (other := first.setdefault(digest, path)) != path:
             problem = f"copy of another scan: it has the voxels of {other}"
-            remarks.append(("warning", path, problem, "see whose scan it is, and replace the other"))
+            remarks.append(("warning", path, problem, "check whose scan it is, and replace the other"))
     return remarks
 
 

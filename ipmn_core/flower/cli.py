@@ -24,7 +24,7 @@ def command(commands: argparse._SubParsersAction, function: Callable, kind: str 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add `federation` and its subcommands to the commands of `ipmn`."""
     federation = commands.add_parser(
-        "federation", help="train across machines, on Flower (docs/federation.md)"
+        "federation", help="Train across machines, on Flower (docs/federation.md)"
     )
     federation.set_defaults(command=_start)
     pieces = federation.add_subparsers(title="pieces", required=True, metavar="PIECE")
@@ -64,7 +64,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """run server and sites as processes here, and compare with training in one process"""
+    """Run server and sites as processes here, and compare with training in one process."""
     from ipmn_core.flower import demo
 
     weights, predictions = demo.run(options.params, options.keep)
@@ -73,7 +73,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def init(options: argparse.Namespace) -> int:
-    """write certificates, keys and settings of server and sites"""
+    """Write certificates, keys and settings of server and sites."""
     from ipmn_core import params
     from ipmn_core.flower import deployment
 
@@ -86,7 +86,7 @@ def init(options: argparse.Namespace) -> int:
 
 
 def server(options: argparse.Namespace) -> None:
-    """run the server until it is interrupted"""
+    """Run the server until it is interrupted."""
     from ipmn_core.flower import deployment, processes
 
     federation = deployment.read(options.folder)
@@ -95,7 +95,7 @@ def server(options: argparse.Namespace) -> None:
 
 
 def site(options: argparse.Namespace) -> None:
-    """run a site until it is interrupted"""
+    """Run a site until it is interrupted."""
     from ipmn_core.flower import processes
 
     command = processes.site_command(options.folder, options.data, options.outputs, options.share)
@@ -103,7 +103,7 @@ def site(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """train the profile's runs at the sites, then write table 3"""
+    """Train the profile's runs at the sites, then write table 3."""
     from ipmn_core import pipeline
     from ipmn_core.flower import deployment, processes
 

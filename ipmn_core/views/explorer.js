@@ -142,7 +142,7 @@ function worst(cases, view, show) { // those with the lowest probability of thei
   return table("The 8 worst predictions", head, rows);
 }
 
-function opening(below, scans, ask) { // show(case, modality): in a viewer of the page, or in one of its own
+function opening(below, scans, ask) { // show(case, modality): in a viewer of the page, or in a new one
   const holds = (one, name) => placeOf(one.cases, ...name) >= 0;
   const show = (...name) => {
     const found = viewers.find((one) => holds(one, name));

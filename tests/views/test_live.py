@@ -216,7 +216,7 @@ def shown(tmp_path_factory, phantom_scans, tables, walks):
 
 @pytest.fixture
 def page(chromium, shown):
-    """The page in a window of its own, live; at the end it has logged no error and asked for nothing."""
+    """The live page in a separate window; at the end it has logged no error and requested nothing."""
     with chromium.new_context(viewport={"width": 900, "height": 900}, offline=True) as context:
         noise, page = browser.listen(context), context.new_page()
         page.goto(shown[2].as_uri())
