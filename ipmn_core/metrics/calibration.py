@@ -85,7 +85,7 @@ def decision_curve(selected: pd.DataFrame, thresholds=np.linspace(0.01, 0.6, 60)
     """
     t = np.asarray(thresholds, dtype=float)
     if not ((t > 0) & (t < 1)).all():
-        raise ValueError("A threshold must be above 0 and below 1: its odds weigh the harm.")
+        raise ValueError("A threshold must be strictly between 0 and 1: its odds weigh the harm.")
     curves = {arm: _net_benefit(*positive(rows), t) for arm, rows in scores.arms(selected)}
     for (task, modality), rows in selected.groupby(["task", "modality"], sort=False):
         y, _ = positive(rows.drop_duplicates(["fold", "case_id"]))  # the cases of all arms, each once

@@ -99,7 +99,7 @@ def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
 def _arm(p: Params, one: Trained, asked: str | None) -> str:
     """The name of the arm to write."""
     if one.arm and is_personal(one.arm):
-        raise PredictError(f"{one.weights} is a model of {one.arm}; score an arm with one model for all")
+        raise PredictError(f"{one.weights} is of {one.arm}; score an arm with one model for all centers")
     arm = asked or (f"scored_{one.arm}" if one.arm else "released")
     taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
     if arm in taken or not re.fullmatch(params.PLAIN, arm):

@@ -57,7 +57,7 @@ def test_a_batch_of_one_is_trained_on_where_batch_norm_can():
 
 
 def test_one_training_case_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); more folds"):
+    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); use more folds"):
         Learner("AHN", small_net(), torch.arange(1), settings())
 
 
