@@ -1,8 +1,8 @@
-"""Time this package beside the plain pipeline, both in one call on one machine: `python benchmarks/bench.py`.
+"""Time this package against the plain pipeline on one machine: `python benchmarks/bench.py`.
 
-Each side of a case runs in a process of its own, warmed up with one batch; the sides alternate, and the
-median of the repeats counts. A ratio above 1 is in our favor. A strategy that the plain pipeline lacks stands
-beside our own round of FedAvg: its ratio is what it costs. `docs/performance.md` discusses the results.
+Each side of a case runs in its own process, warmed up with one batch. The sides alternate, and the result is
+the median of the repeats. A ratio above 1 is in our favor. A strategy that the plain pipeline lacks is
+compared with our own round of FedAvg, so its ratio is its cost. `docs/performance.md` discusses the results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ipmn_core.params import Preprocessing
 COLUMNS = ["case", "unit", "plain", "ours", "ratio"]
 LESS_IS_BETTER = ("s", "s/sample", "GB")
 GEMM = 2048  # edge of the matrices multiplied
-STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each includes those before
+STEPS = ("cubes in memory", "+ channels-last", "+ memory kept", "+ bfloat16")  # each includes the former
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Model or arm and size; the step of ours, if not the last."""
+        """Model or arm, size, and our step if it is not the last."""
         step = "" if self.step == STEPS[-1] else f", {self.step}"
         beside = " beside our FedAvg" if self.arm in BEYOND else ""
         return f"{self.arm or self.model} {self.size}^3{beside}{step}"
@@ -74,12 +74,12 @@ CASES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table and write it as JSON if asked."""
+    """Print the table; with `--json` also write it."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.partition(":")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="median of N (default: 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     options = parser.parse_args(arguments)
     names = [*(case.name for case in CASES), "preprocessing"]
     if not any(options.only in name for name in names):
@@ -128,7 +128,7 @@ def _beside(case: Case, folder: Path, repeats: int) -> Iterator[tuple]:
     yield _row(case.name, unit, **seconds)
     yield _row(f"{case.name}, peak memory", "GB", **gigabytes)
     if not case.arm:
-        gflop = 6 * models.complexity(case.model, 2, case.size)[0]  # 2 per MAC; the backward pass costs two
+        gflop = 6 * models.complexity(case.model, 2, case.size)[0]  # 2 per MAC; backward counts twice
         yield _row(f"{case.name}, rate", "GFLOP/s", **{side: gflop / s for side, s in seconds.items()})
 
 
@@ -137,14 +137,14 @@ def _row(name: str, unit: str, plain: float, ours: float) -> tuple:
 
 
 def apart(function: Callable, *arguments) -> tuple[float, float]:
-    """Result of `function`, seconds or a rate, and the peak memory in GB, in a process of its own."""
+    """Result of `function` (seconds or a rate) and peak memory in GB, in a separate process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_measured, function, arguments).result()
 
 
 def _measured(function: Callable, arguments: tuple) -> tuple[float, float]:
     value = function(*arguments)
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())  # of Linux
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())  # Linux only
     return value, int(peak[1]) * 1024 / 1e9 if peak else float("nan")
 
 
@@ -160,7 +160,7 @@ def _gemm(dtype: str) -> float:
 
 
 def chosen_scans(case: Case, folder: Path) -> pd.DataFrame:
-    """The case's scans of the cohort in `folder`: `n`, or for an arm `n` per center, in center order."""
+    """The case's scans of the cohort in `folder`: `n`, or for an arm `n` per center, ordered by center."""
     scans = read(folder / "first").scans
     scans = scans[scans["modality"] == "t2"]
     if case.arm:
@@ -219,7 +219,7 @@ def _ours(case: Case, folder: Path) -> float:
     if case.arm:
         one = {next(iter(places)): everyone[:1]}
         strategy = federated.strategy(case.arm)
-        started = time.perf_counter()  # includes the clients' drift and one test case, which plain omits
+        started = time.perf_counter()  # includes drift and one test case, which the plain side omits
         next(federated.fit_federated(model, places, one, cases, settings, strategy))
         return time.perf_counter() - started
     learner = federated.Learner("all", model, everyone, settings)

@@ -1,7 +1,7 @@
-"""The pipeline one would write without this package: yardstick of `bench.py`, oracle of the training tests.
+"""A plain MONAI pipeline without this package: the baseline of `bench.py` and the training tests.
 
-MONAI's own pieces put together as its tutorials do: files read, scaled and resized every epoch, float32; for
-FedProx a deep copy of the global model and the norm through autograd.
+Built as in MONAI's tutorials: every epoch reads, scales and resizes the files, in float32. FedProx uses a
+deep copy of the global model and the norm through autograd.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Batches = Iterable[Sequence[torch.Tensor]]
 def loader(
     files: Sequence[str], labels: Sequence[int], size: int, batch_size: int, augment_prob: float, order=None
 ) -> DataLoader:
-    """Batches of cubes (N, 1, S, S, S) and labels (N,), from files of clean ROIs; shuffled, or in `order`."""
+    """Batches of cubes (N, 1, S, S, S) and labels (N,) from files of clean ROIs, shuffled or in `order`."""
     transform = Compose(
         [
             ScaleIntensity(),
@@ -65,11 +65,11 @@ def train_epoch(
     mu: float = 0.0,
     w_global: nn.Module | None = None,
 ) -> None:
-    """One pass of cross-entropy over `batches`; with `mu` > 0 plus mu/2 ||w - w_global||^2, Eq. (3)."""
+    """Train one pass over `batches`: cross-entropy, and if `mu` > 0 plus mu/2 ||w - w_global||^2, Eq. (3)."""
     model.train()
     for x, y in batches:
         optimizer.zero_grad()
-        # as a plain tensor, without MONAI's metadata, which slow every operation
+        # as a plain tensor, because MONAI's metadata slow every operation
         loss = F.cross_entropy(model(x.as_tensor()), y)
         if mu > 0:
             pairs = zip(model.parameters(), w_global.parameters(), strict=True)
@@ -86,7 +86,7 @@ def federated_round(
     n_k: Sequence[int],
     mu: float = 0.0,
 ) -> None:
-    """One round: every client starts at `model`, trains an epoch; Eq. (2) averages them into `model`."""
+    """One round: every client starts at `model` and trains one epoch; Eq. (2) averages them into `model`."""
     for client, optimizer, of_client in zip(clients, optimizers, batches, strict=True):
         client.load_state_dict(model.state_dict())
         train_epoch(client, optimizer, of_client, mu, copy.deepcopy(model) if mu > 0 else None)

@@ -1,4 +1,4 @@
-"""The command `ipmn`; its commands of a federation across machines are in `flower.cli`."""
+"""The command `ipmn`; the commands of a federation across machines are in `flower.cli`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 
 from ipmn_core.flower import cli
 
-SHOWN = 20  # rows that are printed of a long table
+SHOWN = 20  # printed rows of a long table
 NEW_FOLDER = {"type": Path, "help": "the folder to write; it must not exist yet"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return 0 if done, 1 after an explained error, 2 for wrong usage, 130 if interrupted."""
+    """Run a command; return 0 on success, 1 for an explained error, 2 for wrong usage, 130 if interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; finished runs are kept: `ipmn run` goes on from there",
+            "\ninterrupted; finished runs are kept: `ipmn run` resumes from there",
             file=sys.stderr,
         )
         return 130
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add(run)
     argument("params", **profile)
-    argument("--fresh", action="store_true", help="discard this profile's finished training runs first")
+    argument("--fresh", action="store_true", help="first discard this profile's finished training runs")
 
     argument = add(report)
     argument("params", **profile)
@@ -61,14 +61,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_data(add) -> None:
     """Add the commands of cohorts."""
     argument = add(check)
-    argument("root", type=Path, help="a release's folder, a manifest, or a profile (.yaml)")
+    argument("root", type=Path, help="the folder of a release, a manifest, or a profile (.yaml)")
 
     argument = add(phantom)
     argument("root", **NEW_FOLDER)
-    text = "a release's layout, or manifest: scans.csv with other centers and classes (default: second)"
+    text = "layout of a release, or manifest: scans.csv with other centers and classes (default: second)"
     argument("--layout", choices=("second", "first", "third", "manifest"), default="second", help=text)
     argument("--centers", nargs="+", metavar="NAME", help="centers of a manifest, any names")
-    argument("--axes", action="store_true", help="store the voxels of each center along axes of its own")
+    argument("--axes", action="store_true", help="store the voxels of each center along different axes")
     argument("--seed", type=int, default=0)
     argument("--max-per-cell", type=int, metavar="N", help="at most N cases per center and class")
     text = "tie the protocol to high risk: its AUC within a center is (1 + Q) / 2 (default: 0, off)"
@@ -76,52 +76,52 @@ def _add_data(add) -> None:
     argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
 
     argument = add(fetch)
-    argument("root", type=Path, help="the folder to put it in; `data` of a profile takes it as it is")
-    text = "fetch this part only; may be given several times (default: images with masks, labels, splits)"
+    argument("root", type=Path, help="the folder for the data set; a profile's `data` can name it")
+    text = "fetch only this part; may be given several times (default: images with masks, labels, splits)"
     argument("--only", action="append", choices=("roi", "images", "labels", "splits"), help=text)
-    argument("--modality", choices=("t1", "t2"), help="volumes of this modality only (default: both)")
-    argument("--cases", type=int, metavar="N", help="volumes of the first N cases per modality only")
+    argument("--modality", choices=("t1", "t2"), help="only volumes of this modality (default: both)")
+    argument("--cases", type=int, metavar="N", help="only volumes of the first N cases per modality")
     argument("--yes", action="store_true", help="do not ask before downloading")
 
 
 def _add_models(add) -> None:
     """Add the commands of trained models."""
     argument = add(predict)
-    text = "an image, a folder of images, or a manifest without labels; masked, or clean ROIs"
+    text = "an image, a folder of images, or a manifest without labels; with masks, or clean ROIs"
     argument("scans", type=Path, metavar="SCANS", help=text)
-    argument("--mask", type=Path, help="the pancreas, on the image's grid; of a folder: that of the masks")
+    argument("--mask", type=Path, help="mask of the pancreas on the image's grid; or the folder of masks")
     _add_weights(argument)
-    argument("--center", help="which center's model to use; for the arm local_only")
+    argument("--center", help="which center's model to use, for arms with one model per center")
     argument("--table", type=Path, metavar="FILE", help="write the table as CSV; it must not exist yet")
     argument("--picture", type=Path, metavar="FILE", help="write ROI and probabilities of one scan as PNG")
 
     argument = add(score)
     argument("params", type=Path, help="the profile of the cohort and its folds")
     _add_weights(argument)
-    argument("--arm", help="name of the arm that is written (default: scored_<arm>, released for files)")
-    argument("--modality", help="of the weights, where their run does not say it")
-    text = "folds that files test, in order (default: k in a folder fold<k>; of one file per fold 0, 1, ...)"
+    argument("--arm", help="name of the new arm (default: scored_<arm>, or released for files)")
+    argument("--modality", help="modality of the weights, if their run does not say it")
+    text = "folds that the files test, in order (default: k in a folder fold<k>, or 0, 1, ... for all folds)"
     argument("--folds", nargs="+", type=int, metavar="K", help=text)
-    argument("--whole", action="store_true", help="test every case by the mean over all weights")
+    argument("--whole", action="store_true", help="test every case with the mean over all weights")
 
     argument = add(export)
     argument("arm", type=Path, help="<outputs>/runs/<task>/<modality>/<arm>")
     argument("target", **NEW_FOLDER)
-    argument("--center", help="which center's model to export; for the arm local_only")
+    argument("--center", help="which center's model to export, for arms with one model per center")
 
 
 def _add_weights(argument) -> None:
-    """Add the options of weights that are given."""
+    """Add the options for given weights."""
     text = "runs (fold<k>), an arm, a bundle, or files of weights with 1 to 3 outputs"
     argument("--models", nargs="+", required=True, type=Path, metavar="PATH", help=text)
-    argument("--network", help="of bare weights (default: densenet121)")
+    argument("--network", help="network of bare weights (default: densenet121)")
     for name, kind in {"size": int, "spacing": float, "intensity": str, "orientation": str}.items():
-        argument(f"--{name}", type=kind, help=f"for bare weights: as the setting `{name}`, see `ipmn params`")
-    argument("--device", help="auto, cpu, cuda, cuda:1 (default: the profile's, else auto)")
+        argument(f"--{name}", type=kind, help=f"for bare weights: the setting `{name}`, see `ipmn params`")
+    argument("--device", help="auto, cpu, cuda, cuda:1 (default: the profile's, or auto)")
 
 
 def _how(options: argparse.Namespace):
-    """The preprocessing that is asked for, None if none is."""
+    """The preprocessing of the options, or None."""
     from dataclasses import fields
 
     from ipmn_core.params import Preprocessing
@@ -132,7 +132,7 @@ def _how(options: argparse.Namespace):
 
 
 def init(options: argparse.Namespace) -> int:
-    """Copy the notebooks and profiles into a folder, to work on."""
+    """Copy the notebooks and profiles to a folder to work in."""
     from ipmn_core import pipeline
 
     files = pipeline.init(options.folder)
@@ -170,7 +170,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what is wrong with a cohort, and its table 1; exit 1 on errors."""
+    """Print the problems of a cohort, and its table 1; exit 1 on errors."""
     from ipmn_core import data, params
 
     p = params.load(options.root) if options.root.suffix == ".yaml" else None
@@ -181,7 +181,7 @@ def check(options: argparse.Namespace) -> int:
     if not errors:
         print(f"\n{data.table1(cohort).to_markdown(index=False)}")
     remarks = len(problems) - errors
-    print(f"\n{root}: {len(cohort)} labelled scans, {errors} error(s), {remarks} other remark(s)")
+    print(f"\n{root}: {len(cohort)} labeled scans, {errors} error(s), {remarks} other remark(s)")
     return 1 if errors else 0
 
 
@@ -200,19 +200,19 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Print probabilities of a scan by each model, or of many scans, and warnings; not for clinical use."""
+    """Print probabilities of one scan by each model, or of many scans, and warnings; not for clinical use."""
     from ipmn_core import data, disk, predict, views
 
     if options.table and (options.table.exists() or not options.table.absolute().parent.is_dir()):
-        raise ValueError(f"{options.table} exists, or its folder does not; name a new file")
+        raise ValueError(f"{options.table} exists, or its folder does not; give a new file")
     scans = data.unlabelled(options.scans, options.mask, problems := [])
     if options.picture and len(scans) > 1:
-        raise ValueError(f"--picture draws one scan, {options.scans} holds {len(scans)}; leave it out")
+        raise ValueError(f"--picture draws one scan, but {options.scans} has {len(scans)}; leave it out")
     asked = options.models, options.center, _how(options), options.device or "auto", options.network
     results = []
     try:
         results.extend(predict.predict_each(scans, *asked))
-    finally:  # what is done is kept, also if the rest is interrupted
+    finally:  # keeps finished predictions, also after an interrupt
         if options.table and results:
             with disk.atomic(options.table) as tmp:
                 predict.by_case(scans.iloc[: len(results)], results).to_csv(tmp, index=False)
@@ -229,12 +229,12 @@ def predict(options: argparse.Namespace) -> int:
             views.prediction(results[0], roi).savefig(options.picture)
     said += [f"all rows are in {options.table}"] if options.table else []
     text = "\n".join([*said, predict.NOTICE])
-    print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))  # files may be named anything
+    print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))  # file names may be hostile
     return int(table["error"].any())
 
 
 def _of_one(result) -> list[str]:
-    """What is printed of one scan: a row per model."""
+    """The output for one scan: one row per model."""
     from ipmn_core import predict
     from ipmn_core.runs.trained import in_words
 
@@ -244,7 +244,7 @@ def _of_one(result) -> list[str]:
 
 
 def _of_many(table) -> list[str]:
-    """What is printed of many scans: a row for the first ones, all errors, and the first warnings."""
+    """The output for many scans: one row for each of the first ones, the first warnings, all errors."""
     used, failed = table[table["error"] == ""], table[table["error"] != ""]
     shown = used.drop(columns=["image", "warnings", "error"]).head(SHOWN)
     said = [shown.to_markdown(index=False, floatfmt=".3f", disable_numparse=[0]), ""] if len(used) else []
@@ -258,7 +258,7 @@ def _of_many(table) -> list[str]:
 
 
 def score(options: argparse.Namespace) -> int:
-    """Test given weights on a cohort, without training, and write them as runs, for tables and chapters."""
+    """Test given weights on a cohort, without training, and write the results as runs."""
     from ipmn_core import params, pipeline
     from ipmn_core.runs import score
 
@@ -270,7 +270,7 @@ def score(options: argparse.Namespace) -> int:
         scored = score.score(p, options.models, how=_how(options), **of)
     print(scored.folds.to_markdown(index=False, floatfmt=".4f"))
     print("", *(f"note: {remark}" for remark in scored.remarks), sep="\n")
-    print(f"not trained here; in {scored.arm}/, which `ipmn run {options.params}` shows")
+    print(f"results are in {scored.arm}/; `ipmn run {options.params}` shows them with the others")
     return 0
 
 

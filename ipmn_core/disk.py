@@ -11,10 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; at the end flush it to the disk and rename it to `path`.
+    """Yield a temporary path next to `path`; at the end flush it to the disk and rename it to `path`.
 
-    Readers never see a partial file. Raises OSError naming `path`, and leaves the old file, if the disk is
-    full or the folder cannot be written.
+    Raises OSError naming `path`, and keeps the old file, if the disk is full or the folder cannot be written.
     """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -22,9 +21,9 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(tmp, "rb") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch raises the second, and does not say why
-        reason = getattr(error, "strerror", None) or f"no room on the disk? {error}"
-        remedy = "make room, or choose another folder (`outputs`)"
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError without the reason
+        reason = getattr(error, "strerror", None) or f"is the disk full? {error}"
+        remedy = "free disk space, or choose another folder (`outputs`)"
         raise OSError(f"{path} cannot be written ({reason}); {remedy}") from error
     finally:
         tmp.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The real data set from the Hugging Face hub: listed, asked about, downloaded, verified.
+"""Download the real data set from the Hugging Face hub: list it, ask, download, verify.
 
-`huggingface_hub` transfers, repeats and shows progress. It compares sizes only: checksums are compared here.
+`huggingface_hub` transfers, retries and shows progress. It compares only sizes; this module also checksums.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ipmn_core.data import case_name
 
 REPO, LICENSE = "phy710/Cyst-X", "CC-BY-NC-4.0"
 PAGE = f"https://huggingface.co/datasets/{REPO}"
-# Part -> pattern of its paths; the group is a volume's modality, "" where a file is of both.
+# Part -> pattern of its paths; the group is a volume's modality, or "" for a file of both.
 PARTS = {
     "images": r"IPMN_images_masks/(t[12])/.+\.nii(?:\.gz)?",
     "roi": r"IPMN_Classification/(t[12])/.+\.nii(?:\.gz)?",
     "labels": r"IPMN_Classification/[^/]+\.xlsx()",
     "splits": r"data splits/classification/.+\.csv()",
 }
-DEFAULT = ("images", "labels", "splits")  # the paper's protocol crops the ROI from images and masks itself
+DEFAULT = ("images", "labels", "splits")  # the paper's protocol crops the ROI from images and masks
 
 
 class FetchError(RuntimeError):
@@ -45,11 +45,11 @@ def fetch(
     cases: int | None = None,
     endpoint: str | None = None,
 ) -> int:
-    """Download the chosen parts to `root` in the release's layout; return how many files they have.
+    """Download the chosen parts to `root` in the release's layout; return their number of files.
 
-    `modality` (t1 or t2) and `cases`, the first so many names per modality, choose among the volumes. `ask`
-    is given license, sizes and free room if a file is missing, and answers whether to download.
-    Raises FetchError; the same call then downloads the files that are still missing.
+    `modality` (t1 or t2) and `cases` (the number of first names per modality) choose volumes. If a file is
+    missing, `ask` gets license, sizes and free disk space, and returns whether to download. Raises
+    FetchError; the same call then downloads the files that are still missing.
     """
     with _explained(root):
         info = HfApi(endpoint=endpoint).dataset_info(REPO, timeout=60)
@@ -60,30 +60,30 @@ def fetch(
     _require_own(root, listing)
     checked = {*chosen, *(path for path in listing if re.fullmatch(PARTS["labels"], path))}
     there = [listing[path] for path in sorted(checked) if (root / path).exists()]
-    if wrong := _differing(root, there, "checking what is there"):
-        text = "differ from the hub's: changed here, damaged, renewed there, or of another data set"
+    if wrong := _differing(root, there, "checking present files"):
+        text = "differ from the hub's: changed here, damaged, updated there, or of another data set"
         raise FetchError(f"{root}: {_some(wrong)} {text}. Move them away to fetch them again")
     missing = [listing[path] for path in chosen if not (root / path).exists()]
     if not missing:
         return len(chosen)
     if not ask(_question(root, info, parts, [listing[path] for path in chosen], missing)):
-        raise FetchError("download cancelled")
+        raise FetchError("download canceled")
     with _explained(root):
         names = [escape(file.path) for file in missing]
         snapshot_download(**at, local_dir=root, allow_patterns=names, endpoint=endpoint)
     if wrong := _differing(root, missing, "verifying"):
         for path in wrong:
             (root / path).unlink(missing_ok=True)
-        raise FetchError(f"{root}: {_some(wrong)} did not come whole; run the same command again")
+        raise FetchError(f"{root}: {_some(wrong)} arrived damaged; run the same command again")
     return len(chosen)
 
 
 def _question(root, info, parts, chosen, missing):
-    """What a download takes, and whether to begin it; FetchError without room for it."""
+    """The question whether to download, with license and sizes; FetchError if the disk is too full."""
     total, to_come = (sum(file.size for file in files) for files in (chosen, missing))
     free = shutil.disk_usage(next(p for p in (root, *root.absolute().parents) if p.exists())).free
     if to_come > free:
-        remedy = "make room, choose another folder, or fetch less (--only, --modality, --cases)"
+        remedy = "free disk space, choose another folder, or fetch less (--only, --modality, --cases)"
         raise FetchError(f"{root}: {_size(free)} free, {_size(to_come)} to download; {remedy}")
     license = getattr(info.card_data, "license", None) or f"{LICENSE} (the hub does not say)"
     return (
@@ -94,7 +94,7 @@ def _question(root, info, parts, chosen, missing):
 
 
 def _chosen(listing, parts, modality, cases):
-    """The paths asked for; FetchError for a part without any and for a name that may leave the folder."""
+    """The chosen paths; FetchError for a part without files and for a name that may leave the folder."""
     if cases is not None and cases < 1:
         raise FetchError(f"--cases {cases}: give a number from 1")
     found = {}
@@ -103,28 +103,28 @@ def _chosen(listing, parts, modality, cases):
             found[path] = match[1], case_name(path.split("/")[-1]).casefold()
     for part in parts:
         if not any(re.fullmatch(PARTS[part], path) for path in found):
-            raise FetchError(f"{PAGE} lists no {part} {modality or ''}: see there whether the layout changed")
+            raise FetchError(f"{PAGE} lists no {part} {modality or ''}: check there if the layout changed")
     for path in found:
         if re.search(r"(^|/)\.{0,2}(/|$)|[\\:]", path) or not path.isprintable():
-            raise FetchError(f"the hub lists {path!r}, a name that may leave the folder: report it")
+            raise FetchError(f"the hub lists {path!r}, a path that may leave the folder: report it")
     volumes = {m: dict.fromkeys(name for k, name in found.values() if k == m) for m in ("t1", "t2")}
     first = {m: list(names)[:cases] for m, names in volumes.items()}
     return [path for path, (m, name) in found.items() if not m or name in first[m]]
 
 
 def _require_own(root, listing):
-    """Raise FetchError if a folder holds volumes or sheets of another set, or things but none of this set."""
+    """Raise FetchError if a folder has volumes or sheets of another data set, or only other files."""
     paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
     there = [p.as_posix() for p in paths if not any(part.startswith((".", "~")) for part in p.parts)]
     others = sorted(set(there) - listing.keys())
     data = [name for name in others if name.lower().endswith((".nii", ".nii.gz", ".xlsx"))]
     if data or (others and len(others) == len(there)):
-        text = f"is not of {REPO}: give a new folder, or that of an earlier fetch"
-        raise FetchError(f"{root} holds another data set: {_some(data or others)} {text}")
+        text = f"is not part of {REPO}: give a new folder, or that of an earlier fetch"
+        raise FetchError(f"{root} has another data set: {_some(data or others)} {text}")
 
 
 def _differing(root, files, why):
-    """Paths of files without the hub's size and checksum: sha256 of large files, git's of small ones."""
+    """Paths of files that differ from the hub's size or checksum (sha256 for large files, else git's)."""
     wrong = []
     for file in tqdm(files, why, leave=False, disable=None):
         path = root / file.path
@@ -141,7 +141,7 @@ def _differing(root, files, why):
 
 @contextmanager
 def _explained(root):
-    """A block whose errors, of any library between here and the hub, become a FetchError."""
+    """A block in which any library's error becomes a FetchError."""
     try:
         yield
     except Exception as error:
@@ -155,12 +155,13 @@ def _explained(root):
         elif getattr(error, "errno", None):
             text, remedy = (
                 f"{root} cannot be written: {error.strerror}",
-                "make room, or choose another folder",
+                "free disk space, or choose another folder",
             )
         else:
-            text = f"the hub cannot be reached or broke off ({type(error).__name__}: {_printable(error)})"
+            text = f"the connection to the hub failed ({type(error).__name__}: {_printable(error)})"
             remedy = "check the network (HTTPS_PROXY names a proxy)"
-        raise FetchError(f"{text}; {remedy}, then run the same command again: what is there stays") from error
+        text = f"{text}; {remedy}, then run the same command again: downloaded files are kept"
+        raise FetchError(text) from error
 
 
 def _some(paths):
@@ -172,5 +173,5 @@ def _size(n):
 
 
 def _printable(text):
-    """A text from the network, short, on one line, without what a terminal would act upon."""
+    """A text from the network, shortened, on one line, without control characters."""
     return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]

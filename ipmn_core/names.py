@@ -1,7 +1,7 @@
-"""Names of the paper's centers and classes, of models and arms: order and display name, once.
+"""Names of the paper's centers and classes, of models and arms: their order and display names.
 
-Only what reads the paper's data set, writes the phantom or shows the paper's numbers may use the first three;
-everything else takes centers, modalities and classes from the cohort.
+Only code that reads the paper's data set, writes the phantom or shows the paper's numbers may use CENTERS,
+MODALITIES and LABELS; all other code takes centers, modalities and classes from the cohort.
 """
 
 import re
@@ -11,9 +11,9 @@ CENTERS = ("NYU", "MCF", "NU", "AHN", "MCA", "IU", "EMC")
 MODALITIES = ("t1", "t2")
 LABELS = ("no risk", "low risk", "high risk")
 TASKS = ("multiclass", "binary")  # all classes; the positive ones against the rest
-MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")  # as table 2
-ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # as table 3; the last is ours
-# arms that train no network: probes, and what only the phantom's truth knows
+MODELS = ("resnet34", "shufflenetv2", "mobilenetv2", "efficientnetb0", "densenet121")  # as in table 2
+ARMS = ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3", "local_only")  # as in table 3; last: ours
+# arms that train no network: probes, and two that use the phantom's truth
 REFERENCES = ("center_only", "header_only", "histogram_only", "oracle", "guideline")
 
 DISPLAY = {
@@ -45,7 +45,7 @@ DISPLAY = {
     "t2": "T2",
     "global": "Global",
 }
-FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedprox_0.1`
+FAMILIES = {  # arms with a parameter value in their name, such as `fedprox_0.1`
     "fedprox": "FedProx (μ={})",
     "fedadam": "FedAdam (η={})",
     "scaffold": "SCAFFOLD (η={})",
@@ -55,39 +55,39 @@ FAMILIES = {  # arms with a value of the strategy's own parameter, such as `fedp
 
 
 def fusion(modality: str) -> tuple[tuple[str, ...], str]:
-    """The modalities behind a name and how they are fused: `t1+t2_siamese` is (t1, t2), siamese.
+    """The modalities in a name and how they are fused: `t1+t2_siamese` is (t1, t2), "siamese".
 
-    `channels`: an input channel for each. `siamese`: one encoder for both, features concatenated. Another
-    name is a single modality, not fused ("").
+    `channels`: one input channel per modality. `siamese`: one encoder for both, concatenated features. Any
+    other name is a single modality, not fused ("").
     """
     fused = re.fullmatch(r"([^+]+)\+([^+]+)_(channels|siamese)", modality)
     return (fused.groups()[:2], fused[3]) if fused else ((modality,), "")
 
 
 def single(modalities: Sequence[str]) -> tuple[str, ...]:
-    """The single modalities among and behind `modalities`, each once, in order."""
+    """The single modalities of `modalities`, including those of fused names, each once, in order."""
     return tuple(dict.fromkeys(one for modality in modalities for one in fusion(modality)[0]))
 
 
 def is_personal(arm: str) -> bool:
-    """Whether an arm has one model per center: its scores share no scale, so no AUC is global."""
+    """Whether an arm has one model per center; its scores share no scale, so it has no global AUC."""
     return bool(re.match(r"(local_only|fedbn|fedavg_bn_\w+|(ditto|finetune)(_.+)?)\Z", arm))
 
 
 def family(arm: str) -> str:
-    """A strategy without the value of its parameter: `fedprox` of `fedprox_0.1`; another arm as it is."""
+    """The arm without its strategy's parameter value: `fedprox` for `fedprox_0.1`; other arms unchanged."""
     name = arm.partition("_")[0]
     return name if name in FAMILIES else arm
 
 
 def binary_names(positive: tuple[str, ...]) -> tuple[str, str]:
-    """Names of the classes of the binary task, from those of the positive classes."""
+    """Names of the two classes of the binary task, from the names of the positive classes."""
     name = " or ".join(positive)
     return f"not {name}", name
 
 
 def display_name(name: str) -> str:
-    """Name of a task, model, method or modality as people read it; another, such as a center's, as it is."""
+    """Display name of a task, model, method or modality; other names, such as centers, stay the same."""
     parts, how = fusion(name)
     if how:
         return f"{' + '.join(map(display_name, parts))} ({how})"

@@ -1,4 +1,4 @@
-"""One typed schema for every setting; the default of each is the paper's protocol."""
+"""One typed schema for all settings; the defaults are the paper's protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHANTOM = "v3"  # a phantom that draws other voxels gets another folder: raise i
 
 
 class ParamsError(ValueError):
-    """A setting is unknown, missing or of the wrong kind."""
+    """A setting is unknown, missing or has an invalid value."""
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _naming(values: Any) -> Any:
-    """A list of names as {name: name}; keys that YAML reads as numbers as text."""
+    """A list of names as {name: name}; YAML's numbers become text."""
     values = {value: value for value in values} if isinstance(values, (list, tuple)) else values
     if not isinstance(values, dict) or any(
         isinstance(name, bool) for pair in values.items() for name in pair
@@ -54,7 +54,7 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a scan becomes a cube: the settings of these names; the defaults are the paper's."""
+    """The settings by which a scan becomes a cube; the defaults are the paper's."""
 
     size: int = 96  # voxels
     spacing: float | None = None  # mm
@@ -63,9 +63,9 @@ class Preprocessing:
 
 
 class Params(BaseModel):
-    """The settings of one profile, flat. The defaults are those of the paper and of its released code.
+    """The settings of one profile. The defaults are those of the paper and its released code.
 
-    `params/<profile>.yaml` lists what differs from them; `ipmn params` prints all of them.
+    `params/<profile>.yaml` lists what differs from them; `ipmn params` prints all settings.
     """
 
     model_config = ConfigDict(
@@ -74,60 +74,67 @@ class Params(BaseModel):
 
     profile: str = setting(
         "paper",
-        "name; results go to outputs/<profile>/; not phantom, cache or reference, which are folders there",
+        "name; results go to outputs/<profile>/; phantom, cache and reference are not allowed",
         pattern=r"(?i)^(?!(phantom|cache|reference)\Z)[a-z0-9_-]{1,100}\Z",
     )
-    outputs: Place = setting("outputs", "folder for everything that is written")
+    outputs: Place = setting("outputs", "folder for all results")
     data: Place = setting("phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)")
     classes: Naming | None = setting(None, "classes in order, or {label: class}; null: the data's")
     positive: Distinct[str] | None = setting(None, "positive classes of the binary task; null: the last")
-    center_names: Naming | None = setting(None, "centers in order, or {name in the data: name}; null: as met")
+    center_names: Naming | None = setting(
+        None, "centers in order, or {name in the data: name}; null: the data's"
+    )
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
-    phantom_shortcut: float = setting(0.0, "phantom: tie of the scanning protocol to the label", ge=0, le=1)
+    phantom_shortcut: float = setting(
+        0.0, "phantom: how strongly the scanning protocol follows the label", ge=0, le=1
+    )
     phantom_shift: float = setting(
-        0.5, "phantom: 0, one scanner for all centers; 0.5, one each; 1, opposite contrasts", ge=0, le=1
+        0.5,
+        "phantom: 0: one scanner for all centers; 0.5: one per center; 1: opposite contrasts",
+        ge=0,
+        le=1,
     )
     dial_shifts: Maybe[Annotated[float, Field(ge=0, le=1)]] = setting(
-        (), "phantom: values of phantom_shift at which the binary arms are trained, too, for chapter 3's dial"
+        (), "phantom: values of phantom_shift at which to train the binary arms, too, for chapter 3's dial"
     )
     dial_intensities: Maybe[Literal["minmax", "zscore", "none"]] = setting(
-        (), "intensities at which the dial is turned; [] for the profile's"
+        (), "values of intensity for the dial; [] for the profile's"
     )
-    phantom_seed: int = setting(0, "phantom: draws patients and images", ge=0, lt=2**32)
+    phantom_seed: int = setting(0, "phantom: seed of patients and images", ge=0, lt=2**32)
     cohort: Literal["all", "histology"] = setting(
-        "all", "real data set: all, or the cases that are not only followed up"
+        "all", "real data set: all cases, or without those that were only followed up"
     )
     max_per_cell: Count | None = setting(None, "cases used per center and class; null for all")
-    modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with networks of its own")
+    modalities: Distinct[Plain] = setting(("t1", "t2"), "modalities, each with its own networks")
     paired: bool = setting(
-        False, "only patients with a scan of every modality, as fused ones need. Departs from the paper"
+        False, "only patients with a scan of every modality; fusion needs it. Departs from the paper"
     )
     size: int = setting(96, "edge of the ROI cube, voxels", ge=32)
     spacing: float | None = setting(
-        None, "edge of the voxels before masking, mm; null as stored, as in the paper", ge=0.25, le=10
+        None, "edge of the voxels before masking, mm; null: as stored, as in the paper", ge=0.25, le=10
     )
     intensity: Literal["minmax", "zscore", "none"] = setting(
-        "minmax", "scale of an ROI: minmax to 0-1 as in the paper, zscore inside the mask, or none"
+        "minmax", "scaling of an ROI: minmax to 0-1 as in the paper, zscore inside the mask, or none"
     )
     orientation: Literal["stored", "canonical"] = setting(
-        "stored", "axes of the voxels: stored as in the paper, or canonical: to right, front and head"
+        "stored", "axes of the voxels: stored as in the paper, or canonical (to right, front and head)"
     )
     fold_rule: Literal["center", "patient", "given", "official", "leave_one_center_out"] = setting(
         "center",
         "center as in the paper; patient keeps T1 and T2 of a patient in one fold; given: the data's; "
         "leave_one_center_out: fold k is center k",
     )
-    multiclass_folds: int = setting(5, "folds of the task of all classes", ge=2)
+    multiclass_folds: int = setting(5, "folds of the multiclass task", ge=2)
     binary_folds: int = setting(4, "folds of the binary task", ge=2)
-    inner_validation: float = setting(0.0, "share of training cases to choose an epoch on", ge=0, le=0.5)
-    multiclass_models: Maybe[str] = setting(MODELS, "networks of the task of all classes; [] trains none")
+    inner_validation: float = setting(0.0, "share of training cases to choose the epoch on", ge=0, le=0.5)
+    multiclass_models: Maybe[str] = setting(MODELS, "networks of the multiclass task; [] trains none")
     binary_model: str = setting("densenet121", "network of the binary task")
-    arms: Maybe[str] = setting(ARMS, "arms of the binary task; [] trains none; docs/strategies.md has all")
+    arms: Maybe[str] = setting(ARMS, "arms of the binary task; [] trains none; docs/strategies.md lists all")
     epochs: Count = setting(100, "centralized epochs")
-    epochs_by_model: dict[str, Count] = setting({}, "three-class networks with another number of epochs")
+    epochs_by_model: dict[str, Count] = setting({}, "{network: epochs} where they differ, multiclass task")
     rounds: Count = setting(100, "federated rounds")
     local_epochs: Count = setting(1, "local epochs of a client in a round")
-    finetune_epochs: Count = setting(5, "epochs of a client alone after the rounds, in the arm finetune")
+    finetune_epochs: Count = setting(5, "epochs of each client alone after the rounds, in the arm finetune")
     clients_per_round: Count | None = setting(None, "clients drawn for a round; null for all")
     batch_size: int = setting(16, "cases per batch", ge=2)
     batches_per_epoch: Count | None = setting(None, "batches after which an epoch ends; null for all")
@@ -142,29 +149,29 @@ class Params(BaseModel):
         le=1,
     )
     augment_prob: float = setting(0.1, "probability of a random flip, and of a quarter turn", ge=0, le=1)
-    seed: int = setting(0, "draws weights, batches, augmentation and inner splits", ge=0, lt=2**32)
+    seed: int = setting(0, "seed of weights, batches, augmentation and inner splits", ge=0, lt=2**32)
     more_seeds: Maybe[Annotated[int, Field(ge=0, lt=2**32)]] = setting(
-        (), "further seeds at which the binary arms are trained on the last modality, for chapter 4's spread"
+        (), "more seeds for training the binary arms on the last modality, for chapter 4's spread"
     )
     keep_models: tuple[str, ...] = setting(
         ("*",),
-        "runs that keep weights, beside chapter 3's: patterns of task/modality/arm/fold<k>",
+        "runs that keep weights, besides chapter 3's: patterns of task/modality/arm/fold<k>",
         strict=False,
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)\Z")
     precision: Literal["auto", "float32", "bfloat16"] = setting("float32", "float32, bfloat16 or auto")
     threads: int = setting(0, "torch threads per run; 0 for all cores", ge=0)
     jobs: Count = setting(1, "runs at a time")
-    checkpoint_seconds: float = setting(60.0, "least time between two checkpoints; 0: every epoch", ge=0)
+    checkpoint_seconds: float = setting(60.0, "minimum time between two checkpoints; 0: every epoch", ge=0)
 
     @property
     def folder(self) -> Path:
-        """The folder of everything that this profile writes: `<outputs>/<profile>`."""
+        """The folder of all results of this profile: `<outputs>/<profile>`."""
         return project_root() / self.outputs / self.profile
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a scan becomes a cube."""
+        """The settings of preprocessing."""
         return Preprocessing(self.size, self.spacing, self.intensity, self.orientation)
 
     def folds(self, task: str) -> int:
@@ -173,7 +180,7 @@ class Params(BaseModel):
 
     @property
     def phantom_root(self) -> Path:
-        """The folder of the phantom cohort of this seed and size, shared by all profiles."""
+        """The folder of the phantom with these settings, shared by all profiles."""
         cases = "all" if self.phantom_max_per_cell is None else f"first{self.phantom_max_per_cell}"
         shortcut = f"_shortcut{self.phantom_shortcut:g}" if self.phantom_shortcut else ""
         shift = f"_shift{self.phantom_shift:g}" if self.phantom_shift != 0.5 else ""
@@ -194,7 +201,7 @@ def project_root() -> Path:
 
 
 def load(path: str | Path) -> Params:
-    """The settings of a YAML file, the paper's where it has none. Raises ParamsError naming file and key."""
+    """The settings of a YAML file; the rest are defaults. Raises ParamsError naming file and key."""
     return validate(_read(Path(path)), str(path))
 
 
@@ -204,17 +211,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values, lines = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except Exception as error:  # PyYAML lets other errors through, by a date, a number or a tag
+    except Exception as error:  # dates, numbers and tags raise errors of other kinds
         raise ParamsError(f"{path}: not valid YAML: {error}; fix it, or start from a copy") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
-    if len(values) < len(lines.value):  # YAML would take the last one silently
+    if len(values) < len(lines.value):  # YAML silently uses the last one
         raise ParamsError(f"{path}: a setting is given twice; keep one line per setting")
     return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> Params:
-    """The settings in `values`, each checked. Raises ParamsError listing every invalid one by its key."""
+    """The settings in `values`, validated. Raises ParamsError listing every invalid setting."""
     try:
         return Params.model_validate(dict(values))
     except ValidationError as error:
@@ -233,9 +240,9 @@ def _in_words(fault: dict[str, Any]) -> str:
 def from_notebook(variables: Mapping[str, Any]) -> Params:
     """The settings of a notebook, from its variables (`globals()`).
 
-    In this order: the schema's defaults, `params/<profile>.yaml` (or the file that `profile` is the path of),
-    the variables that are named like a setting and are not None. Raises ParamsError for a setting of the
-    wrong kind, and for one that papermill injected and the schema does not know.
+    Later ones win: the defaults, `params/<profile>.yaml` (or the file whose path is `profile`), variables
+    that have the name of a setting and are not None. Raises ParamsError for an invalid setting, and for an
+    unknown one that papermill injected.
     """
     injected = [cell for cell in variables.get("In", ()) if cell.startswith("# Parameters")]  # papermill's
     nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]

@@ -1,4 +1,4 @@
-"""The four notebooks, in order, through papermill; every executed notebook is checked before it counts."""
+"""Run the four notebooks in order through papermill and check every executed notebook."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from ipmn_core.process import end_with
 
 NOTEBOOKS = ("01_data_exploration", "02_three_class_benchmark", "03_federated_binary", "04_analysis")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-WRITTEN = ("notebooks", "tables", "figures")  # folders of a profile that each `ipmn run` writes anew
-MOST_TOLD = 20  # lines about the cohort
-START = "spawn"  # not from a fork server: its processes end without joblib's tidying
+WRITTEN = ("notebooks", "tables", "figures")  # folders of a profile that each `ipmn run` rewrites
+MOST_TOLD = 20  # printed lines about the cohort
+START = "spawn"  # processes of a fork server end without joblib's cleanup
 
 
 class NotebookError(RuntimeError):
-    """A notebook is missing, cannot start or did not run to its end; the message names it."""
+    """A notebook is missing, cannot start or did not finish; the message names it."""
 
 
 def packaged() -> Path:
-    """The folder of the package's own `params/` and `notebooks/`: in it if installed, else the repository."""
-    installed = Path(__file__).with_name("project")  # as pyproject.toml maps them
+    """The folder with the package's own `params/` and `notebooks/`: in the package, or the repository."""
+    installed = Path(__file__).with_name("project")  # see `package-dir` in pyproject.toml
     return installed if installed.is_dir() else Path(__file__).parents[1]
 
 
 def init(folder: Path) -> list[Path]:
     """Copy the package's own profiles and notebooks to `params/` and `notebooks/` of `folder`.
 
-    Returns the files. Raises FileExistsError, and copies nothing, if one of them is there.
+    Returns the files. Raises FileExistsError, and copies nothing, if one of them exists.
     """
     own = packaged()
     files = [path.relative_to(own) for path in (*own.glob("params/*.yaml"), *own.glob("notebooks/*.ipynb"))]
     for file in files:
         if (folder / file).exists():
-            raise FileExistsError(f"{folder / file} exists; move it away, or name another folder")
+            raise FileExistsError(f"{folder / file} exists; move it away, or choose another folder")
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(own / file, folder / file)
@@ -57,9 +57,9 @@ def init(folder: Path) -> list[Path]:
 
 
 def chapters() -> list[Path]:
-    """The four notebooks, of the project if it has any, else the package's own.
+    """The four notebooks of the project, or if it has none, the package's own.
 
-    Raises NotebookError for one that is missing or unreadable, ParamsError for one without one cell tagged
+    Raises NotebookError for a missing or unreadable notebook, ParamsError unless exactly one cell is tagged
     `parameters`.
     """
     folders = (root / "notebooks" for root in (project_root(), packaged()))
@@ -72,26 +72,26 @@ def chapters() -> list[Path]:
 
 @contextlib.contextmanager
 def locked(p: Params) -> Iterator[None]:
-    """A block during which no other process works on this profile. Raises RuntimeError if one does."""
+    """A block in which no other process may use this profile. Raises RuntimeError if one does."""
     p.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(p.folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        text = f"another `ipmn run` is at work in {p.folder}; wait for its end, or take another profile name"
+        text = f"another `ipmn run` uses {p.folder}; wait until it ends, or choose another profile name"
         raise RuntimeError(text) from error
 
 
 def prepare(p: Params, fresh: bool = False) -> None:
-    """Check settings, cohort and runs on disk (`fresh` discards these), then train and fit what is missing.
+    """Check settings, cohort and runs on disk (`fresh` discards runs), then train and fit what is missing.
 
-    In a process of its own, whose memory is free again for the notebooks.
+    Runs in a separate process, which frees its memory for the notebooks.
     """
     with ProcessPoolExecutor(1, get_context(START), end_with, (os.getpid(),)) as alone:
         try:
             alone.submit(_prepare, p, fresh).result()
         except BrokenProcessPool as error:
-            text = "the process that trains was ended from outside (out of memory?); the same command goes on"
+            text = "the training process was ended from outside (out of memory?); the same command resumes it"
             raise RuntimeError(text) from error
 
 
@@ -104,14 +104,14 @@ def _prepare(p: Params, fresh: bool) -> None:
         for run in runs.grid(p, task)[:1]:
             runs.on_this_machine(p, runs.run_settings(p, run))
     runs.check_folds(p, TASKS, data.subset(data.open_cohort(p), p.max_per_cell))
-    _, problems = data.inspect(p.cohort_root, p)  # what was chosen is said here, too; `ipmn check` says all
+    _, problems = data.inspect(p.cohort_root, p)  # prints some; `ipmn check` prints all
     print(*data.told(problems)[:MOST_TOLD], sep="\n", file=sys.stderr)
     cohort = data.load_cohort(p)
     if fresh:
         runs.discard(p)
     for task in TASKS:
         probes.unfinished(p, task, cohort)
-    runs.train(p, ("binary", "multiclass"), cohort)  # the longer runs first: workers end together
+    runs.train(p, ("binary", "multiclass"), cohort)  # longer runs first, so that workers end together
     for task in TASKS:
         probes.fit(p, task, cohort)
     for q in (*seeds.points(p), *dial.points(p)):
@@ -119,9 +119,9 @@ def _prepare(p: Params, fresh: bool) -> None:
 
 
 def try_notebooks(p: Params) -> None:
-    """Raise unless the notebooks are there, their kernel answers and their folders can be written.
+    """Raise before training if notebooks are missing, their kernel does not start, or folders are read-only.
 
-    NotebookError, ParamsError (`chapters`) or OSError; all of it would otherwise fail after all training.
+    Raises NotebookError, ParamsError (see `chapters`) or OSError.
     """
     from nbclient import NotebookClient
 
@@ -137,7 +137,7 @@ def try_notebooks(p: Params) -> None:
             ):  # `execute` would leave its own signal handlers
                 client.execute_cell(trial.cells[0], 0)
     except Exception as error:
-        remedy = f"see that `{sys.executable} -m ipykernel_launcher` starts and TMPDIR is a local folder"
+        remedy = f"check that `{sys.executable} -m ipykernel_launcher` starts and TMPDIR is a local folder"
         raise NotebookError(
             f"no kernel for the notebooks: {type(error).__name__}: {error}; {remedy}"
         ) from error
@@ -145,7 +145,7 @@ def try_notebooks(p: Params) -> None:
 
 @contextlib.contextmanager
 def _own_kernel() -> Iterator[dict[str, Any]]:
-    """nbclient's options for a kernel of this interpreter, whatever `python3` is on JUPYTER_PATH."""
+    """nbclient's options for a kernel of this interpreter; `python3` on JUPYTER_PATH may be another."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from traitlets import default
@@ -153,14 +153,14 @@ def _own_kernel() -> Iterator[dict[str, Any]]:
 
     class OwnKernel(AsyncKernelManager):
         @default("kernel_spec_manager")
-        def _searches_nowhere(self) -> KernelSpecManager:  # so that it makes the interpreter's own
+        def _searches_nowhere(self) -> KernelSpecManager:  # without folders, it uses this interpreter
             return KernelSpecManager(kernel_dirs=[])
 
     place = tempfile.gettempdir()
-    if os.name != "nt" and len(os.fsencode(place)) > 80:  # the path of a Unix socket has at most 103 bytes
+    if os.name != "nt" and len(os.fsencode(place)) > 80:  # a Unix socket's path has at most 103 bytes
         place = "/tmp"
     with tempfile.TemporaryDirectory(prefix="ipmn", dir=place) as folder:
-        # with TCP, two kernels that start at a time may be given one port; Windows has no Unix sockets
+        # with TCP, two kernels that start together may get the same port; Windows has no Unix sockets
         how = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{folder}/kernel"}
         yield {
             "kernel_name": "python3",
@@ -171,10 +171,10 @@ def _own_kernel() -> Iterator[dict[str, Any]]:
 
 
 def run(p: Params) -> Iterator[Path]:
-    """The executed notebooks of a profile, one path after another, in `<outputs>/<profile>/notebooks/`.
+    """Execute the notebooks of a profile and yield their paths in `<outputs>/<profile>/notebooks/`.
 
-    Removes report, tables, figures and notebooks of an earlier run first, so that nothing old can pass for
-    new. Raises NotebookError for the first notebook that fails.
+    First removes report, tables, figures and notebooks of an earlier run. Raises NotebookError for the first
+    notebook that fails.
     """
     (p.folder / "report.html").unlink(missing_ok=True)
     for name in WRITTEN:
@@ -185,19 +185,19 @@ def run(p: Params) -> Iterator[Path]:
     if p.jobs == 1:
         yield from map(_chapter, *every)
         return
-    # in processes, not threads: papermill changes the working directory of the one it is in
+    # in processes, not threads, because papermill changes the working directory of its process
     jobs = min(p.jobs, len(NOTEBOOKS))
     with ProcessPoolExecutor(jobs, get_context(START), end_with, (os.getpid(),)) as lanes:
         yield from lanes.map(_chapter, *every)
 
 
 def _foreign(p: Params) -> set[str]:
-    """Tags of the cells that are not about this profile.
+    """Tags of the cells that do not apply to this profile.
 
-    `paper` (its own numbers), `phantom` (its truth), `strategies` (that the paper has not), `unseen`
+    `paper` (its numbers), `phantom` (its truth), `strategies` (those that the paper lacks), `unseen`
     (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities), `dial`,
-    `seeds` (`more_seeds`); `multiclass` and `binary` where the task has no arm, `multiclass-trained` and
-    `binary-trained` where none was trained here (`ipmn score`).
+    `seeds` (`more_seeds`); `multiclass` and `binary` if the task has no arm; `multiclass-trained` and
+    `binary-trained` if no arm was trained here (`ipmn score`).
     """
     from ipmn_core import data, runs
 
@@ -218,11 +218,11 @@ def _chapter(source: Path, p: Params, without: set[str]) -> Path:
 
 
 def execute(source: Path, target: Path, parameters: dict, without: Collection[str] = ()) -> Path:
-    """`target`, the notebook at `source` executed with `parameters`, written only if it ran to its end.
+    """Execute the notebook `source` with `parameters`, write it to `target` if it finished; return `target`.
 
-    Cells with one of the tags in `without` are left out.
-    A notebook that failed is kept beside it as `<name>.failed.ipynb`. Raises ParamsError for a notebook
-    without one cell tagged `parameters`, NotebookError for one that did not finish.
+    Leaves out cells with a tag in `without`. Keeps a failed notebook next to it as `<name>.failed.ipynb`.
+    Raises ParamsError unless exactly one cell is tagged `parameters`, NotebookError for a notebook that did
+    not finish.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -252,13 +252,13 @@ def execute(source: Path, target: Path, parameters: dict, without: Collection[st
         reason = "the kernel died (out of memory?)"
         if isinstance(error, PapermillExecutionError):
             reason = f"In [{error.exec_count}]: {error.ename}: {error.evalue}"
-        raise NotebookError(f"{source.name}, {reason}\n(as far as it came: {failed})") from error
+        raise NotebookError(f"{source.name}, {reason}\n(the failed notebook: {failed})") from error
     os.replace(running, target)
     return target
 
 
 def _keep_stills(path: Path) -> None:
-    """Remove the widgets of an executed notebook, which only a kernel can show; live views leave stills."""
+    """Remove the widgets of an executed notebook, which need a kernel; live views keep their pictures."""
     notebook = nbformat.read(path, 4)
     notebook.metadata.pop("widgets", None)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
@@ -270,17 +270,17 @@ def _keep_stills(path: Path) -> None:
 def check_executed(path: Path) -> None:
     """Raise NotebookError unless every code cell of the notebook at `path` ran.
 
-    papermill's own status is not believed: after the death of a kernel it says "completed" of every cell.
+    papermill's own status is unreliable: after a kernel died it is "completed" for every cell.
     """
     cells = _cells(path, "`ipmn run` executes it")
     if any(c.cell_type == "code" and c.source.strip() and not c.execution_count for c in cells):
-        raise NotebookError(f"{path}: did not run to its end; `ipmn run` executes it again")
+        raise NotebookError(f"{path}: did not finish; `ipmn run` executes it again")
 
 
 def _check_parameters(path: Path) -> None:
     cells = _cells(path, "`ipmn init` writes all four to another folder")
     tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1:  # papermill would let the notebook's own values win, without an error
+    if len(tagged) != 1:  # papermill would silently keep the notebook's own values
         raise ParamsError(f"{path.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
 
 
@@ -289,12 +289,12 @@ def _cells(path: Path, remedy: str) -> list[nbformat.NotebookNode]:
         raise NotebookError(f"{path}: no such notebook; {remedy}")
     try:
         return nbformat.read(path, 4).cells
-    except Exception as error:  # what nbformat raises depends on what is wrong
-        raise NotebookError(f"{path}: not a whole notebook; {remedy}") from error
+    except Exception as error:  # nbformat raises many kinds
+        raise NotebookError(f"{path}: not a complete notebook; {remedy}") from error
 
 
 def write_report(p: Params) -> Path:
-    """`<outputs>/<profile>/report.html`, written from the executed notebooks and what is beside them."""
+    """Write `<outputs>/<profile>/report.html` from executed notebooks, tables and runs; return its path."""
     from ipmn_core import report
 
     paths = [p.folder / "notebooks" / f"{stem}.ipynb" for stem in NOTEBOOKS]

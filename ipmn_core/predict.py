@@ -1,4 +1,4 @@
-"""New cases and trained models -> probabilities. For research, not for clinical use."""
+"""Predict probabilities of new cases with trained models. For research, not for clinical use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PIECE = 64  # scans whose cubes are in memory at a time
 class Prediction:
     """Probabilities of one case: `folds` has one row per network, columns model, weights (path), classes.
 
-    `axes` are those of the scan as stored, `how` says how it was made a cube.
+    `axes` are the scan's stored axes; `how` is its preprocessing.
     """
 
     case: str
@@ -53,9 +53,9 @@ def predict(
     device: str = "cpu",
     network: str | None = None,
 ) -> Prediction:
-    """Predict one scan, `image` with its pancreas `mask` or a clean ROI without, as `predict_each` does.
+    """Predict one scan, an `image` with the `mask` of its pancreas, or a clean ROI, as `predict_each` does.
 
-    Raises ScanError if it cannot be used, and what that raises.
+    Raises ScanError if it cannot be used, and the errors of `predict_each`.
     """
     scan = data.case_name(Path(image).name), str(image), str(mask or ""), "", ""
     scans = pd.DataFrame([scan], columns=data.UNLABELLED)
@@ -75,10 +75,11 @@ def predict_each(
 ) -> Iterator[Prediction | ValueError]:
     """Predict `scans` (see `data.unlabelled`) with the trained networks in `folders` (see `trained.find`).
 
-    Yields for each scan, in order, its prediction in float32, the same bits alone and among others, or the
-    error that says why it cannot be used. Scans are preprocessed as the networks' runs say or, for bare
-    weights of `network`, as `how` (default: as in the paper). `center`: whose networks to use, for the arm
-    `local_only`. One network is in memory at a time. Raises PredictError or ParamsError before it reads one.
+    Yields for each scan, in order, its prediction in float32, or the error that says why it cannot be used.
+    The bits do not depend on the other scans. Scans are preprocessed as the networks' runs say or, for bare
+    weights of `network`, as `how` says (default: as in the paper). For an arm with one model per center,
+    `center` says whose networks to use. One network is in memory at a time. Raises PredictError or
+    ParamsError before it reads a scan.
     """
     settings = {"device": device, **asdict(how or Preprocessing())}
     where, trained = federated.device_of(params.validate(settings, "predict")), find(folders, how, network)
@@ -90,7 +91,7 @@ def predict_each(
     with tqdm(total=len(scans) * len(trained), desc="predicting", disable=len(scans) < 2) as bar:
         for start in range(0, len(scans), PIECE):
             piece = scans[data.UNLABELLED].iloc[start : start + PIECE]
-            with federated.one_thread():  # per scan, so that its bits do not depend on the others
+            with federated.one_thread():  # so that bits do not depend on the other scans
                 read = list(in_threads(-1, partial(_read, of), piece.to_numpy()))
             cubes = [usable[0] for usable in read if isinstance(usable, tuple)]
             bar.update((len(read) - len(cubes)) * len(trained))
@@ -105,7 +106,7 @@ def predict_each(
 
 
 def _read(of: Trained, case: str, image: str, mask: str, modality: str, error: str):
-    """Cube (S, S, S), warnings and axes of a scan as the network `of` takes it, or why it cannot be used."""
+    """Cube (S, S, S), warnings and axes of a scan for the network `of`, or why it cannot be used."""
     if error:
         return ValueError(error)
     try:
@@ -114,34 +115,34 @@ def _read(of: Trained, case: str, image: str, mask: str, modality: str, error: s
         return unusable
     warnings = [f"{Path(where).name}: {problem}; {remedy}" for _, where, problem, remedy in scan.remarks]
     if of.modality and modality.casefold() not in ("", of.modality.casefold()):
-        warnings.append(f"its modality is {modality}, that of the models {of.modality}")
+        warnings.append(f"its modality is {modality}, but the models' is {of.modality}")
     return data.to_cube(np.asanyarray(scan.roi.dataobj), of.how.size, of.how.intensity), warnings, scan.axes
 
 
 def _refuse_mixed(trained: list[Trained]) -> None:
     kinds = {f"{one.task} ({', '.join(one.classes)}) {one.modality} {in_words(one.how)}" for one in trained}
     if len(kinds) > 1:
-        raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each by itself")
+        raise PredictError(f"models of several kinds: {', '.join(sorted(kinds))}; use each separately")
 
 
 def _roles(one: Trained, center: str | None) -> dict[str, str] | None:
-    """What a run (its `center`) used each case, hashed, for; None if that is unknown."""
+    """{hashed case: role} in a run (with `center`, its cases only); None if unknown."""
     known = roles(one)
     mine = known[known["center"].eq(center) | (center is None)]
     return None if known.empty else dict(zip(mine["case"], mine["role"], strict=True))
 
 
 def _case_warnings(case: str, used: list[tuple[str, dict[str, str] | None]]) -> list[str]:
-    """A warning if the case, by its name, was one of the models' own, or may have been."""
+    """A warning if the case, by its name, was or may have been one of the models' own cases."""
     known = [(name, of.get(hashed(case), "")) for name, of in used if of is not None]
     said = ", ".join(f"{name}: {role}" for name, role in known if role)
-    warnings = [f"no independent test, it was a case of these models ({said})"] if said else []
-    text = "may be no independent test: which cases the models were trained on is not known"
+    warnings = [f"not an independent test: it was a case of these models ({said})"] if said else []
+    text = "may not be an independent test: the models' training cases are unknown"
     return [*warnings, text] if len(known) < len(used) else warnings
 
 
 def table(result: Prediction) -> pd.DataFrame:
-    """One row per model, then `mean` and `std` over them (ddof = 0): columns model and classes."""
+    """One row per model, then `mean` and `std` (ddof = 0) over models; columns model and classes."""
     folds = result.folds.drop(columns="weights").set_index("model")
     over = pd.DataFrame({"mean": folds.mean(), "std": folds.std(ddof=0)}).T
     return pd.concat([folds, over]).rename_axis("model").reset_index()

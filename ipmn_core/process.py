@@ -1,4 +1,4 @@
-"""A worker process that ends when the process that started it is gone."""
+"""End a worker process when the process that started it is gone."""
 
 import os
 import threading
@@ -6,9 +6,9 @@ import time
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent`, the process that started it, is gone, even if that one was killed.
+    """End this process when `parent`, the process that started it, is gone, even if it was killed.
 
-    Does nothing in a process that another one started, as workers of a cluster.
+    Does nothing if another process started this one, as for workers of a cluster.
     """
     name = f"end with {parent}"
     if os.getppid() != parent or any(thread.name == name for thread in threading.enumerate()):

@@ -116,7 +116,7 @@ _RUN_ALL = """() => {
 
 
 def open_notebook(context, lab, stem):
-    """A page with the notebook open in JupyterLab, in a workspace of its own, its kernel ready."""
+    """A page with the notebook open in JupyterLab, in a separate workspace, with its kernel ready."""
     page = context.new_page()
     page.goto(lab.format(stem=stem))
     page.wait_for_function(_IDLE, timeout=120_000)

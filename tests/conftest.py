@@ -71,7 +71,7 @@ def phantom_scans(phantom_root):
 
 @pytest.fixture(scope="session")
 def binary_predictions():
-    """One epoch per run of two methods, two folds and three centers; at AHN nobody has high risk on T2."""
+    """One epoch per run of two methods, two folds and three centers; AHN has no high risk on T2."""
     rng, rows = np.random.default_rng(0), []
     for m, arm, center in itertools.product(
         ("t1", "t2"), ("centralized", "fedprox_0.1"), ("NYU", "MCF", "AHN")

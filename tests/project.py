@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Project:
-    """A project folder of its own, with the smoke profile, and what `ipmn run` printed in it."""
+    """A separate project folder with the smoke profile, and the output of `ipmn run` in it."""
 
     root: Path
 

@@ -224,5 +224,5 @@ def test_the_card_and_the_metadata_say_what_the_runs_say(trained, tmp_path):
     assert (
         ModelCard(text).data.license == "mit"
         and "1 of 2 folds are here" in text
-        and "nothing here says" in text
+        and "results say nothing" in text
     )

@@ -87,7 +87,7 @@ def test_check_of_a_good_cohort_prints_table_1_and_exits_with_0(phantom_root, ph
     assert cli.main(["check", str(phantom_root)]) == 0
     said = capsys.readouterr().out
     assert data.table1(data.read(phantom_root)).to_markdown(index=False) in said
-    assert f"{phantom_root}: {len(phantom_scans)} labelled scans, 0 error(s)" in said.splitlines()[-1]
+    assert f"{phantom_root}: {len(phantom_scans)} labeled scans, 0 error(s)" in said.splitlines()[-1]
 
 
 def test_check_of_a_broken_cohort_names_file_row_and_remedy(broken, capsys):

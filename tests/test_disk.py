@@ -19,14 +19,14 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
     ("error", "reason"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (RuntimeError("unexpected pos 64 vs 0"), "no room on the disk? unexpected pos"),
+        (RuntimeError("unexpected pos 64 vs 0"), "is the disk full? unexpected pos"),
     ],
     ids=["the system's", "torch's"],
 )
 def test_a_full_disk_is_named_with_the_file_and_the_remedy_and_the_old_file_stays(tmp_path, error, reason):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="make room, or choose another folder") as told, atomic(path) as tmp:
+    with pytest.raises(OSError, match="free disk space, or choose another") as told, atomic(path) as tmp:
         tmp.write_text("half")
         raise error
     assert f"{path} cannot be written ({reason}" in str(told.value)

@@ -52,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         return fetch.fetch(self.root, ask, parts or fetch.DEFAULT, endpoint=self.url, **options)
 
     def command(self, *arguments):
-        """`ipmn fetch --yes` in a process of its own."""
+        """`ipmn fetch --yes` in a separate process."""
         env = os.environ | {"HF_ENDPOINT": self.url, "HF_HOME": f"{self.root}.hf", "HF_HUB_DISABLE_XET": "1"}
         env["HF_HUB_DISABLE_TELEMETRY"] = "1"
         line = [sys.executable, "-m", "ipmn_core.cli", "fetch", str(self.root), "--yes", *arguments]
@@ -182,7 +182,7 @@ def test_a_file_changed_on_disk_is_refused_by_name_and_fetched_again_once_it_is_
 def test_a_file_damaged_on_the_way_is_named_and_comes_again(hub):
     path = "IPMN_Classification/t1/NYU_0[t1].nii.gz"
     hub.files[path] = b"x" + hub.files[path][1:]
-    with pytest.raises(fetch.FetchError, match=f"{re.escape(repr(path))} did not come whole"):
+    with pytest.raises(fetch.FetchError, match=f"{re.escape(repr(path))} arrived damaged"):
         hub.fetch("roi")
     hub.files = release()
     assert path not in on_disk(hub.root)
@@ -198,8 +198,8 @@ def test_a_file_damaged_on_the_way_is_named_and_comes_again(hub):
         ((API, "GET"), (401, "RepoNotFound"), "gated, private or gone .*hf auth login"),
         ((SPLIT, "HEAD"), (403, "GatedRepo"), "gated, private or gone .*hf auth login"),
         ((SPLIT, "HEAD"), (403, ""), "gated, private or gone .*hf auth login"),
-        ((API, "GET"), (503, ""), "cannot be reached .*503.*same command"),
-        ((API, "GET"), (200, ""), "cannot be reached .*JSON"),  # as the page of a hotel's network
+        ((API, "GET"), (503, ""), "connection to the hub failed .*503.*same command"),
+        ((API, "GET"), (200, ""), "connection to the hub failed .*JSON"),  # as the page of a hotel's network
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence_and_the_same_call_goes_on(hub, where, status, words):
@@ -211,7 +211,7 @@ def test_what_the_hub_refuses_is_one_sentence_and_the_same_call_goes_on(hub, whe
 
 
 def test_no_network_and_no_folder_to_write_to_are_told_apart(hub):
-    words = "cannot be reached .*ConnectError.*HTTPS_PROXY.*same command"
+    words = "connection to the hub failed .*ConnectError.*HTTPS_PROXY.*same command"
     with pytest.raises(fetch.FetchError, match=words):
         fetch.fetch(hub.root, lambda facts: True, endpoint="http://127.0.0.1:9")
     hub.root.write_text("a file")
@@ -221,11 +221,11 @@ def test_no_network_and_no_folder_to_write_to_are_told_apart(hub):
 
 def test_nothing_comes_without_a_yes_or_without_room(hub, monkeypatch):
     hub.card, said = None, []
-    with pytest.raises(fetch.FetchError, match="cancelled"):
+    with pytest.raises(fetch.FetchError, match="canceled"):
         hub.fetch(ask=said.append)
     assert "license: CC-BY-NC-4.0 (the hub does not say)" in said[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
-    with pytest.raises(fetch.FetchError, match=r"1.00kB free, 4.10MB to download; make room.*--cases"):
+    with pytest.raises(fetch.FetchError, match=r"1.00kB free, 4.10MB to download; free disk space.*--cases"):
         hub.fetch("images", ask=pytest.fail)
     assert hub.got() == [] and not hub.root.exists()
 

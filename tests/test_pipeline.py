@@ -159,7 +159,7 @@ def test_what_would_stop_the_notebooks_is_found_before_anything_is_done(tmp_path
         patch.setattr(sys, "executable", shutil.which("false"))
         pipeline._prepare(p, fresh=True)
     chapters(tmp_path, *pipeline.NOTEBOOKS)
-    for broken, told in (("{}", "not a whole notebook"), ("[]", "not a whole notebook"), ("", "not a whole")):
+    for broken, told in (("{}", "not a complete"), ("[]", "not a complete"), ("", "not a complete")):
         (tmp_path / "notebooks" / "04_analysis.ipynb").write_text(broken)
         with pytest.raises(NotebookError, match=rf"04_analysis\.ipynb: {told}"):
             pipeline._prepare(p, fresh=True)

@@ -76,7 +76,7 @@ def test_a_case_that_the_models_know_is_pointed_out_with_its_role(arm, scan, tmp
     known = {case: write_scan(tmp_path, case.lower()) for case in ("NYU00", "AHN05", "AHN11")}
     for case, files in known.items():  # sheets and files differ in case
         (warning,) = predict.predict(*files, arm).warnings
-        assert warning.startswith("no independent test, it was a case of these models")
+        assert warning.startswith("not an independent test: it was a case of these models")
         assert all(f"centralized fold {k}: {roles[k][case]}" in warning for k in (0, 1))
     assert predict.predict(*scan, arm).warnings == ()
     local = arm.with_name("local_only")
@@ -98,7 +98,7 @@ def test_a_center_is_chosen_where_each_has_its_model_and_only_there(arm, scan):
 )
 def test_models_of_two_kinds_are_not_averaged(arm, fold, scan, change):
     (value,) = change.values()
-    with pytest.raises(PredictError, match=f"several kinds: .*{value}.*; use each by itself"):
+    with pytest.raises(PredictError, match=f"several kinds: .*{value}.*; use each separately"):
         predict.predict(*scan, [arm / "fold1", change_settings(fold, **change)])
 
 
@@ -114,7 +114,7 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
     harm = tmp_path / "harm"
     state = torch.load(fold / "model.pt", weights_only=True)
     torch.save({**state, "more": Malicious(harm)}, fold / "model.pt")
-    with pytest.raises(PredictError, match=r"model.pt is refused: it holds code, .*nothing in it was run"):
+    with pytest.raises(PredictError, match=r"model.pt is refused: it holds code, .*no code in it was run"):
         predict.predict(*scan, fold)
     assert not harm.exists()
     torch.load(fold / "model.pt", weights_only=False)
@@ -124,17 +124,17 @@ def test_code_in_a_file_of_weights_is_refused_and_not_run(fold, scan, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: dict([*s.items()][1:]), r"lacks 0.weight \(1 in all\); no weights of quick with 2"),
+        (lambda s: dict([*s.items()][1:]), r"lacks 0.weight \(1 in all\); these are not weights of quick"),
         (lambda s: {**s, "head.bias": torch.zeros(2)}, "has surplus head.bias"),
         (lambda s: models.build("tiny", 2).state_dict(), "lacks .*has surplus .* they fit tiny: name that"),
         (lambda s: {**s, "0.weight": s["0.weight"][:3]}, "0.weight has the shape 3 x 1 .* expected 8 x 1 x"),
         (lambda s: quick(3).state_dict(), "5.weight has the shape 3 x 8, expected 2 x 8"),
         (lambda s: {**s, "0.weight": s["0.weight"] * np.nan}, "0.weight holds NaN or infinity"),
         (lambda s: {**s, "0.weight": s["0.weight"].int()}, "0.weight is of type torch.int32, expected float"),
-        (lambda s: {**s, "epoch": 3}, "more than tensors by name: 'epoch' is of type int; ask for a plain"),
-        (lambda s: list(s.values()), "more than tensors by name: 'list'"),
-        (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "not numbers"),
-        (lambda s: b"", "is refused: it is empty, and nothing in it was run; fetch the file again"),
+        (lambda s: {**s, "epoch": 3}, "more than named tensors: 'epoch' is of type int; ask for a plain"),
+        (lambda s: list(s.values()), "more than named tensors: 'list'"),
+        (lambda s: {k: v * 0 - 1 if "running_var" in k else v for k, v in s.items()}, "are NaN"),
+        (lambda s: b"", "is refused: it is empty; no code in it was run; fetch the file again"),
         (lambda s: b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer .`git lfs pull"),
         (lambda s: b"<!DOCTYPE html>", "cannot be read as plain tensors"),
     ],
@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_are_refused_with_file_and_key(fold, scan, damag
     else:
         torch.save(damaged, fold / "model.pt")
     with pytest.raises(PredictError, match=rf"fold0/model\.pt.*{message}"):
-        predict.predict(*scan if "numbers" in message else ("no", "scan"), fold)
+        predict.predict(*scan if "are NaN" in message else ("no", "scan"), fold)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_bare_weights_in_any_wrapping_give_torchs_own_probabilities(bare, scan, 
     assert result.folds.columns.tolist() == ["model", "weights", *classes]
     np.testing.assert_allclose(result.folds[classes].to_numpy(float)[0], expected, atol=1e-6)
     (warning,) = result.warnings
-    assert "which cases the models were trained on is not known" in warning
+    assert "the models' training cases are unknown" in warning
     uncounted = {key: value for key, value in state.items() if "num_batches" not in key}
     for same in (
         {f"module._orig_mod.{key}": value for key, value in state.items()},
@@ -199,7 +199,7 @@ def test_bare_weights_that_are_no_classifier_or_of_another_network_are_refused(b
             predict.predict(*scan, bare)
     with pytest.raises(PredictError, match=r"no finished run .*; give its files: .*weights\.pt"):
         predict.predict(*scan, bare.parent)
-    with pytest.raises(PredictError, match="is of quick, not resnet34; leave out --network"):
+    with pytest.raises(PredictError, match="has the network quick, not resnet34; leave out --network"):
         predict.predict(*scan, arm, network="resnet34")
     with pytest.raises(ValueError, match=r"unknown model 'vgg': choose one of .*densenet121"):
         predict.predict(*scan, bare, network="vgg")
@@ -270,12 +270,12 @@ def test_a_manifest_without_labels_is_enough(arm, many, tmp_path, capsys):
     )
     scans = unlabelled(tmp_path / "new.csv")
     known, other, *failed = predict.by_case(scans, predict.predict_each(scans, arm)).to_dict("records")
-    assert known["warnings"].startswith("no independent test, it was a case of these models")
-    assert other["warnings"] == "its modality is t1, that of the models t2"
+    assert known["warnings"].startswith("not an independent test: it was a case of these models")
+    assert other["warnings"] == "its modality is t1, but the models' is t2"
     for row, words in zip(failed, ("row 4: no image .*gone", "b is given", "B is given"), strict=True):
         assert re.search(words, row["error"]) and np.isnan(row["mean high risk"])
     assert cli.main(["predict", str(tmp_path / "new.csv"), "--models", str(arm), "--device", "cpu"]) == 1
-    assert "NYU00: no independent test" in capsys.readouterr().out
+    assert "NYU00: not an independent test" in capsys.readouterr().out
 
 
 def test_scans_that_cannot_be_listed_are_explained(many, tmp_path):
@@ -308,7 +308,7 @@ def test_a_scan_is_judged_as_in_a_cohort_and_what_is_in_doubt_is_said(arm, tmp_p
     nib.save(nib.Nifti1Image(np.zeros((24, 20, 8), np.uint8), AFFINE), mask)
     with pytest.raises(ScanError, match=r"EMC7: .* is an empty mask; draw the pancreas"):
         predict.predict(image, mask, arm)
-    with pytest.raises(ScanError, match=r"cannot be read .*; replace it by a whole NIfTI file"):
+    with pytest.raises(ScanError, match=r"cannot be read .*; replace it by a complete NIfTI file"):
         predict.predict(tmp_path / "nowhere.nii", None, arm)
 
 

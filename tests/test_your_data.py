@@ -54,9 +54,9 @@ def test_the_page_leads_from_a_folder_of_files_to_a_cohort_that_passes(tmp_path,
     write_tree(tmp_path)
     said = follow(tmp_path, monkeypatch, capsys, "ipmn check own.yaml")
     example, own = said["ipmn check example/scans.csv"], said["ipmn check own.yaml"]
-    assert "24 labelled scans, 0 error(s)" in example and "positive: malignant" in example
+    assert "24 labeled scans, 0 error(s)" in example and "positive: malignant" in example
     assert re.search(r"St. Anne's +\| mri +\| +8 \| +8 \| +16", own)
-    assert "32 labelled scans, 0 error(s), 0 other remark(s)" in own
+    assert "32 labeled scans, 0 error(s), 0 other remark(s)" in own
 
 
 @pytest.mark.slow

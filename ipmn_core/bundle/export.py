@@ -1,7 +1,7 @@
-"""An arm's trained networks -> a MONAI bundle, with a Hugging Face model card read from their runs.
+"""Export an arm's trained networks as a MONAI bundle, with a Hugging Face model card made from their runs.
 
-https://docs.monai.io/en/stable/mb_specification.html. `inference.json` needs MONAI alone, not this package;
-its transforms do what `data.read_scan` and `data.to_cube` do, in float32 to the end.
+https://docs.monai.io/en/stable/mb_specification.html. `inference.json` needs only MONAI, not this package.
+Its transforms do the same as `data.read_scan` and `data.to_cube`, but in float32 throughout.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ROLES = ("train", "validation", "test")
 def export(arm_folder: str | Path, target: str | Path, center: str | None = None) -> Path:
     """Write the networks of an arm's folds as a MONAI bundle to the new folder `target`; return it.
 
-    `center`: whose networks, for the arm `local_only`. `models/fold<k>.pt` are plain state dicts; a network
-    that MONAI lacks is beside them as TorchScript, `.ts`. The folder is complete or absent. Raises
-    FileExistsError if there is a target, PredictError for folds that are not of one arm and as
-    `trained.load`, PredictionsError for predictions that cannot be right.
+    For an arm with one model per center, `center` says whose networks. `models/fold<k>.pt` are plain state
+    dicts; a network that MONAI lacks is also written as TorchScript, `.ts`. The folder is written completely
+    or not at all. Raises FileExistsError if `target` exists, PredictError as `trained.load` and for folds of
+    several arms, PredictionsError for invalid predictions.
     """
     target = Path(target)
     if os.path.lexists(target):
@@ -59,7 +59,7 @@ def export(arm_folder: str | Path, target: str | Path, center: str | None = None
             if not config["network_def"]:
                 x = torch.zeros(1, 1, *[of.how.size] * 3)
                 torch.jit.trace(network, x, check_trace=False).save(path.with_suffix(".ts"))
-        # sorted by hash, because the order of the sheet would tell which case is which
+        # sorted by hash, because the order of the sheet would reveal the cases
         splits.sort_values(["fold", "case_sha256"]).to_csv(partial / "docs" / "splits.csv", index=False)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         record["sha256"] = {file.relative_to(partial).as_posix(): digest(file) for file in files}
@@ -74,14 +74,14 @@ def export(arm_folder: str | Path, target: str | Path, center: str | None = None
 
 
 def inference_config(of: Trained, folds: list[int]) -> dict[str, Any]:
-    """The content of `inference.json`: scan and mask -> probabilities of each fold's network, and mean.
+    """The content of `inference.json`: from scan and mask to probabilities of each fold's network and mean.
 
-    Raises PredictError for the name of a class or center that MONAI takes for code.
+    Raises PredictError for the name of a class or center that MONAI would run as code.
     """
     config = json.loads((FILES / "inference.json").read_text())
     for name in of.classes + of.centers:
         if name.startswith(("$", "@", "%")):
-            raise PredictError(f"MONAI would run the name {name!r}: give it another, and repeat the runs")
+            raise PredictError(f"MONAI would run the name {name!r} as code: rename it and repeat the runs")
     names = repr(list(of.classes)).replace("@", r"\x40").replace("#", r"\x23")  # MONAI reads these as ids
     known = {"classes": f"${names}", "folds": folds, **asdict(of.how)}
     return config | known | {"network_def": config["network_def"].get(of.network)}
@@ -90,9 +90,9 @@ def inference_config(of: Trained, folds: list[int]) -> dict[str, Any]:
 def _read_runs(
     trained: list[Trained], center: str | None
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:
-    """What the runs share, the role of each case in each fold, predictions by the weights that were kept.
+    """The shared record of the runs, the role of each case in each fold, predictions by the kept weights.
 
-    Raises PredictError unless they are the folds of one arm.
+    Raises PredictError unless the runs are the folds of one arm.
     """
     records, splits, tested = [], [], []
     for folder, fold in ((one.weights.parent, one.fold) for one in trained):
@@ -117,7 +117,7 @@ def _read_runs(
 
 
 def _metadata(record: dict[str, Any], of: Trained, title: str) -> dict[str, Any]:
-    """MONAI's metadata, and under `ipmn` what `trained.find` reads."""
+    """MONAI's metadata, and under `ipmn` the record that `trained.find` reads."""
     metadata, classes = json.loads((FILES / "metadata.json").read_text()), dict(enumerate(of.classes))
     between = [0, 1] if of.how.intensity == "minmax" else []
     formats = metadata["network_data_format"]
@@ -165,7 +165,7 @@ def _card(
 
 
 def _terms(record: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The license of the weights, from that of their data: for the head of the card, and in words."""
+    """The license of the weights, which follows from their data: for the head of the card, and in words."""
     if record["cohort"] == "phantom":
         return {"license": "mit"}, "trained on synthetic data alone, MIT"
     if set(record["centers"]) <= set(CENTERS):

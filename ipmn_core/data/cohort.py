@@ -1,4 +1,4 @@
-"""The cohort: the table of scans, one row per labelled scan, its classes, and a cube for each row."""
+"""The cohort: the table of scans, one row per labeled scan, its classes, and a cube for each row."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ SEVERITIES = ["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Cohort:
-    """Scans, their classes in order, and their cubes (N, S, S, S), row by row (None: not loaded).
+    """Scans, their classes in order, and one cube per scan (N, S, S, S); None if cubes are not loaded.
 
-    `scans` has the columns `releases.SCAN_COLUMNS`, `label` as the place of the class in `classes`, `class`,
-    its name, and `positive`: whether it is one of the `positive` ones; index from 0; modality by modality,
-    centers in the cohort's order. `is_paper`: centers and classes are the paper's. `key` is a SHA-256 over
-    files, recipe and rows as loaded; a narrowed cohort keeps it.
+    `scans` has the columns `releases.SCAN_COLUMNS`, where `label` is the index of the class in `classes`, and
+    two more: `class` (its name) and `positive` (whether it is in `positive`). Rows are sorted by modality,
+    then center. `is_paper`: centers and classes are the paper's. `key` is a SHA-256 of files, recipe and rows
+    as loaded; a subset of the cohort keeps it.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Cohort:
 
     @property
     def about(self) -> str:
-        """Which cohort this is, for the head of a chapter."""
+        """Name, counts, centers and classes, to print at the start of a chapter."""
         counts = ", ".join(f"{n} {m}" for m, n in self.scans["modality"].value_counts(sort=False).items())
         classes = ", ".join(f"{k} {name}" for k, name in enumerate(self.classes))
         return (
-            f"cohort {self.name}: {len(self)} labelled scans ({counts})\n"
+            f"cohort {self.name}: {len(self)} labeled scans ({counts})\n"
             f"{len(self.centers)} centers: {', '.join(self.centers)}\n"
             f"classes: {classes}; positive: {', '.join(self.positive)}"
         )
@@ -67,8 +67,8 @@ class Cohort:
     def of(self, modality: str) -> "Cohort":
         """The scans of one modality, with their cubes.
 
-        Of a fused one (`names.fusion`) of a paired cohort: a row per patient, that of the second modality's
-        scan under the fused name, and cubes (N, 2, S, S, S).
+        A fused modality (`names.fusion`) needs a paired cohort. It has one row per patient, that of the
+        second modality's scan, and cubes (N, 2, S, S, S).
         """
         parts, how = fusion(modality)
         if how:
@@ -85,10 +85,10 @@ class Cohort:
 def classes_of(
     p: Params, known: Mapping[str, str]
 ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
-    """Class of each label, all classes in order, the positive ones: a profile's, or those of `known` labels.
+    """Class of each label, all classes in order, and the positive classes.
 
-    Two labels may be one class. Raises CohortError unless some classes, but not all, are positive, and for
-    names that tables cannot tell apart.
+    They come from the profile, or else from `known`. Two labels may share one class. Raises CohortError
+    unless some classes, but not all, are positive, and for names that tables cannot tell apart.
     """
     naming = p.classes or dict(known)
     classes = tuple(dict.fromkeys(naming.values()))
@@ -98,18 +98,18 @@ def classes_of(
         raise CohortError("classes", text, "have two classes or more, and set `positive` to some of them")
     columns = [name.replace(" ", "_").casefold() for name in classes]
     if len(TAKEN.union(columns)) < len(TAKEN) + len(columns):
-        text = f"the names {', '.join(map(repr, classes))} are too much alike, or one of {', '.join(TAKEN)}"
-        raise CohortError("classes", text, "rename them by `classes`, a mapping {label: class}")
+        text = f"the names {', '.join(map(repr, classes))} are too similar, or one of {', '.join(TAKEN)}"
+        raise CohortError("classes", text, "rename them with `classes`, a mapping {label: class}")
     return naming, classes, tuple(name for name in classes if name in positive)
 
 
 def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohort, pd.DataFrame]:
     """What can be used of the cohort at `root`, and its problems (`PROBLEM_COLUMNS`), errors first.
 
-    `root` is the folder of a release or a manifest; `p` says how classes and centers are called and how cases
-    are split (default: as the paper). Errors are what keeps a scan, or the cohort, from being used. Scans
-    without a label are left out and counted in `scans.attrs["unlabelled"]`. If `volumes`, every volume is
-    read, too (`cubes.volume_problems`).
+    `root` is the folder of a release, or a manifest. `p` names classes and centers and says how cases are
+    split (default: as in the paper). Errors keep a scan, or the whole cohort, from being used. Scans without
+    a label are left out and counted in `scans.attrs["unlabelled"]`. With `volumes`, every volume is read as
+    well (`cubes.volume_problems`).
     """
     how, p, root, problems = p and p.preprocessing, p or Params(), Path(root), []
     of_release = root.is_dir()
@@ -153,30 +153,31 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
 
 
 def told(problems: pd.DataFrame) -> list[str]:
-    """A printable line for each problem: the name of a file may hold anything."""
+    """One printable line per problem; characters that cannot be printed become question marks."""
     lines = [f"{row.severity}: {row.where}: {row.problem}; {row.remedy}" for row in problems.itertuples()]
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
 
 
 def _names(cohort: Cohort, root: Path, p: Params, of_release: bool):
-    """Problems of the names of centers, classes and modalities, and what was chosen for the user."""
+    """Problems with the names of centers, classes and modalities, and notes on what was chosen."""
     scans = cohort.scans
     for column in ("center", "class", "modality"):
         names = pd.Series(scans[column].unique(), dtype=str)
         for _, alike in names.groupby(names.str.casefold()):
             if len(alike) > 1:
                 text = f"names of a {column} that differ in capitals only: {', '.join(map(repr, alike))}"
-                yield "warning", root, text, "write them alike if they are one"
+                yield "warning", root, text, "use one spelling if they are the same"
     if "global" in (name.casefold() for name in cohort.centers):
-        remedy = "rename it, in the table or by `center_names`"
-        yield "error", root, "a center is called global, the name of all centers together", remedy
+        remedy = "rename it, in the table or with `center_names`"
+        yield "error", root, "a center is called global, the name for all centers together", remedy
     listed = dict.fromkeys([*(p.center_names or {}).values(), *(p.classes or {}).values()])
     if absent := [name for name in listed if name not in {*cohort.centers, *scans["class"]}]:
-        yield "note", root, f"no scan is of {', '.join(absent)}", "none needed unless the profile has a slip"
+        text = f"no scan belongs to {', '.join(absent)}"
+        yield "note", root, text, "none needed unless the profile has a typo"
     if len(scans) and not of_release and not p.classes:
         classes = ", ".join(f"{k} {name}" for k, name in enumerate(cohort.classes))
         text = f"the labels give the classes {classes}; positive: {', '.join(cohort.positive)}"
-        yield "note", root, text, "set `classes` and `positive` if another order is meant"
+        yield "note", root, text, "set `classes` and `positive` for another order"
     if p.fold_rule in ("center", "patient") and scans.filter(like="fold_").ne("").any(axis=None):
         rule = "official" if of_release else "given"
         yield (
@@ -188,12 +189,12 @@ def _names(cohort: Cohort, root: Path, p: Params, of_release: bool):
 
 
 def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> pd.DataFrame:
-    """Scans as the cohort's table: labels as places in `classes`, centers as they are called and in order."""
+    """The cohort's table: labels as indices into `classes`, centers renamed and in order."""
     scans = pd.DataFrame(found, columns=SCAN_COLUMNS)
     scans["label"] = [classes.index(naming[str(label)]) for label in scans["label"]]
     called = p.center_names or {name: name for name in (CENTERS if of_release else ())}
     scans["center"] = scans["center"].map(lambda name: called.get(name, name))
-    first = {"center": called.values(), "modality": ()}  # others follow as they are met
+    first = {"center": called.values(), "modality": ()}  # others follow in order of appearance
     order = {of: list(dict.fromkeys([*names, *scans[of]])) for of, names in first.items()}
     places = {"key": lambda names: names.map(order[names.name].index), "ignore_index": True}
     return scans.sort_values(["modality", "center"], **places).astype({"label": int})
@@ -206,14 +207,15 @@ def _disagreements(cohort: Cohort) -> list[tuple[str, str, str, str]]:
     for patient, part in scans[differ].groupby("patient_id", sort=False):
         rows = [f"{s.modality} {s.case_id}: {s.center}, {cohort.classes[s.label]}" for s in part.itertuples()]
         text = f"scans with different labels or centers: {'; '.join(rows)}"
-        problems.append(("warning", f"patient {patient}", text, "correct the table if this is a slip"))
+        problems.append(("warning", f"patient {patient}", text, "correct the table if this is a mistake"))
     return problems
 
 
 def open_cohort(p: Params) -> Cohort:
-    """The labelled scans of a profile's cohort, of its `modalities`; cubes are not loaded.
+    """The labeled scans of a profile's cohort and `modalities`; cubes are not loaded.
 
-    A phantom that is not there is written first. CohortError as `read`, or if a modality has no scan.
+    Writes the phantom first if it does not exist. Raises CohortError as `read` does, and if a modality has
+    no scan.
     """
     root = p.cohort_root
     if p.data == "phantom" and not root.exists():
@@ -223,21 +225,21 @@ def open_cohort(p: Params) -> Cohort:
         phantom.write(root, seed=p.phantom_seed, shift=p.phantom_shift, jobs=p.jobs, **options)
     if not root.exists():
         remedy = "set `data` to a manifest, the folder of the real data set (`ipmn fetch`), or phantom"
-        raise CohortError(root, "no such file or folder, so no cohort", remedy)
+        raise CohortError(root, "no such file or folder", remedy)
     cohort = read(root, p)
     found, modalities = cohort.scans["modality"].unique(), single(p.modalities)
     if missing := [m for m in modalities if m not in found]:
-        text = f"no labelled scan of {' and '.join(missing)}, but of {' and '.join(found) or 'none'}"
+        text = f"no labeled scan of {' and '.join(missing)}; found: {' and '.join(found) or 'none'}"
         raise CohortError(root, text, f"set `modalities: [{', '.join(found)}]`")
     cohort = cohort.where(cohort.scans["modality"].isin(modalities))
     return paired(cohort, root) if p.paired else cohort
 
 
 def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Cohort:
-    """The patients with a scan of every modality: the first of each, patients in the same order in all.
+    """The patients with a scan of every modality: one scan each, in the same order in all modalities.
 
-    Patients whose scans differ in class or center are left out. Adds these choices to the problems `told`.
-    Raises CohortError if no patient is left.
+    The first scan of a modality is used. Patients whose scans differ in class or center are left out. Both
+    choices are added to the problems `told`. Raises CohortError if no patient is left.
     """
     scans, told = cohort.scans, [] if told is None else told
     first = scans.drop_duplicates(["modality", "patient_id"])
@@ -250,8 +252,8 @@ def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Coho
         text = f"no patient with a scan of {every} that agree in class and center"
         raise CohortError(where, text, "see that `patient_id` joins the scans, or set `paired: false`")
     if others := sorted(set(every) - set(agree)):
-        text = f"left out of the paired cohort, for their scans differ: {', '.join(others)}"
-        told.append(("warning", where, text, "correct the table if this is a slip"))
+        text = f"left out of the paired cohort because their scans differ: {', '.join(others)}"
+        told.append(("warning", where, text, "correct the table if this is a mistake"))
     if len(first) < len(scans):
         again = scans.loc[~scans.index.isin(first.index), "case_id"]
         text = f"further scans of a patient, not used in the paired cohort: {', '.join(again)}"
@@ -263,7 +265,7 @@ def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Coho
 
 
 def read(root, p: Params | None = None) -> Cohort:
-    """The cohort at `root` as `inspect`; CohortError lists what that calls errors, at most ten."""
+    """The cohort at `root`; raises CohortError with the errors of `inspect`, at most ten."""
     cohort, problems = inspect(root, p)
     errors = problems[problems["severity"] == "error"]
     if errors.empty:
@@ -276,9 +278,9 @@ def read(root, p: Params | None = None) -> Cohort:
 def load_cohort(p: Params) -> Cohort:
     """The scans that a profile trains on: its cohort, cut to `max_per_cell`, with cubes from the cache.
 
-    The cohort's key stands for its scans and cubes: of files the contents, of a phantom its recipe, for the
-    last bits of its voxels depend on the processor. Raises CohortError, or ScanError naming the first case
-    that cannot be used.
+    The cohort's key covers the contents of its files. For a phantom it covers the recipe instead, because
+    the last bits of its voxels depend on the processor. Raises CohortError, or ScanError naming the first
+    case that cannot be used.
     """
     cohort = subset(open_cohort(p), p.max_per_cell)
     cubes, key = load_cubes(cohort.scans, p.preprocessing, p.folder.parent / "cache", p.jobs)
@@ -297,7 +299,7 @@ def subset(cohort: Cohort, max_per_cell: int | None) -> Cohort:
 
 
 def table1(cohort: Cohort) -> pd.DataFrame:
-    """Table 1, scans per center and modality: `center, modality`, each class with _ for blanks, `total`."""
+    """Table 1, scans per center and modality: `center, modality`, one column per class, `total`."""
     scans = cohort.scans
     counts = pd.crosstab([scans["center"], scans["modality"]], scans["label"])
     counts = counts.reindex(columns=range(len(cohort.classes)), fill_value=0)

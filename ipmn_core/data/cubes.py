@@ -1,4 +1,4 @@
-"""An ROI becomes a cube of voxels; cubes are kept on disk, memory-mapped."""
+"""Resize ROIs to cubes of voxels and keep the cubes on disk, memory-mapped."""
 
 import hashlib
 import json
@@ -17,18 +17,17 @@ from ipmn_core import disk
 from ipmn_core.data.scan import UNKNOWN_AXES, ScanError, read_scan
 from ipmn_core.params import Preprocessing
 
-FILES = ["image", "mask", "case_id"]  # what it takes to read a scan
+FILES = ["image", "mask", "case_id"]  # the arguments of `read_scan`
 RECIPE = "turn, resample, mask, tight box, masked voxels, scale, area resize by axis, float16"  # in the key
 
 
 def to_cube(roi: np.ndarray, size: int, intensity: str = "minmax") -> np.ndarray:
-    """The ROI scaled and resized by area to (size, size, size), float16; after min-max in [0, 1].
+    """The ROI scaled and resized by area to (size, size, size), float16; in [0, 1] after min-max.
 
-    MONAI's `ScaleIntensity` and `Resize(mode="area")` (paper, section 3). A box's mean is the mean of means
-    along its axes, so each axis is averaged by itself: a tenth of the time, the same to float32's last bits.
-    `intensity` zscore takes mean and standard deviation (ddof 0) of the non-zero voxels, and zeros stay zero.
-    Departs from the paper: float16, which moves a voxel of 0 to 1 by at most 2.4e-4, a larger one by at
-    most 1/2048 of it; zscore; none.
+    As MONAI's `ScaleIntensity` and `Resize(mode="area")` (paper, section 3). The axes are averaged one after
+    the other, which takes a tenth of the time and agrees to float32's last bits. `intensity` zscore uses mean
+    and standard deviation (ddof 0) of the non-zero voxels; zeros stay zero. Departs from the paper: zscore,
+    none, and float16, which changes a voxel in [0, 1] by at most 2.4e-4 and a larger one by at most 1/2048.
     """
     import torch
 
@@ -39,13 +38,13 @@ def to_cube(roi: np.ndarray, size: int, intensity: str = "minmax") -> np.ndarray
     if intensity == "minmax":
         low, high = x.aminmax()
         x = (x - low) / (high - low)
-    for length in x.shape:  # each product takes the first axis away and appends it, resized
+    for length in x.shape:  # each product removes the first axis and appends it, resized
         x = torch.tensordot(x, torch.from_numpy(area_weights(length, size)), ([0], [1]))
     return x.half().numpy()
 
 
 def area_weights(length: int, size: int) -> np.ndarray:
-    """How an area resize averages `length` voxels into `size`, (size, length) float32, rows that sum to 1."""
+    """The weights by which an area resize averages `length` voxels into `size`: (size, length) float32."""
     cell = np.arange(size)[:, None]
     start, end = cell * length // size, -(-(cell + 1) * length // size)
     voxel = np.arange(length)
@@ -53,9 +52,9 @@ def area_weights(length: int, size: int) -> np.ndarray:
 
 
 def scanner_facts(scans: pd.DataFrame, jobs: int = 1) -> pd.DataFrame:
-    """Case_id, center, modality, label, in_plane_mm, slice_mm, slices, roi_median and axes of each scan.
+    """One row per scan: case_id, center, modality, label, in_plane_mm, slice_mm, slices, roi_median, axes.
 
-    `roi_median` is the median stored intensity of the non-zero ROI voxels, `axes` are as stored.
+    `roi_median` is the median stored intensity of the non-zero ROI voxels; `axes` are as stored.
     """
     facts = pd.DataFrame(in_threads(jobs, _facts_of, scans[FILES].to_numpy()))
     return scans[["case_id", "center", "modality", "label"]].reset_index(drop=True).join(facts)
@@ -74,10 +73,9 @@ def load_cubes(
 ) -> tuple[np.ndarray, str]:
     """The cubes of all `scans`, (N, S, S, S) float16, memory-mapped, and their key (SHA-256).
 
-    They come from the cache in `folder`, or are built into it by `jobs` threads. The key is that of recipe,
-    settings and the files' contents, so a changed file is never served stale. Raises ScanError for the first
-    scan that cannot be used, and caches nothing then. Warns of what `read_scan` and `remarks_on_all` leave in
-    doubt when it builds.
+    They come from the cache in `folder`; `jobs` threads build what is missing. The key covers recipe,
+    settings and the files' contents, so a changed file gets new cubes. Building raises ScanError for the
+    first scan that cannot be used, and then caches nothing. It warns of doubtful scans.
     """
     files = scans[FILES].to_numpy()
     hashes = list(in_threads(jobs, _hash_of, files[:, :2].reshape(-1, 1)))
@@ -89,7 +87,7 @@ def load_cubes(
 
 
 def in_threads(jobs, function, rows):
-    """An iterator over the results of `function(*row)` for each of `rows`, in order, by `jobs` threads."""
+    """Iterate over the results of `function(*row)` for each of `rows`, in order, with `jobs` threads."""
     calls = (delayed(function)(*row) for row in rows)
     return Parallel(n_jobs=jobs, backend="threading", return_as="generator")(calls)
 
@@ -99,7 +97,7 @@ def _hash_of(path):
 
 
 def _build(path, scans, how, jobs):
-    """Write the cubes of `scans` to `path`, an .npy file, and warn of what is in doubt."""
+    """Write the cubes of `scans` to `path`, an .npy file, and warn of doubtful scans."""
     import torch
 
     def cube_of(image, mask, case):
@@ -111,7 +109,7 @@ def _build(path, scans, how, jobs):
     layout = {"descr": "<f2", "fortran_order": False, "shape": (len(scans), *[how.size] * 3)}
     threads, judged = torch.get_num_threads(), []
     torch.set_num_threads(max(1, threads // jobs))  # `jobs` of them share the cores
-    try:  # no memory map, which a full disk ends with a SIGBUS
+    try:  # no memory map: on a full disk it ends with a SIGBUS
         with disk.atomic(path) as tmp, open(tmp, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
             cubes = in_threads(jobs, cube_of, scans[FILES].to_numpy())
@@ -130,17 +128,17 @@ def _build(path, scans, how, jobs):
 
 
 def copies(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str, str, str]]:
-    """A warning for each scan with an earlier one's voxels; `judged`: remarks, axes and digest of each."""
+    """A warning for each scan with the voxels of an earlier one; `judged`: remarks, axes, digest per scan."""
     first, remarks = {}, []
     for path, (_, _, digest) in zip(scans["image"], judged, strict=True):
         if (other := first.setdefault(digest, path)) != path:
             problem = f"copy of another scan: it has the voxels of {other}"
-            remarks.append(("warning", path, problem, "see whose scan it is, and replace the other"))
+            remarks.append(("warning", path, problem, "check whose scan it is, and replace the other"))
     return remarks
 
 
 def mixed_axes(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str, str, str]]:
-    """A note if the stored axes of `scans` differ, a warning if the commonest ones differ between centers."""
+    """A note if the stored axes of `scans` differ, a warning if the most common ones differ by center."""
     counts = pd.crosstab(scans["center"].to_numpy(), np.array([axes for _, axes, _ in judged]))
     counts = counts.drop(columns=UNKNOWN_AXES, errors="ignore")
     if len(counts.columns) < 2:
@@ -152,14 +150,14 @@ def mixed_axes(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str,
         for center, row in counts.iterrows()
     ]
     problem += "; ".join(f"{center} {found}" for center, found in rows)
-    remedy = "set `orientation` to canonical; the paper's code keeps them"
+    remedy = "set `orientation` to canonical; the paper's code keeps the stored axes"
     return [("warning" if tell else "note", "all scans", problem, remedy)]
 
 
 def volume_problems(scans: pd.DataFrame, how: Preprocessing | None = None) -> list[tuple[str, str, str, str]]:
-    """Problems of the volumes of `scans`, as `read_scan` judges them, and of all of them together.
+    """Problems with the volumes of `scans`: those of `read_scan`, copies, and mixed axes.
 
-    Errors: what training refuses with the settings `how`; None: with any.
+    Errors are what training refuses with the settings `how` (None: with any settings).
     """
 
     def judged(image, mask, case):

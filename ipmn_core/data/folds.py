@@ -1,4 +1,4 @@
-"""Folds of cross-validation and the inner split. Scans of one patient and modality are never in two folds."""
+"""Folds of cross-validation and the inner split. Scans of one patient and modality share a fold."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ UNSEEN = "leave_one_center_out"
 
 
 def targets(scans: pd.DataFrame, task: str) -> pd.Series:
-    """The class of each scan in a task: of all classes, or (binary) 1 for a positive one, else 0; int64."""
+    """The label of each scan in a task, int64: its class, or for `binary` 1 if positive, else 0."""
     return (scans["positive"] if task == "binary" else scans["label"]).astype(np.int64)
 
 
 def assign_folds(cohort, n_folds: int, rule: str = "center", task: str = "multiclass") -> pd.Series:
     """The fold (0 ... n_folds-1) in which each scan of a `Cohort` is tested, on the index of its `scans`.
 
-    `rule="center"` is the paper's: unshuffled `StratifiedKFold` on the task's class within each modality and
-    center, over patients, by the largest of a patient's classes there. `rule="patient"`: Departs from the
-    paper: the same within each center for all modalities together, so that T1 and T2 of one pancreas are
-    never on both sides of a split. `rule="given"` or "official": the folds that the manifest, or the release,
-    gives. `rule="leave_one_center_out"`: Departs from the paper: fold k is the k-th center, which its run
-    never sees. Raises ValueError for another rule, CohortError for a center without a class of `n_folds`
-    patients, for given folds that cannot be used, for another number of folds than centers and for a patient
-    of two centers.
+    - "center", the paper's rule: unshuffled `StratifiedKFold` on the task's class, over the patients of each
+      modality and center. A patient with several classes counts as the largest.
+    - "patient". Departs from the paper: the same over the patients of each center, all modalities together,
+      so that T1 and T2 of one pancreas share a fold.
+    - "given" or "official": the folds of the manifest, or of the release.
+    - "leave_one_center_out". Departs from the paper: fold k is the k-th center; its run never sees it.
+
+    Raises ValueError for another rule. Raises CohortError for a center in which no class has `n_folds`
+    patients, and for given folds that cannot be used. Leave-one-center-out raises it if the number of folds
+    is not that of centers, and for a patient of two centers.
     """
     scans = cohort.scans
     if rule in ("given", "official"):
@@ -44,14 +46,14 @@ def assign_folds(cohort, n_folds: int, rule: str = "center", task: str = "multic
 
 
 def problems(cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str, str, str]]:
-    """Problems of a task's folds: refused ones (warnings), classes of fewer patients than folds (notes)."""
+    """Problems with a task's folds: refused folds (warnings), classes with too few patients (notes)."""
     found = []
     try:
         assign_folds(cohort, n_folds, rule, task)
     except CohortError as error:
         found.append(("warning", *error.args))
     small = []
-    if rule == UNSEEN:  # absent classes are told where the center is tested
+    if rule == UNSEEN:  # absent classes are reported where the center is tested
         return found
     for where, _, y in _cells(cohort.scans, "center", task):
         few = [f"{n} {name}" for name, n in _counts(y, cohort.names(task)).items() if n < n_folds]
@@ -64,9 +66,9 @@ def problems(cohort, n_folds: int, rule: str, task: str) -> list[tuple[str, str,
 
 
 def _cells(scans, rule, task):
-    """What is split by itself, (name, places of its scans, class by patient): a center, of one modality."""
+    """(Name, rows, class by patient) of each group that is split on its own: one center and modality."""
     patient = ["patient_id"] if rule == "patient" else ["modality", "patient_id"]
-    home = scans.groupby(patient)["center"].transform("first").rename("home")  # also of one who moved
+    home = scans.groupby(patient)["center"].transform("first").rename("home")  # one center per patient
     kind = pd.Series("patients", scans.index) if rule == "patient" else scans["modality"]
     for (center, of), rows in scans.groupby([home, kind], sort=False).indices.items():
         here = scans.iloc[rows]
@@ -74,10 +76,10 @@ def _cells(scans, rule, task):
 
 
 def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
-    """The index of the training `scans` held out to choose the epoch on: `share` of every center and class.
+    """The index of the training `scans` that are held out to choose the epoch.
 
-    Whole patients are held out. Departs from the paper: its released code chooses on the test fold. With a
-    share of 0 nothing is held out.
+    Holds out whole patients, a `share` of each center and class. Departs from the paper: its released code
+    chooses the epoch on the test fold.
     """
     patients = scans.drop_duplicates("patient_id")
     rng = np.random.default_rng(seed)
@@ -97,7 +99,7 @@ def _stratified_folds(y, n_folds, names, where):
     from sklearn.model_selection import StratifiedKFold
 
     counts = _counts(y, names)
-    if max(counts.values()) < n_folds:  # scikit-learn refuses the same, but cannot say where
+    if max(counts.values()) < n_folds:  # scikit-learn refuses this, too, but cannot say where
         cases = ", ".join(f"{n} {name}" for name, n in counts.items())
         text = f"cannot be split into {n_folds} folds ({cases})"
         raise CohortError(where, text, "take fewer folds, or more cases of one class")
@@ -111,7 +113,7 @@ def _stratified_folds(y, n_folds, names, where):
 
 
 def _centers_as_folds(cohort, n_folds, task):
-    """The place of each scan's center among the centers."""
+    """The index of each scan's center among the centers."""
     scans, names, where = cohort.scans, cohort.centers, f"folds of {task}"
     if len(names) != n_folds:
         text = f"{UNSEEN} needs one fold per center: {len(names)} centers ({', '.join(names)}), not {n_folds}"
@@ -143,6 +145,6 @@ def _given_folds(scans, n_folds, task):
         given.unique(), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
     )
     if len(names) != n_folds:
-        text = f"{len(names)} folds are given ({', '.join(names)}), {n_folds} are asked for"
+        text = f"{len(names)} folds are given ({', '.join(names)}), but the profile sets {n_folds}"
         raise CohortError(f"folds of {task}", text, f"set `{task}_folds: {len(names)}`")
     return given.map(names.index).rename("fold")

@@ -1,7 +1,7 @@
-"""NIfTI files: voxels, affine, and what a file leaves in doubt.
+"""Read NIfTI files: voxels, affine, and doubts about the file.
 
-A doubt is (severity, problem, remedy); a problem begins with its kind and a colon. Text in a header may name
-a patient. It never leaves this module.
+A doubt is (severity, problem, remedy); a problem starts with its kind and a colon. Header text may name a
+patient, so it never leaves this module.
 """
 
 import io
@@ -13,17 +13,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-QUIET = logging.getLogger(__name__)  # nibabel would print every field of a header that it fixes
+QUIET = logging.getLogger(__name__)  # nibabel prints every header field that it fixes
 QUIET.disabled = True
 GZIP = b"\x1f\x8b"
 UNKNOWN, APART = "spacing unknown", "image and mask in different places"  # kinds of doubts
 
 
 def read(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
-    """Voxels, scaled as the header says, affine (4, 4) and doubts of a NIfTI file, gzipped or not.
+    """Scaled voxels, affine (4, 4) and doubts of a NIfTI file, gzipped or not.
 
-    The file is read to its end, where gzip's checksum shows damage that `nibabel.load` does not see. Raises
-    the errors of nibabel and zlib, and OSError if it is no NIfTI or too short for its header.
+    Reads the file to its end, because gzip's checksum shows damage that `nibabel.load` does not see. Raises
+    the errors of nibabel and zlib, and OSError if the file is not NIfTI or too short for its header.
     """
     content, behind, doubts = Path(path).read_bytes(), 0, []
     if packed := content.startswith(GZIP):
@@ -36,14 +36,14 @@ def read(path: str | Path) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str,
         doubts.append(("warning", problem, "see that it was copied correctly"))
     header = _header(content)
     n_bytes = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-    if n_bytes > len(content):  # nibabel would make room for them
+    if n_bytes > len(content):  # nibabel would allocate them
         raise OSError(f"its header promises {n_bytes} bytes of voxels; the file is too short for them")
     affine, of_place = place(header)
     return header.data_from_fileobj(io.BytesIO(content)), affine, doubts + of_place
 
 
 def header_of(path: str | Path) -> nib.Nifti1Header:
-    """The header of a NIfTI file, gzipped or not; no voxel is read. Raises OSError if it is none."""
+    """The header of a NIfTI file, gzipped or not, without its voxels. Raises OSError for another file."""
     with open(path, "rb") as file:
         content = file.read(2**14)
     if content.startswith(GZIP):
@@ -52,15 +52,15 @@ def header_of(path: str | Path) -> nib.Nifti1Header:
 
 
 def place(header: nib.Nifti1Header) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
-    """Affine (4, 4) of a header, the identity if it cannot be inverted, and the doubts about it."""
-    header.quaternion_threshold = -np.inf  # one longer than 1 is scaled; nibabel would refuse the file
+    """Affine (4, 4) of a header (the identity if it cannot be inverted), and doubts about it."""
+    header.quaternion_threshold = -np.inf  # scale a quaternion longer than 1; nibabel would refuse the file
     with np.errstate(all="ignore"):
         given, quaternion = header.get_best_affine(), header.get_qform()
     turn = np.float64([header[f"quatern_{axis}"] for axis in "bcd"])
     by_quaternion, by_matrix = header["qform_code"] > 0, header["sform_code"] > 0
-    affine, problem, remedy = placing(given), "", "the axes may be others: compare with another viewer"
+    affine, problem, remedy = placing(given), "", "the axes may be wrong: compare with another viewer"
     if affine is not given or np.array_equal(np.abs(affine), np.eye(4)):
-        why = "voxels of 1 x 1 x 1 mm without turn and origin, as in files that lost them"
+        why = "voxels of 1 x 1 x 1 mm without rotation and origin, as in files that lost them"
         why = why if affine is given else "an affine that cannot be inverted"
         problem, remedy = f"{UNKNOWN}: its header has {why}", "export it again with its spacing"
     elif not by_quaternion and not by_matrix:
@@ -70,19 +70,19 @@ def place(header: nib.Nifti1Header) -> tuple[np.ndarray, list[tuple[str, str, st
             f"axes in doubt: the quaternion of its header has the length {np.sqrt(turn @ turn):.8g}, not 1"
         )
     elif by_quaternion and by_matrix and apart(affine, quaternion, header.get_data_shape()):
-        problem = "axes in doubt: qform and sform of its header differ, the sform is taken"
+        problem = "axes in doubt: qform and sform of its header differ; the sform is used"
     return affine, [("warning", problem, remedy)] if problem else []
 
 
 def placing(affine: np.ndarray) -> np.ndarray:
-    """The affine (4, 4), or the identity if it cannot be inverted in the single precision of headers."""
+    """The affine (4, 4), or the identity if it cannot be inverted in float32, the precision of headers."""
     with np.errstate(over="ignore"):
         single = np.float32(affine).astype(float)
     return affine if np.isfinite(single).all() and np.linalg.matrix_rank(single[:3, :3]) == 3 else np.eye(4)
 
 
 def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether two affines place some corner voxel of a volume more than half a voxel apart."""
+    """Whether two affines place a corner of a volume more than half a voxel apart."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1)[:3]])).reshape(3, 8)
     corners = np.vstack([corners, np.ones(8)])
     moved = np.abs(np.linalg.solve(affine, other) @ corners - corners).max()
@@ -90,12 +90,12 @@ def apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool
 
 
 def axes_of(affine: np.ndarray) -> str:
-    """Where the voxels' axes point to, for instance LPS: to the patient's left, back and head."""
+    """Where the voxels' axes point, for instance LPS: to the patient's left, back and head."""
     return "".join(nib.aff2axcodes(affine))
 
 
 def _unpacked(content):
-    """The content of a gzip file, its checksums verified, and the number of bytes behind its end."""
+    """The content of a gzip file, with verified checksums, and the number of bytes after its end."""
     parts = []
     while content.startswith(GZIP):
         part = zlib.decompressobj(31)  # with gzip's header and checksum
@@ -112,7 +112,7 @@ def _header(content):
             header = kind(content[: kind.sizeof_hdr], check=False)
             zooms = np.abs(header["pixdim"][1:4])
             header.check_fix(QUIET)
-            header["pixdim"][1:4] = zooms  # nibabel takes a zero one for 1 mm, which hides that it is unknown
+            header["pixdim"][1:4] = zooms  # nibabel turns 0 into 1 mm, which hides an unknown spacing
             return header
     is_dicom = content[128:132] == b"DICM"
     raise OSError("it is a DICOM file: convert the series to NIfTI" if is_dicom else "it is no NIfTI file")

@@ -1,11 +1,12 @@
-"""A manifest: anybody's cohort as one table, CSV or Excel, a row per scan.
+"""A manifest: any cohort as one table, CSV or Excel, with one row per scan.
 
-    image     path of the NIfTI file, relative to the manifest    mask        likewise; without: a clean ROI
+    image     path of the NIfTI file, relative to the manifest    mask        its mask; blank: a clean ROI
     label     class, a number or a word; blank: left out          case_id     default: the image's name
     center    hospital                                            patient_id  default: the case's name
     modality  default: mri                                        fold        for `fold_rule: given`
 
-Other columns are ignored. The names of a patient's cases may differ in the modality, as 7_T1 and 7_T2.
+Other columns are ignored. Without `patient_id`, cases whose names differ only in the modality (7_T1, 7_T2)
+belong to one patient.
 """
 
 import os
@@ -26,7 +27,7 @@ MODALITY = "mri"  # of a manifest without the column
 
 
 def naming(labels) -> dict[str, str]:
-    """Each label as the name of its class, in order: numbers by value, else by the alphabet."""
+    """{label: class} with each label as its class, in order: numbers by value, words by the alphabet."""
     try:
         return {label: label for label in sorted(labels, key=float)}
     except ValueError:
@@ -34,10 +35,10 @@ def naming(labels) -> dict[str, str]:
 
 
 def read(path: Path, problems: list, labels=()) -> tuple[list[dict], dict[str, int]]:
-    """Usable scans of the manifest, dicts of `SCAN_COLUMNS`, and {modality: unlabelled scans}.
+    """Usable scans of the manifest, dicts of `SCAN_COLUMNS`, and {modality: number of unlabeled scans}.
 
-    `labels` are never taken for words that say "missing", as none and NA else are. What is wrong is appended
-    to `problems` as (severity, where, problem, remedy).
+    Words such as none and NA mean a missing label, unless they are in `labels`. Problems are appended to
+    `problems` as (severity, where, problem, remedy).
     """
     scans, unlabelled, words = [], defaultdict(int), set()
     try:
@@ -56,8 +57,8 @@ def read(path: Path, problems: list, labels=()) -> tuple[list[dict], dict[str, i
         except CohortError as error:
             problems.append(("error", *error.args))
     if words := ", ".join(sorted(words - {""})):
-        remedy = "none needed, or list it in `classes` if it is one"
-        problems.append(("warning", path, f"the label {words} is taken for a missing one", remedy))
+        remedy = "none needed; if it is a class, list it in `classes`"
+        problems.append(("warning", path, f"the label {words} is read as missing", remedy))
     problems += _repeated(scans)
     return scans, dict(unlabelled)
 
@@ -65,18 +66,18 @@ def read(path: Path, problems: list, labels=()) -> tuple[list[dict], dict[str, i
 def unlabelled(
     path: str | Path, masks: str | Path | None = None, problems: list | None = None
 ) -> pd.DataFrame:
-    """Scans to predict: `case_id, image, mask, modality` and `error`, which says why one cannot be used.
+    """Scans to predict: `case_id, image, mask, modality` and `error` (why a scan cannot be used, or "").
 
-    `path` is an image, a folder of NIfTI files (`masks`: the folder of theirs, by the same case names), or a
-    manifest of which only the column `image` is needed; `problems` as of `read`. Raises CohortError if there
-    is no scan.
+    `path` is an image, a folder of NIfTI files (`masks`: the folder of their masks, with the same case
+    names), or a manifest that needs only the column `image`. `problems` as in `read`. Raises CohortError if
+    there is no scan.
     """
     path, masks, problems = Path(path), masks and Path(masks), [] if problems is None else problems
     if path.is_dir():
         rows = list(_pairs(path, masks))
     elif path.suffix.lower() in SUFFIXES:
         if masks:
-            raise CohortError(masks, f"is given beside {path}", "name the masks in its column `mask`")
+            raise CohortError(masks, f"is given together with {path}", "name the masks in its column `mask`")
         rows = [_row(path, *row) for row in _rows(path, problems, ("image",))]
     else:
         rows = [{"case_id": case_name(path.name), "image": str(path), "mask": str(masks or "")}]
@@ -90,7 +91,7 @@ def unlabelled(
 
 
 def _pairs(images, masks):
-    """The row of each case that has a file in a folder of images or in that of their masks, if any."""
+    """One row per case with a file in the folder of images, or in that of masks, if given."""
     folders = {"image": images} | ({"mask": masks} if masks else {})
     if masks and not masks.is_dir():
         raise CohortError(masks, "is no folder", f"give the folder of the masks of {images}")
@@ -115,7 +116,7 @@ def _row(path, where, cells):
 
 
 def _rows(path, problems, needed=NEEDED):
-    """(where, {column: text}) of every row that holds anything."""
+    """(where, {column: text}) of every row that is not empty."""
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         what = "is no table" if path.exists() else "no such file or folder"
         raise CohortError(path, what, f"give the folder of a release, or a manifest ({', '.join(SUFFIXES)})")
@@ -133,7 +134,7 @@ def _rows(path, problems, needed=NEEDED):
 
 
 def _word(cell):
-    """A cell as text in which blanks and accents are written in one way, and 1 for 1.0."""
+    """A cell as text with normalized blanks and accents, and 1 for 1.0."""
     words = unicodedata.normalize("NFC", " ".join(text(cell).split()))
     number = re.fullmatch(r"(-?\d+)\.0+", words)
     return number[1] if number else words
@@ -145,8 +146,8 @@ def _scan(folder, where, cells, needed=("image", "center")):
     modality, files = cells["modality"] or MODALITY, {}
     for name in needed:
         if not cells[name]:
-            words = f"`{name}` of {case or 'a row'} is blank, or a word that says missing"
-            raise CohortError(where, words, "fill it in, or take the row out")
+            words = f"`{name}` of {case or 'a row'} is blank or says missing"
+            raise CohortError(where, words, "fill it in, or delete the row")
     for kind in ("image", "mask"):
         files[kind] = str(folder / os.path.expanduser(cells[kind])) if cells[kind] else ""
         if files[kind] and not os.path.isfile(files[kind]):
@@ -162,7 +163,7 @@ def _scan(folder, where, cells, needed=("image", "center")):
 
 
 def _repeated(scans):
-    """Errors: cases of one name, and images that are in several rows, unless as two masks of one patient."""
+    """Errors: several cases with one name, and several rows with one image, unless with different masks."""
     cases, images = defaultdict(list), defaultdict(list)
     for scan in scans:
         cases[scan["modality"], scan["case_id"].casefold()].append(scan)

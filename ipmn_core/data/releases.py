@@ -1,4 +1,4 @@
-"""The layouts of the real data set, each read into one table of scans, one row per labelled scan.
+"""Read the real data set, in any of its three layouts, into one table with one row per labeled scan.
 
     first    IPMN_labels_t{1,2}_total.xlsx    t{1,2}_clean_ROI/NAME.nii.gz
     second   IPMN_labels_total.xlsx           IPMN_images_masks/t{1,2}/{images,masks}/NAME.nii.gz
@@ -6,7 +6,7 @@
              IPMN_images_masks/ as in the second; data splits/classification/{2,3}-class/t{1,2}.csv
 
 The table has the columns `SCAN_COLUMNS`, T1 rows first, in sheet order. `mask` is "" for an image that is
-masked and cropped already. Of the third layout any part will do; images and masks come before the ROI.
+already masked and cropped. Any part of the third layout is enough; images with masks are preferred to ROIs.
 """
 
 import re
@@ -26,16 +26,16 @@ FOLD = "(?i)fold|split|test|val|train"  # in the header of a column of folds
 LABELS = ("0", "1", "2")
 SPLITS = {"multiclass": ("3-class", 5), "binary": ("2-class", 4)}  # the release's folder and number of folds
 
-# The words in a scan's name that give its center; CAD scans are Mayo Clinic Florida's.
+# Words in a scan's name that give its center; CAD scans come from Mayo Clinic Florida.
 CENTER_WORDS = {center.lower(): center for center in CENTERS} | {"cad": "MCF", "northwestern": "NU"}
 
-# Release -> label sheet -> what to find there, by a pattern of its header.
+# Release -> label sheet -> {field: pattern of its header}.
 NAME, T1, T2 = r"(?<![a-z])(patient|id|name|case)(?![a-z])", r"(?<![a-z])t1(?!\d)", r"(?<![a-z])t2(?!\d)"
 FIRST = {f"IPMN_labels_{m}_total.xlsx": {m: NAME, "label": "risk"} for m in MODALITIES}
 SECOND = {"IPMN_labels_total.xlsx": {"t1": T1, "t2": T2, "label": "risk"}}
 THIRD = {f"IPMN_Classification/{sheet}": wanted for sheet, wanted in (FIRST | SECOND).items()}
 SHEETS = {"first": FIRST, "second": SECOND, "third": THIRD}
-# Release -> modality -> its parts, the preferred one first: folders of images and masks, or the ROI's.
+# Release -> modality -> its parts, the preferred one first: folders of images and masks, or of ROIs.
 VOLUMES = {m: [f"IPMN_images_masks/{m}/images", f"IPMN_images_masks/{m}/masks"] for m in MODALITIES}
 PARTS = {
     "first": {m: [[f"{m}_clean_ROI"]] for m in MODALITIES},
@@ -45,16 +45,16 @@ PARTS = {
 
 
 def case_name(raw):
-    """The name of a case: a sheet's cell or a file's name less .nii, .nii.gz and nnU-Net's trailing _0000."""
+    """The name of a case: a cell or a file name without .nii, .nii.gz and nnU-Net's trailing _0000."""
     return re.sub(r"(_0000)?(\.nii(\.gz)?)?$", "", str(raw).strip(), flags=re.IGNORECASE).strip()
 
 
 def read_release(root, problems, cohort="all"):
-    """Usable scans of the release in `root`, dicts with `SCAN_COLUMNS`, and {modality: unlabelled scans}.
+    """Usable scans of the release in `root`, dicts with `SCAN_COLUMNS`, and {modality: unlabeled scans}.
 
     `cohort="histology"` leaves out scans whose follow-up information contains "no change", as the authors'
-    code does. `fold_multiclass` and `fold_binary` are the release's own folds, "" for none and for several.
-    What is wrong is appended to `problems` as (severity, where, problem, remedy).
+    code does. `fold_multiclass` and `fold_binary` are the release's own folds, "" if a scan has none or
+    several. Problems are appended to `problems` as (severity, where, problem, remedy).
     """
     scans, unlabelled = [], dict.fromkeys(MODALITIES, 0)
     with _noting_errors(problems):
@@ -74,13 +74,13 @@ def read_release(root, problems, cohort="all"):
         for task, m in product(SPLITS, MODALITIES):
             _add_folds(root, task, m, [scan for scan in scans if scan["modality"] == m], problems)
         if not scans and not any(severity == "error" for severity, *_ in problems):
-            raise CohortError(root, "no labelled scan has its files here", "download images")
+            raise CohortError(root, "no labeled scan has its files here", "download images")
     return scans, unlabelled
 
 
 @contextmanager
 def _noting_errors(problems, severity="error"):
-    """A block that a CohortError ends, leaving a row in `problems`."""
+    """End the block at a CohortError and append it to `problems`."""
     try:
         yield
     except CohortError as error:
@@ -108,7 +108,7 @@ def _release(root):
 
 
 def _sheet_rows(path, wanted, problems):
-    """The rows of a label sheet: where, names {modality: name}, label, follow-up (None without a column)."""
+    """The rows of a label sheet: where, names {modality: name}, label, follow-up (None if not a column)."""
     table, places = read_table(path, wanted.values(), problems), {}
     authors = (0, 5) if len(wanted) == 2 else (0, 1, 6)  # the columns that the authors' code reads
     for (field, pattern), i in zip(wanted.items(), authors, strict=True):
@@ -131,9 +131,9 @@ def _sheet_rows(path, wanted, problems):
 
 
 def _listed(release, sheets, problems):
-    """{modality: {name in lower case: its scans}}, from the modality's own sheet or else the one of both.
+    """{modality: {name in lower case: its scans}}, from the modality's own sheet or else the shared one.
 
-    The sheet of both modalities says which scans are one patient's; without it, their names do.
+    The sheet of both modalities says which scans belong to one patient; without it, the names say so.
     """
     total = next((sheet for sheet in sheets if sheet.endswith("IPMN_labels_total.xlsx")), None)
     listed, both = {m: defaultdict(list) for m in MODALITIES}, {}
@@ -155,7 +155,7 @@ def _listed(release, sheets, problems):
 
 
 def _followed_up(root, sheets):
-    """Names in lower case of the scans in rows that say "no change"; a missing cell counts as confirmed."""
+    """Lower-case names of the scans whose follow-up says "no change"; a missing cell counts as confirmed."""
     rows = [row for of_sheet in sheets.values() for row in of_sheet]
     if not any(row["follow-up"] is not None for row in rows):
         text = "no label sheet has a column follow-up information, which `cohort: histology` needs"
@@ -165,7 +165,7 @@ def _followed_up(root, sheets):
 
 
 def patient_name(modality, name):
-    """A patient's name: a scan's less its modality, as in CAD_28_T1, in lower case."""
+    """A patient's name: the scan's name in lower case without its modality (CAD_28_T1: cad_28)."""
     bare = (
         re.sub(rf"(?i)(?<![a-z])[\s_.-]*{re.escape(modality)}w?(?![a-z0-9])", "", name) if modality else name
     )
@@ -177,7 +177,7 @@ def _centers(name):
 
 
 def _label(cell):
-    """A label as text: "" for none, "1" for 1, 1.0 and " 1.0 "; on text, where True is not 1."""
+    """A label as text: "" for none, "1" for 1, 1.0 and " 1.0 " (compared as text, because True == 1)."""
     return "" if is_blank(cell) else re.sub(r"(?<=^\d)\.0*$", "", as_text(cell))
 
 
@@ -185,7 +185,7 @@ def _label(cell):
 
 
 def _found_scans(root, release, m, rows, problems):
-    """The scans of one modality that are listed with a label and a name of their own and have every file."""
+    """The scans of one modality that have a label, a unique name and all their files."""
     parts = [[root / folder for folder in part] for part in PARTS[release][m]]
     index = {folder: files_by_case(folder) for part in parts for folder in part}
     begun = [part for part in parts if any(folder.is_dir() for folder in part)]
@@ -194,7 +194,7 @@ def _found_scans(root, release, m, rows, problems):
         if n:
             names = " or ".join(str(part[0].relative_to(root)) for part in parts)
             remedy = f"none needed if you do not use {m}"
-            problems.append(("note", root, f"{n} labelled {m} scans are left out: no folder {names}", remedy))
+            problems.append(("note", root, f"{n} labeled {m} scans are left out: no folder {names}", remedy))
         return []
     if not any(m in SHEETS[release][sheet] and (root / sheet).exists() for sheet in SHEETS[release]):
         names = " or ".join(sheet for sheet, wanted in SHEETS[release].items() if m in wanted)
@@ -202,9 +202,9 @@ def _found_scans(root, release, m, rows, problems):
     folders = next((part for part in begun if all(index[folder] for folder in part)), begun[0])
     for folder in folders:
         if not folder.is_dir():
-            raise CohortError(folder, "no such folder", "put the images, or masks, of the scans there")
+            raise CohortError(folder, "no such folder", "put the scans' images, or masks, there")
         strays = [folder / name for key, names in index[folder].items() if key not in rows for name in names]
-        remedy = "none needed if it is no part of the cohort; otherwise add a row"
+        remedy = "none needed if it is not part of the cohort; otherwise add a row"
         problems += [("warning", path, "no row in the label sheet", remedy) for path in strays]
     scans, missing = [], []
     for key, same_name in rows.items():
@@ -216,19 +216,19 @@ def _found_scans(root, release, m, rows, problems):
                 paths = [_file_of(scan, folder, index[folder].get(key, [])) for folder in folders]
                 scans.append(scan | {"image": paths[0], "mask": "".join(paths[1:])})
     if missing:  # the first ten by name
-        text = f"{len(missing)} of {n} labelled {m} scans have no file here: {', '.join(missing[:10])}"
-        remedy = "none needed if you downloaded a part of them; otherwise download them again"
+        text = f"{len(missing)} of {n} labeled {m} scans have no file here: {', '.join(missing[:10])}"
+        remedy = "none needed if you downloaded only a part; otherwise download them again"
         problems.append(("warning" if scans else "error", folders[0], text, remedy))
     if release == "third":
         used = " and ".join(str(folder.relative_to(root)) for folder in folders)
         others = [f", not from {part[0].relative_to(root)}" for part in begun if part is not folders]
         text = f"{len(scans)} {m} scans are read from {used}{''.join(others)}"
-        problems.append(("note", root, text, "none needed: images and masks come before the ROI"))
+        problems.append(("note", root, text, "none needed: images with masks are preferred to ROIs"))
     return scans
 
 
 def _checked_scan(rows):
-    """The scan in the sheet rows of one name, with label and center; None if it has no label."""
+    """The scan in the sheet rows of one name, with label and center; None without a label."""
     scan = rows[0]
     where, name, label = scan["where"], scan["case_id"], _label(scan["label"])
     if len(rows) > 1:
@@ -248,7 +248,7 @@ def _checked_scan(rows):
 
 
 def files_by_case(folder):
-    """Names of a folder's NIfTI files by lower-case case name; hidden ones (._NAME of macOS) are no scans."""
+    """{case name in lower case: NIfTI file names} of a folder, without hidden files (._NAME of macOS)."""
     index = defaultdict(list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if re.search(r"(?is)^[^.].*\.nii(\.gz)?$", path.name) and path.is_file():
@@ -257,7 +257,7 @@ def files_by_case(folder):
 
 
 def _file_of(scan, folder, files):
-    """Path of a scan's file, the one of `files`; names are looked up, never joined to a path."""
+    """The path of a scan's only file; names are looked up in the folder, never joined to a path."""
     name, kind = scan["case_id"], "mask" if folder.name == "masks" else "image"
     if len(files) != 1:
         found = f"{len(files)} {kind}s of {name!r} in {folder}: {', '.join(files)}"
@@ -271,7 +271,7 @@ def _file_of(scan, folder, files):
 
 
 def _add_folds(root, task, m, scans, problems):
-    """Give scans of one modality their fold of one task from the release's own split file, "" without one."""
+    """Set the fold of one modality's scans in one task from the release's split file, "" without one."""
     (name, n_folds), folds = SPLITS[task], {}
     path = next(root.glob(f"data[ _-]splits/classification/{name}/{m}.csv"), None)
     if path and scans:
@@ -282,7 +282,7 @@ def _add_folds(root, task, m, scans, problems):
                 names = [name for name, found in of_scan.items() if len(found) != 1 and few == (not found)]
                 if names:
                     text = f"{len(names)} of {len(scans)} {m} scans {text}: {', '.join(names[:10])}"
-                    remedy = "none needed unless `fold_rule` is official: then correct the file"
+                    remedy = "none needed unless `fold_rule` is official; then correct the file"
                     problems.append(("note" if few else "warning", path, text, remedy))
     for scan in scans:
         found = folds.get(scan["case_id"].casefold(), ())
@@ -290,10 +290,10 @@ def _add_folds(root, task, m, scans, problems):
 
 
 def _split_file(path, table, n_folds):
-    """{name in lower case: the folds in which it is tested}, by what the columns of a split file contain.
+    """{name in lower case: the folds in which it is tested}, found by the contents of the columns.
 
-    Read are: names and folds, with or without a column of train and test; names, and a column of train and
-    test for each fold; a column of names for each fold. Raises CohortError that shows any other header.
+    Three forms are known: names and folds, with or without a column of train and test; names, and one column
+    of train and test per fold; one column of names per fold. Raises CohortError for any other.
     """
     header = table.header
     text = f"it is unclear which columns hold cases and folds: {list(header)}"

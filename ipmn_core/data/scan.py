@@ -1,4 +1,4 @@
-"""One scan with its mask: read, judged, and cut to its ROI."""
+"""Read one scan with its mask, check it, and cut its ROI."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from scipy import ndimage
 from ipmn_core.data import headers
 from ipmn_core.params import Preprocessing
 
-PANCREAS_MM = 10, 250  # sides of an ROI beyond these are in doubt; a pancreas is 120 to 150 mm long
+PANCREAS_MM = 10, 250  # plausible length of an ROI; a pancreas is 120 to 150 mm long
 UNKNOWN_AXES = "unknown"
 MOST_VOXELS = 2**26  # of a resampled ROI
 
@@ -28,10 +28,10 @@ class ScanError(ValueError):
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan that can be used: `image`, `mask` (X, Y, Z) bool or None, both turned as asked, and its `roi`.
+    """A usable scan: `image`, `mask` (X, Y, Z) bool or None, both in the set orientation, and its `roi`.
 
-    `remarks` (severity, where, problem, remedy) say what is in doubt or was chosen; `axes` are as stored;
-    `digest` is the SHA-256 of the image's voxels.
+    `remarks` (severity, where, problem, remedy) list doubts and choices; `axes` are as stored; `digest` is
+    the SHA-256 of the image's voxels.
     """
 
     image: nib.Nifti1Image
@@ -43,18 +43,18 @@ class Scan:
 
 
 def load_roi(image, mask=None, case="", how: Preprocessing | None = None) -> nib.Nifti1Image:
-    """The clean ROI of a scan, see `read_scan`."""
+    """The clean ROI of a scan (see `read_scan`)."""
     return read_scan(image, mask, case, how).roi
 
 
 def read_scan(
     image: str | Path, mask: str | Path | None = None, case: str = "", how: Preprocessing | None = None
 ) -> Scan:
-    """Read a scan with its mask, judge it, and cut its clean ROI: image x mask in the mask's tight box.
+    """Read a scan with its mask, check it, and cut its clean ROI: image x mask in the mask's tight box.
 
-    Without a mask the image is an ROI already. Axes are turned and voxels resampled before, if `how` says so;
-    without `how`, what only some settings refuse is a warning. Raises ScanError for a scan that cannot be
-    used. Cohorts, predictions and sites of a federation all have this one judgement.
+    Without a mask the image is already an ROI. If `how` says so, axes are turned and voxels resampled first.
+    Without `how`, what only some settings refuse is a warning. Raises ScanError for a scan that cannot be
+    used. Cohorts, predictions and the sites of a federation share this check.
     """
     case, settings = case or str(image), how or Preprocessing()
     stored, remarks = _load(image, case)
@@ -70,7 +70,7 @@ def read_scan(
         remarks += chosen + [row for row in more if row[2] not in [problem for _, _, problem, _ in remarks]]
         if headers.apart(whole.affine, drawn.affine, whole.shape):
             problem = f"{headers.APART}: its affine and that of {mask} differ"
-            remedy = "see that the mask covers the pancreas: it is taken voxel by voxel"
+            remedy = "check that the mask covers the pancreas: it is used voxel by voxel"
             remarks.append(("warning", image, problem, remedy))
     if settings.spacing and lost:
         problem = "cannot be resampled: its header does not tell its spacing"
@@ -90,12 +90,12 @@ def read_scan(
 
 
 def _load(path, case):
-    """The volume at `path`, with a new header that holds none of the file's text, and remarks on the file."""
+    """The volume at `path`, with a new header without the file's text, and remarks on the file."""
     try:
         data, affine, doubts = headers.read(path)
     except Exception as error:  # nibabel and zlib each raise their own kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        remedy = "replace it by a whole NIfTI file (.nii or .nii.gz)"
+        remedy = "replace it by a complete NIfTI file (.nii or .nii.gz)"
         raise ScanError(case, path, f"cannot be read ({reason})", remedy) from error
     given = data.shape
     if set(given[3:]) == {1}:
@@ -105,7 +105,7 @@ def _load(path, case):
         raise ScanError(
             case, path, problem, "export one 3D volume of real numbers, two slices or more per axis"
         )
-    if data.dtype.itemsize >= 8:  # nibabel makes no image of 64-bit integers
+    if data.dtype.itemsize >= 8:  # nibabel cannot hold 64-bit integers
         data = data.astype(float, copy=False)
     if not np.isfinite(data).all():
         n = data.size - np.isfinite(data).sum()
@@ -123,7 +123,7 @@ def _turned(image, how):
 
 
 def _organ(drawn, image, path, case):
-    """The voxels (X, Y, Z) bool that a mask, read from `path`, marks; a remark if their value is not 1."""
+    """The voxels (X, Y, Z) bool that the mask from `path` marks, and a remark if their value is not 1."""
     mask = np.asanyarray(drawn.dataobj)
     if mask.shape != image.shape:
         problem = f"has shape {mask.shape}, its image {image.shape}"
@@ -136,15 +136,15 @@ def _organ(drawn, image, path, case):
     with np.errstate(all="ignore"):
         is_one = value > 0 and np.abs(mask / np.float32(value) - organ).max() <= 0.01
     if not is_one:
-        raise ScanError(case, path, "holds values other than 0 and one more", "keep one organ, the pancreas")
-    problem = f"value of the mask: its voxels of {value:.6g} are taken for the pancreas"
-    return organ, [] if abs(value - 1) <= 0.01 else [("warning", path, problem, "see that they are it")]
+        raise ScanError(case, path, "has several values besides 0", "keep one organ, the pancreas")
+    problem = f"value of the mask: its voxels of {value:.6g} are used as the pancreas"
+    return organ, [] if abs(value - 1) <= 0.01 else [("warning", path, problem, "check that they are")]
 
 
 def _doubts_of_values(image, inside, how, case, path):
-    """What the voxels of an ROI leave in doubt, or what its settings refuse (errors); without `inside` all.
+    """Doubts about the voxels `inside` an ROI (None: the non-zero ones); errors are what its settings refuse.
 
-    Raises ScanError if they do not differ as those of an image do.
+    Raises ScanError for voxels that cannot be those of an image.
     """
     voxels, where = np.asanyarray(image.dataobj), "inside the mask"
     if inside is None:
@@ -152,23 +152,23 @@ def _doubts_of_values(image, inside, how, case, path):
     values = voxels[inside]
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     with np.errstate(all="ignore"):
-        span = np.subtract(*np.float32([high, low]))  # as `to_cube` will divide by it
+        span = np.subtract(*np.float32([high, low]))  # the divisor in `to_cube`
     if not np.finfo(np.float32).tiny <= span < np.inf:
         problem = f"cannot be scaled, {where} its values are {low:.9g} to {high:.9g}"
-        raise ScanError(case, path, problem, "see that it is an image, not blank and no mask, of this case")
+        raise ScanError(case, path, problem, "check that it is this case's image, not blank and not a mask")
     if ((values == low) | (values == high)).all():
-        problem = f"is no image, {where} it has the values {low:.9g} and {high:.9g} alone"
+        problem = f"is not an image, {where} it has only the values {low:.9g} and {high:.9g}"
         raise ScanError(case, path, problem, "give the image, not a mask")
     doubts, minmax = [], how.intensity == "minmax"
     if minmax and low < 0 and where == "inside the mask":
         problem = "negative values inside the mask: min-max makes the zero outside gray"
         doubts.append(("warning", problem, "set `intensity` to zscore"))
     elif minmax and low < 0 and values.size < 0.95 * voxels.size:
-        problem = "scaled already: an ROI with negative values inside and zero outside, as after a z-score"
+        problem = "already scaled: an ROI with negative values inside and zero outside, as after a z-score"
         doubts.append(("error", problem, "set `intensity` to none, or to zscore if it is not z-scored"))
     if minmax and np.percentile(values, 99.9) - low < 0.1 * (high - low):
         problem = f"a few voxels far brighter than all others: {high:.6g}, 99.9 % are below a tenth of it"
-        doubts.append(("warning", problem, "see that they are no artifact: min-max darkens the others"))
+        doubts.append(("warning", problem, "check for an artifact: min-max darkens the other voxels"))
     if how.intensity == "none" and max(-low, high) > np.finfo(np.float16).max:
         problem = f"too large for cubes (float16): values from {low:.6g} to {high:.6g}"
         doubts.append(("error", problem, "set `intensity` to minmax or zscore"))
@@ -176,7 +176,7 @@ def _doubts_of_values(image, inside, how, case, path):
 
 
 def _doubts_of_shape(roi, organ, lost):
-    """What an ROI's size, unless its spacing is `lost`, and its mask's pieces leave in doubt."""
+    """Doubts about an ROI's size (unless its spacing is `lost`) and about its mask's pieces."""
     doubts, longest = [], float(np.max(np.multiply(roi.shape, roi.header.get_zooms())))
     if not lost and not PANCREAS_MM[0] <= longest <= PANCREAS_MM[1]:
         problem = f"size of the ROI: it is {longest:.3g} mm long, a pancreas 120 to 150 mm"
@@ -187,19 +187,20 @@ def _doubts_of_shape(roi, organ, lost):
         cut = organ[bounding_box(organ)]
         pieces, n = ndimage.label(cut, np.ones((3, 3, 3)))
         sizes = np.bincount(pieces.ravel())
-        stray = np.flatnonzero(sizes < 0.01 * cut.sum())  # pieces of less than a hundredth
+        stray = np.flatnonzero(sizes < 0.01 * cut.sum())
         kept = cut & ~np.isin(pieces, stray) if n > 1 else cut
         if math.prod(kept[bounding_box(kept)].shape) < 0.7 * cut.size:
             problem = f"stray voxels: {cut.sum() - kept.sum()} voxels of the mask, far from the others"
-            doubts.append(("warning", problem + ", enlarge the ROI", "erase them if they are no pancreas"))
+            doubts.append(("warning", problem + ", enlarge the ROI", "erase them if they are not pancreas"))
     return doubts
 
 
 def resample(image, mask, spacing: float, case: str = "", path: str | Path = ""):
-    """Image (linear) and `mask` (nearest, or None) in voxels of `spacing` mm; only what the mask needs.
+    """Image (linear) and `mask` (nearest, or None) in voxels of `spacing` mm, cut to what the mask needs.
 
-    Size round(size x spacing of old / of new), the first voxel keeps its place: the rule of the newer release
-    of the data set (Cyst-X). Departs from the paper: it resamples nothing. Raises ScanError if too large.
+    The rule of the newer release of the data set (Cyst-X): size round(old size x old spacing / new spacing);
+    the first voxel keeps its place. Departs from the paper: it resamples nothing. Raises ScanError if the
+    result is too large.
     """
     step = spacing / voxel_sizes(image.affine)
     if np.allclose(step, 1, rtol=1e-4):
@@ -226,12 +227,12 @@ def resample(image, mask, spacing: float, case: str = "", path: str | Path = "")
 
 
 def crop(image: nib.Nifti1Image, mask: np.ndarray) -> nib.Nifti1Image:
-    """`image` inside `mask`, zero elsewhere, cut to the mask's tight box; the affine's origin moves along."""
+    """`image` inside `mask`, zero elsewhere, cut to the mask's tight box, with the affine of the box."""
     box = bounding_box(mask)
     cut = image.slicer[box]
     return nib.Nifti1Image(np.where(mask[box], np.asanyarray(cut.dataobj), 0), cut.affine)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The tightest box around the true voxels of `mask`, a slice for each axis."""
+    """The tightest box around the true voxels of `mask`: one slice per axis."""
     return ndimage.find_objects(mask.astype(np.uint8))[0]

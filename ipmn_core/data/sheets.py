@@ -1,7 +1,7 @@
-"""One table from a workbook or a CSV file, cells as they are; what had to be chosen is said.
+"""Read one table from a workbook or a CSV file and report what had to be chosen.
 
-In a workbook only visible worksheets count, and a visible column comes before a hidden one. Hidden rows are
-read, because the paper's code reads them and a filter is easily forgotten, with a warning that lists them.
+In a workbook only visible worksheets count, and a visible column is preferred to a hidden one. Hidden rows
+are read, because the paper's code reads them and a filter is easily forgotten; a warning lists them.
 """
 
 import csv
@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-NA = ("", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none")  # cells that say "missing"
-HEADER_ROWS = 10  # rows in which the header is looked for
+NA = ("", "na", "n/a", "#n/a", "#na", "<na>", "nan", "null", "none")  # cells that mean "missing"
+HEADER_ROWS = 10  # the header must be in the first ten rows
 
 
 class CohortError(ValueError):
-    """A cohort that cannot be used, raised with where, what is wrong and what to do."""
+    """A cohort that cannot be used, raised with where, problem and remedy."""
 
     def __str__(self):
         return ": ".join(map(str, self.args))
@@ -40,10 +40,10 @@ class _Sheet(NamedTuple):
 
 
 def read_table(path, patterns, problems) -> Table:
-    """The table of a workbook or CSV file whose header has a column for each of `patterns`.
+    """The table of a workbook or CSV file whose header has one column per pattern.
 
-    Patterns are searched for in headers in lower case. Cells of a CSV file are text, those of a workbook what
-    Excel stores (`text` gives their text); blank rows are left out. Choices are appended to `problems` as
+    Patterns are matched to headers in lower case. Cells of a CSV file are text, those of a workbook are what
+    Excel stores (`text` converts them); blank rows are left out. Choices are appended to `problems` as
     (severity, where, problem, remedy). Raises CohortError for a file that cannot be read or is unclear.
     """
     path = Path(path)
@@ -52,7 +52,7 @@ def read_table(path, patterns, problems) -> Table:
         sheets = [_Sheet("", _csv_rows(path, patterns))] if is_csv else _worksheets(path)
     except UnicodeDecodeError as error:
         raise CohortError(path, "is not UTF-8 text", "save it as CSV UTF-8") from error
-    except Exception as error:  # a damaged workbook raises whatever its zip, XML or cells provoke
+    except Exception as error:  # zip, XML and cells of a damaged workbook raise many kinds
         raise CohortError(path, f"cannot be read ({error})", "save or download the sheet again") from error
     sheet = _choose(path, sheets, patterns, problems)
     where = f"{path.name}, worksheet {sheet.title!r}," if len(sheets) > 1 else path.name
@@ -66,7 +66,7 @@ def read_table(path, patterns, problems) -> Table:
             problem = f"has more cells than the header's {len(header)}"
             raise CohortError(f"{where} row {number}", problem, "quote a cell that holds the separator")
     if hidden := [n for n, _ in rows if n in sheet.hidden_rows]:
-        remedy = "show them; delete those that are no part of the cohort"
+        remedy = "show them, and delete those that are not part of the cohort"
         which = f"{len(hidden)} hidden or filtered rows are read: {', '.join(map(str, hidden))}"
         problems.append(("warning", where, which, remedy))
     width = len(header)
@@ -75,9 +75,9 @@ def read_table(path, patterns, problems) -> Table:
 
 
 def column(table, pattern, what, problems, fallback=None):
-    """The index of the one column of a table whose header matches `pattern`, a visible one first.
+    """The index of the only column whose header matches `pattern`, or of the only visible one.
 
-    If that is none or several: `fallback`, or CohortError that shows the headers.
+    With no such column: `fallback`, or CohortError with the headers.
     """
     found = matching = [i for i, header in enumerate(table.header) if re.search(pattern, _words(header))]
     if len(found) != 1:
@@ -94,19 +94,19 @@ def column(table, pattern, what, problems, fallback=None):
         problem = (
             f"the {what} is read from column {chosen + 1}, {name}; other headers that fit: {others or 'none'}"
         )
-        problems.append(("warning", table.where, problem, "rename the headers if it is another"))
+        problems.append(("warning", table.where, problem, "rename the headers if this is wrong"))
     return chosen
 
 
 def text(cell) -> str:
-    """A cell as text without outer blanks: "" for an empty one, "1" for the 1.0 that Excel stores."""
+    """A cell as text without outer blanks: "" for an empty cell, "1" for the 1.0 that Excel stores."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     return "" if cell is None else str(cell).strip()
 
 
 def is_blank(cell) -> bool:
-    """Whether a cell of a label sheet is empty, or says that something is missing."""
+    """Whether a cell is empty or means "missing"."""
     return text(cell).casefold() in NA
 
 
@@ -115,7 +115,7 @@ def _words(header):
 
 
 def _header_row(rows, patterns):
-    """The index of the first of the top rows that has a column of its own for each pattern, or None."""
+    """The index of the first of the top rows with one column per pattern, or None."""
     for i, row in enumerate(rows[:HEADER_ROWS]):
         fits = [[bool(re.search(p, _words(cell))) for p in patterns] for cell in map(text, row) if cell]
         if sum(map(any, fits)) >= len(patterns) and all(map(any, zip(*fits, strict=True))):
@@ -124,7 +124,7 @@ def _header_row(rows, patterns):
 
 
 def _choose(path, sheets, patterns, problems):
-    """The one visible worksheet with the header wanted, or the only one there is."""
+    """The one visible worksheet with the right header, or the only worksheet."""
     fitting = [s for s in sheets if s.visible and _header_row(s.rows, patterns) is not None]
     if len(fitting) > 1:
         names = " and ".join(repr(s.title) for s in fitting)
@@ -139,20 +139,20 @@ def _choose(path, sheets, patterns, problems):
         raise CohortError(path, f"no visible worksheet has the headers of the table: {named}", remedy)
     others = ", ".join(title for s, title in titles if s is not fitting[0])
     problem = f"the worksheet {fitting[0].title!r} is read; not read: {others}"
-    problems.append(("note", path, problem, "none needed if that is the right one"))
+    problems.append(("note", path, problem, "none needed if this is the right one"))
     return fitting[0]
 
 
 def _worksheets(path):
     """The worksheets of a workbook; a formula is its last value or, if never computed, its text.
 
-    Not `pandas.read_excel`, to which a formula never computed and an error such as #REF! are blank cells.
+    `pandas.read_excel` reads uncomputed formulas and errors such as #REF! as blank cells.
     """
     import openpyxl
 
     def load(data_only):
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of drawings and validation rules, which are not read
+            warnings.simplefilter("ignore")  # about drawings and validation rules, which are not read
             return openpyxl.load_workbook(file, data_only=data_only, keep_links=False).worksheets
 
     sheets = []
@@ -168,7 +168,7 @@ def _worksheets(path):
 
 
 def _csv_rows(path, patterns):
-    """The rows of a CSV file, separated by comma, semicolon or tab: the one that gives the header wanted."""
+    """The rows of a CSV file; the separator (comma, semicolon, tab) is the one that fits the header."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         content = file.read()
     top = content.splitlines()[:HEADER_ROWS] or [""]

@@ -1,4 +1,4 @@
-"""How weights are learned: the equations, strategies, one client, the rounds of all."""
+"""How weights are learned: equations, strategies, one client, rounds of all clients."""
 
 from ipmn_core.federated.client import (
     Cases,

@@ -1,4 +1,4 @@
-"""One client: a local update, an epoch of training, an evaluation; centralized training is one client."""
+"""One client: local update, training epoch, evaluation. Centralized training is a single client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DivergedError(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What reaches a training step; `epochs` counts rounds, too. What the machine decides is not compared."""
+    """The settings of training. `epochs` also counts rounds; what the machine decides is not compared."""
 
     epochs: int
     local_epochs: int
@@ -49,19 +49,18 @@ class Cases:
 
 
 def check_n_train(n_train: Mapping[str, int], where: str = "") -> None:
-    """Raise ValueError naming the clients that have fewer than the 2 training cases that BatchNorm needs."""
+    """Raise ValueError naming clients with fewer than 2 training cases, which BatchNorm needs."""
     few = ", ".join(f"{name} ({n})" for name, n in n_train.items() if n < 2)
     if few:
-        remedy = "more folds leave more cases to train on; or leave the center out"
+        remedy = "use more folds, which leave more cases to train on, or leave the center out"
         raise ValueError(f"fewer than 2 training cases{where}: {few}; {remedy}")
 
 
 class Learner:
     """The training state of one client: case indices, AdamW moments, learning-rate schedule.
 
-    `own` is what its strategy keeps at the client between rounds: BatchNorm's tensors (FedBN), the control
-    variate (SCAFFOLD) or a whole model (Ditto, with a `personal` learner; fine-tuning). Raises ValueError as
-    `check_n_train`.
+    `own` stays at the client between rounds: BatchNorm's tensors (FedBN), the control variate (SCAFFOLD) or a
+    whole model (fine-tuning; Ditto, with a `personal` learner). Raises ValueError as `check_n_train`.
     """
 
     def __init__(
@@ -89,13 +88,13 @@ class Learner:
             self.own = {key: value for key, value in snapshot(model).items() if key in keys}
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW, schedule and what is its own, from which training goes on bit for bit."""
+        """AdamW, schedule and `own`; training resumes from it bit for bit."""
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         personal = self.personal and self.personal.state_dict()
         return state | {"own": self.own, "personal": personal}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set it back to `state`."""
+        """Restore `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         where = self.optimizer.param_groups[0]["params"][0].device
@@ -105,7 +104,7 @@ class Learner:
 
 
 def afresh(name: str, model: nn.Module, client: Learner, settings: Settings) -> Learner:
-    """A client with new AdamW moments, for its own may be as wrong as its refused update; same schedule."""
+    """A client with new AdamW moments and the old schedule: after a refused update its moments may be bad."""
     fresh = Learner(name, model, client.indices, settings)
     fresh.schedule.load_state_dict(client.schedule.state_dict())
     for group, old in zip(fresh.optimizer.param_groups, client.optimizer.param_groups, strict=True):
@@ -124,10 +123,10 @@ def local_update(
     strategy: Strategy,
     seed: Sequence[int],
 ) -> tuple[float, State]:
-    """One client's round: start at `w_global`, minimize Eq. (1), as the strategy says, for `local_epochs`.
+    """One client's round: start at `w_global` and minimize Eq. (1) for `local_epochs`, as the strategy says.
 
-    Leaves the client's weights in `model`. Returns its mean training loss, without a proximal term, and what
-    it sends: the weights that are shared, and the change of its control variate. Raises DivergedError.
+    Leaves the client's weights in `model`. Returns the mean training loss (without a proximal term) and what
+    the client sends: the shared weights and the change of its control variate. Raises DivergedError.
     """
     w_global = {key: value.to(cases.y.device) for key, value in w_global.items()}
     if strategy.ditto is not None:
@@ -153,14 +152,14 @@ def local_update(
 
 
 def _finite(own: State) -> State:
-    """What a client keeps, unchanged. Raises DivergedError rather than let it spoil all later rounds."""
+    """Return what a client keeps. Raises DivergedError for NaN, which would spoil all later rounds."""
     if bad := next((key for key, value in own.items() if not value.isfinite().all()), None):
         raise DivergedError(f"{bad} holds values that are NaN or infinite; lower `lr`")
     return own
 
 
 def _pull(model: nn.Module, w_t: State, weight: float) -> Callable[[], None] | None:
-    """What adds `weight` (w - w_t) to the gradients; None for 0."""
+    """A function that adds `weight` (w - w_t) to the gradients; None for 0."""
     if weight == 0:
         return None
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -186,7 +185,7 @@ def _epochs(
 def personalize(
     model: nn.Module, client: Learner, cases: Cases, settings: Settings, strategy: Strategy
 ) -> State:
-    """Turn the global weights in `model` into the client's own model; return the tensors that it replaces."""
+    """Turn the global weights in `model` into the client's own model; return the replaced tensors."""
     if strategy.batch_norm == "recomputed":
         return _recompute(model, client.indices, cases, settings)
     own = client.own if strategy.personal else {}
@@ -198,7 +197,7 @@ def personalize(
 def _recompute(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Settings) -> State:
     """Set BatchNorm's statistics to the mean over batches of the cases at `indices`; return them.
 
-    Not by torch's `update_bn`, under which dropout would draw at random.
+    torch's `update_bn` would leave dropout active.
     """
     layers, order = strategies.batch_norms(model), indices.to(cases.y.device)
     pieces = batches(model, cases, len(order), settings.batch_size)
@@ -226,14 +225,14 @@ def train_epoch(
 ) -> float:
     """Train one pass over the learner's cases, in an order drawn from `seed`; return the mean training loss.
 
-    `add_gradient` may add to the gradients before each step (FedProx). Departs from the paper: with
-    `batches_per_epoch` a pass ends after so many batches. Raises DivergedError if the loss is not finite.
+    `add_gradient` may change the gradients before each step (FedProx). Departs from the paper: a pass ends
+    after `batches_per_epoch` batches, if set. Raises DivergedError if the loss is not finite.
     """
     model.train()
     rng = seeded(seed)
     order = learner.indices[torch.randperm(len(learner.indices), generator=rng)]
     axes, quarters = draw_augmentations(len(order), settings.augment_prob, rng)
-    order = order.to(cases.y.device)  # once: a GPU then never waits for the host
+    order = order.to(cases.y.device)  # once, so that a GPU never waits for the host
     total = torch.zeros((), device=cases.y.device)
     seen = 0
     for batch in batches(model, cases, len(order), settings.batch_size)[: settings.batches_per_epoch]:
@@ -247,7 +246,7 @@ def train_epoch(
         total += loss.detach() * len(x)
         seen += len(x)
     learner.schedule.step()
-    learner.optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next epoch
+    learner.optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next epoch
     loss = total.item() / seen
     if not np.isfinite(loss):
         raise DivergedError(f"the training loss became {loss}; lower `lr`, or set `precision: float32`")
@@ -258,20 +257,20 @@ def train_epoch(
 def evaluate(model: nn.Module, indices: torch.Tensor, cases: Cases, settings: Settings) -> np.ndarray:
     """Class probabilities (n, K), float64, of the cases at `indices`."""
     model.eval()
-    most = max(2 * settings.batch_size, 2**19 // cases.x[0].numel())  # no gradients are kept: more cases fit
-    some = indices if len(indices) else torch.zeros(1, dtype=torch.long)  # not every network takes none
+    most = max(2 * settings.batch_size, 2**19 // cases.x[0].numel())  # more cases fit without gradients
+    some = indices if len(indices) else torch.zeros(1, dtype=torch.long)  # some networks refuse empty batches
     pieces = some.to(cases.y.device).split(most)
     prob = [forward(model, cases.x[piece].float(), settings).softmax(1) for piece in pieces]
     return torch.cat(prob)[: len(indices)].double().cpu().numpy()
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the model's state dict that later training does not touch."""
+    """A copy of the model's state dict."""
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
 def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if so set."""
+    """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if set."""
     if settings.channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     with device.autocast(x.device, settings.bfloat16):
@@ -279,21 +278,21 @@ def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tens
 
 
 def seeded(seed: Sequence[int]) -> torch.Generator:
-    """A CPU generator for `seed`; dropout's global one is seeded alike.
+    """A CPU generator for `seed`; also seeds the global generator, which dropout uses.
 
-    Every epoch of every client has its own seed, so nothing of a generator need be saved to resume.
+    Every epoch of every client has its own seed, so resuming needs no saved generator state.
     """
     words = np.random.SeedSequence(list(seed)).generate_state(2)
-    # without a GPU torch.manual_seed notes the whole call stack, three times, for GPUs that may yet appear
+    # without a GPU torch.manual_seed records the whole call stack three times, which is slow
     seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     seed_all(int(words[0]))
     return torch.Generator().manual_seed(int(words[1]))
 
 
 def batches(model: nn.Module, cases: Cases, n: int, size: int) -> list[slice]:
-    """`n` of the cases in pieces of `size`.
+    """Slices of `size` over `n` cases.
 
-    Departs from the paper: a last piece of one joins the piece before it if the model cannot train on one.
+    Departs from the paper: a last batch of one case joins the batch before if the model cannot train on one.
     """
     ends = [*range(size, n, size), n]
     if len(ends) > 1 and n - ends[-2] == 1 and not trains_on_one(model, cases.x):
@@ -302,9 +301,9 @@ def batches(model: nn.Module, cases: Cases, n: int, size: int) -> list[slice]:
 
 
 def trains_on_one(model: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `model` trains on a batch of one of the cubes `x` (N, 1, S, S, S).
+    """Whether `model` can train on a batch of one cube of `x` (N, 1, S, S, S).
 
-    BatchNorm cannot where only one voxel of a feature map is left, as in DenseNet-121 at 32^3.
+    BatchNorm cannot if a feature map has only one voxel, as in DenseNet-121 at 32^3.
     """
     try:
         copy.deepcopy(model).to("meta").train()(x[:1].to("meta", torch.float32))
@@ -314,9 +313,9 @@ def trains_on_one(model: nn.Module, x: torch.Tensor) -> bool:
 
 
 def draw_augmentations(n: int, prob: float, rng: torch.Generator) -> tuple[list[int], list[int]]:
-    """Which axis of each of `n` cubes is flipped (1 to 3, 0: none), and by how many quarters it is turned.
+    """The axis along which each of `n` cubes is flipped (1 to 3; 0: none), and its quarter turns (0 to 3).
 
-    Each with probability `prob`: MONAI's RandAxisFlip and RandRotate90, as in the released code.
+    Each happens with probability `prob`: MONAI's RandAxisFlip and RandRotate90, as in the released code.
     """
     flips, turns = torch.rand(2, n, generator=rng) < prob
     axes = torch.randint(1, 4, (n,), generator=rng)
@@ -325,7 +324,7 @@ def draw_augmentations(n: int, prob: float, rng: torch.Generator) -> tuple[list[
 
 
 def augmented(x: torch.Tensor, axes: Sequence[int], quarters: Sequence[int]) -> torch.Tensor:
-    """Cubes `x` (N, 1, S, S, S), changed in place: flipped along an axis, then turned in the first plane."""
+    """Flip each cube of `x` (N, 1, S, S, S) along its axis, then turn it in the first plane; in place."""
     for cube, axis, n in zip(x, axes, quarters, strict=True):
         if axis:
             cube.copy_(cube.flip(axis))

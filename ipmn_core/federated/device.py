@@ -24,16 +24,16 @@ def device_of(p: Params) -> torch.device:
         return torch.device("cuda" if n else "cpu")
     device = torch.device(p.device)
     if device.type == "cuda" and (device.index or 0) >= n:
-        text = f"device: {p.device} was asked for, torch sees {n} GPU(s); set `device: auto` or `cpu`"
+        text = f"device: {p.device} is set, but torch sees {n} GPU(s); set `device: auto` or `cpu`"
         raise ValueError(text)
     return device
 
 
 def prepare(threads: int) -> None:
-    """Set up this process for training: `threads` of torch (0: all cores), and memory that it keeps.
+    """Set up this process for training: torch's `threads` (0: all cores) and memory that it keeps.
 
-    glibc gives large blocks back to the system as they are freed, and every tensor that follows pays for its
-    pages again: up to a third of a step. `release_memory` returns what is kept.
+    By default glibc returns large freed blocks to the system, and each new tensor pays for its pages again:
+    up to a third of a step. `release_memory` returns the kept memory.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -46,7 +46,7 @@ def prepare(threads: int) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block or a function on one thread of torch: the bits then do not depend on the cores."""
+    """Run a block or a function on one torch thread, so that its bits do not depend on the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,14 +56,14 @@ def one_thread() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Return the memory that this process has freed to the system."""
+    """Return this process's freed memory to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: a GPU that does, a CPU with AMX or AVX512-BF16."""
+    """Whether the device multiplies bfloat16 in hardware: on a CPU, AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     ask = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
@@ -71,15 +71,15 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
-    """Whether to train `model` under bfloat16 autocast: as set, or for `auto` where it pays.
+    """Whether to train `model` under bfloat16 autocast: as set, or with `auto` where it is faster.
 
-    On a CPU it does not for depthwise convolutions, which oneDNN computes more slowly in bfloat16. Raises
-    ValueError if it is set for a device without it.
+    On a CPU, oneDNN computes depthwise convolutions more slowly in bfloat16. Raises ValueError if bfloat16 is
+    set for a device without it.
     """
     able = has_bfloat16(device)
     if p.precision == "bfloat16" and not able:
         raise ValueError(
-            f"precision: this {device.type} has no bfloat16 units, so it would be slower, not faster; "
+            f"precision: this {device.type} has no bfloat16 units, so bfloat16 would be slower; "
             "set `precision: float32` or `auto`"
         )
     pays = device.type == "cuda" or model not in models.DEPTHWISE
@@ -87,12 +87,12 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
 
 
 class _Workarounds(TorchFunctionMode):
-    """Keep type and layout in average pooling; pad short volumes by hand under bfloat16.
+    """Keep type and layout in average pooling; pad short volumes explicitly under bfloat16.
 
-    A CPU pools channels-last volumes into contiguous ones and, under autocast, in float32; every later
-    concatenation of a DenseNet would follow. And oneDNN 3.12 (torch 2.13) returns wrong weight gradients,
-    silently, for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
-    voxels, which four of the networks meet at 32^3.
+    A CPU pools channels-last volumes into contiguous ones and, under autocast, into float32; all later
+    concatenations of a DenseNet would do the same. oneDNN 3.12 (torch 2.13) silently returns wrong weight
+    gradients for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
+    voxels, which occurs in four of the networks at 32^3.
     """
 
     def __init__(self, bfloat16: bool):
@@ -115,7 +115,7 @@ class _Workarounds(TorchFunctionMode):
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bfloat16: bool):
-    """Run a block, a model's forward pass, under `bfloat16` autocast or not, with workarounds for the CPU."""
+    """Run a forward pass with CPU workarounds, under `bfloat16` autocast if set."""
     lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
     with lower, _Workarounds(bfloat16):
         yield

@@ -1,4 +1,4 @@
-"""The paper's three equations, as functions of plain tensors, and nothing else."""
+"""The paper's three equations as functions of plain tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = dict[str, torch.Tensor]  # a state dict: weights and buffers by name
 def local_objective(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Eq. (1): F_k(w) = 1/N_k sum_i l(f(x_i; w), y_i), cross-entropy of logits (N, K) and labels (N,).
 
-    Over all cases of center k, or over a batch of them, whose gradient estimates it.
+    Over all cases of center k, or over a batch, whose gradient is an estimate.
     """
     return F.cross_entropy(logits, y)
 
@@ -22,9 +22,9 @@ def local_objective(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
     """Eq. (2): w = sum_k N_k w_k / sum_k N_k over the whole state dict, BatchNorm buffers included.
 
-    States are consumed one at a time, in client order, and summed in float64, so the result depends neither
-    on memory nor on which process aggregates; integer buffers are truncated. Raises ValueError if the numbers
-    of states and of cases differ, or if there are no cases.
+    Sums states one at a time, in client order, in float64, so the result does not depend on which process
+    aggregates. Truncates integer buffers. Raises ValueError if the numbers of states and of cases differ, or
+    if there are no cases.
     """
     total = 0
     sums: State = {}
@@ -44,8 +44,8 @@ def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
 def add_proximal_gradient(w: Sequence[nn.Parameter], w_t: Sequence[torch.Tensor], mu: float) -> None:
     """Eq. (3): F_k(w) + mu/2 ||w - w_t||^2. Add the second term's gradient, mu (w - w_t), to that of `w`.
 
-    In place, over all parameters; the closed form needs no graph. AdamW then scales it like any other
-    gradient: the proximal pull passes through the adaptive moments, as in the released code.
+    In place, over all parameters; the closed form needs no graph. The proximal gradient then passes through
+    AdamW's moments like any other, as in the released code.
     """
     # (w - w_t) is exactly 0 at w = w_t in float32; mu w - mu w_t is not
     drift = torch._foreach_sub([p.detach() for p in w], list(w_t))

@@ -1,7 +1,7 @@
 """Rounds: centralized, federated and local-only training, one Epoch after another.
 
-The three functions take the same arguments: a model, training and test cases by center (indices into the
-cases, in the order of the centers), the settings, and the checkpoint to go on from.
+The functions take the same arguments: a model, training and test cases by center (indices into the cases,
+in the order of the centers), the settings, and the checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from ipmn_core.federated.strategies import Server, Strategy, drawn
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of an epoch (a round): number from 1, training loss, test probabilities (n_test, K).
+    """The result of an epoch or round: number from 1, training loss, test probabilities (n_test, K).
 
-    `learners` holds the training state of each client, which the next epoch changes. A federated round also
-    has the inner products (clients, clients) of the updates w_k - w_t, NaN for clients `left_out`, the reason
-    for each of these, the `server` and, of a personal strategy, the tensors of each client's `own` model that
-    replace the global one's. `prob` is None if the round was not tested, a hospital was away, or shares
-    only its own `centers`: tuples of center, cases, accuracy and AUC. `cross` (K, n_test, classes), in
-    the last epoch of `local_only`: the probabilities of every client's model for the test cases of all.
+    - `prob` is None if the round was not tested, or if a site was away or shares only its results by center.
+    - `learners`: the training state of each client, which the next epoch changes.
+    - `inner_products` (clients, clients) of the updates w_k - w_t, NaN for clients that were left out.
+    - `left_out`: the reason for each of these.
+    - `centers`: results that sites share instead of predictions, as (center, cases, accuracy, AUC).
+    - `own`: with a personal strategy, the tensors of each client's model that replace the global ones.
+    - `cross` (K, n_test, classes): in the last epoch of `local_only`, each model on the test cases of all.
     """
 
     number: int
@@ -46,7 +47,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Update:
-    """The answer of a client in a round: weights w_k, training cases N_k and mean loss; or its `fault`."""
+    """A client's answer in a round: weights w_k, training cases N_k and mean loss, or its `fault`."""
 
     client: str
     n_k: int = 0
@@ -83,10 +84,10 @@ def fit_federated(
 ) -> Iterator[Epoch]:
     """Rounds of local updates and aggregation, each followed by a test of the global model at each center.
 
-    Each client trains from the same global weights, and the server goes on from the average of the results,
-    Eq. (2). A client that fails, or whose update cannot be right (`fault_of`), is `left_out` of its round and
-    the others' shares grow; a round without any client keeps the weights. With a personal strategy each
-    client's own model is tested on its own cases, if any. Raises DivergedError if no round had a client.
+    Each client starts from the same global weights; the server averages the results, Eq. (2). A client that
+    fails or sends an invalid update (`fault_of`) is `left_out` of the round, and the others' shares grow. A
+    round without clients keeps the weights. With a personal strategy each client's own model is tested on its
+    own cases, if any. Raises DivergedError if no round had a client.
     """
     learners = {name: Learner(name, model, indices, settings, strategy) for name, indices in train.items()}
     server = Server(model, strategy, {name: len(indices) for name, indices in train.items()})
@@ -96,7 +97,7 @@ def fit_federated(
         seed = [*settings.seed, round_]
         taking_part = drawn(list(learners), strategy, seed)
         w_global = server.sends(client.snapshot(model))
-        updates = (  # each is in `model` until the next one is computed
+        updates = (  # each is in `model` until the next is computed
             _update(name, model, w_global, learner, cases, settings, strategy, [*seed, k])
             for k, (name, learner) in enumerate(learners.items())
             if name in taking_part
@@ -122,7 +123,7 @@ def _update(name: str, model: nn.Module, w_global: State, learner: Learner, *how
 def _tested(
     model: nn.Module, learners: Mapping[str, Learner], test: Mapping[str, torch.Tensor], *how: Any
 ) -> tuple[np.ndarray | None, dict[str, State]]:
-    """Probabilities, center by center, of the global model in `model` or of each client's own; the latter."""
+    """Probabilities, center by center, of the global model or of each client's own; and the own models."""
     cases, settings, strategy = how
     if not strategy.personal:
         prob = [client.evaluate(model, indices, cases, settings) for indices in test.values()]
@@ -145,10 +146,11 @@ def fit_finetuned(
     strategy: Strategy,
     checkpoint: dict[str, Any] | None = None,
 ) -> Iterator[Epoch]:
-    """FedAvg's rounds, not tested, then `finetune_epochs` in which each client goes on alone from the last.
+    """FedAvg's rounds, not tested, then `finetune_epochs` in which each client trains alone.
 
-    The rounds are those of the arm `fedavg`, bit for bit. A client fine-tunes with new AdamW moments at
-    `finetune` times `lr`, without a schedule, and is tested on its own cases. `settings.epochs` counts both.
+    The rounds equal those of the arm `fedavg`, bit for bit. A client fine-tunes with new AdamW moments at
+    `finetune` times `lr`, without a schedule, and is tested on its own cases. `settings.epochs` counts rounds
+    and epochs.
     """
     rounds = settings.epochs - settings.finetune_epochs
     done = checkpoint["epoch"] if checkpoint else 0
@@ -179,11 +181,11 @@ def fit_local_only(
     settings: Settings,
     checkpoint: dict[str, Any] | None = None,
 ) -> Iterator[Epoch]:
-    """Epochs without a federation: every client trains its own model and is tested on its own cases, if any.
+    """Epochs without a federation: each client trains its own model and is tested on its own cases, if any.
 
-    The yardstick of a federation's gain. The probabilities follow `test`, one center after another, and come
-    from as many models: compare them within a center only. The first epoch is the local update of FedAvg's
-    first round. After the last every model is tested at every center (`cross`).
+    The probabilities follow `test`, center by center. They come from several models, so compare them only
+    within a center. The first epoch equals the local update of FedAvg's first round. After the last epoch
+    every model is tested at every center (`cross`).
     """
     mine = dict(zip(train, models, strict=True))
     learners = {name: Learner(name, mine[name], indices, settings) for name, indices in train.items()}
@@ -203,7 +205,7 @@ def fit_local_only(
 
 
 def checkpoint_of(model: nn.Module, epoch: Epoch) -> dict[str, Any]:
-    """The state right after `epoch`, from which training goes on bit for bit: tensors and plain values."""
+    """The state after `epoch`, as tensors and plain values; training resumes from it bit for bit."""
     learners = {name: learner.state_dict() for name, learner in epoch.learners.items()}
     server = epoch.server and epoch.server.state_dict()
     return {"epoch": epoch.number, "model": model.state_dict(), "learners": learners, "server": server}
@@ -215,7 +217,7 @@ def restore(
     checkpoint: dict[str, Any] | None,
     server: Server | None = None,
 ) -> int:
-    """Set model, learners and server back to a checkpoint; return the number of the next epoch."""
+    """Restore model, learners and server from a checkpoint; return the number of the next epoch."""
     if checkpoint is None:
         return 1
     model.load_state_dict(checkpoint["model"])
@@ -232,8 +234,8 @@ def aggregate(
     """Load the server's next weights, made from the average of the updates, Eq. (2), into `model`.
 
     Returns the training loss, the inner products (K, K) of the updates and the reason for each client that
-    was left out. `w_global` is what the server sent; `updates` are consumed one at a time, in the order of
-    `clients`. Without any that can be right (`fault_of`), the weights stay.
+    was left out. `w_global` is what the server sent. `updates` are consumed one at a time, in the order of
+    `clients`. Without a valid update (`fault_of`) the weights stay the same.
     """
     parameters = [name for name in server.parameters if name in w_global]
     n_k, losses, drifts, left_out = [], [], {}, {}
@@ -261,7 +263,7 @@ def aggregate(
 
 
 def fault_of(state: State, w_global: State) -> str:
-    """Why a client's `state` cannot be averaged with others that started at `w_global`; "" if it can."""
+    """Why a client's `state` cannot be averaged with the others' that started at `w_global`; "" if it can."""
     for key, value in w_global.items():
         if key not in state:
             return f"its update lacks {key}"
@@ -274,24 +276,24 @@ def fault_of(state: State, w_global: State) -> str:
 
 
 def without_any_client(left_out: dict[str, str]) -> str:
-    """Why a federation failed in which no round aggregated, in words."""
+    """The message for a federation in which no round had a client."""
     name, fault = next(iter(left_out.items()))
     return f"every client was left out of every round; {name}: {fault}"
 
 
 def update_of(state: State, w_global: State, parameters: Sequence[str]) -> torch.Tensor:
-    """A client's update w_k - w_t (P,), over the named parameters without the buffers, as in Eq. (3).
+    """A client's update w_k - w_t (P,) over the named parameters, without buffers, as in Eq. (3).
 
-    In half precision, since all are kept until the round ends: of a drift or cosine, 3 decimals remain.
+    In half precision, because all are kept until the round ends; a drift or cosine keeps 3 decimals.
     """
     return torch.cat([(state[name].detach() - w_global[name]).half().flatten() for name in parameters])
 
 
 def inner_products(updates: Sequence[torch.Tensor | None]) -> np.ndarray:
-    """Inner products (K, K), float64, of K updates, whose diagonal is the squared drift; NaN for None."""
+    """Inner products (K, K), float64, of K updates; the diagonal is the squared drift; NaN for None."""
     products = np.full((len(updates), len(updates)), np.nan)
     there = [k for k, update in enumerate(updates) if update is not None]
-    pieces = zip(*(updates[k].split(2**16) for k in there), strict=True)  # these stay in the cache
+    pieces = zip(*(updates[k].split(2**16) for k in there), strict=True)  # pieces that fit the CPU's cache
     pieces = (torch.stack(piece).float() for piece in pieces)
     if there:
         products[np.ix_(there, there)] = sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()

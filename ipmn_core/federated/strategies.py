@@ -1,9 +1,9 @@
-"""Federated strategies by name, one entry each: what a client adds to its steps, what stays with it, and how
-the server makes the next weights.
+"""Federated strategies by name, one entry each: what a client adds to its steps, what it keeps, and how the
+server makes the next weights.
 
 Notation: w_t are the global weights of round t, w_k those of client k after its local update, N_k its cases,
-p_k = N_k / sum N_k, g a gradient of F_k, Eq. (1). Eq. (2) averages everywhere, so with p_k, also where a
-reference averages clients alike. Local steps are AdamW's, as in the paper.
+p_k = N_k / sum N_k, g a gradient of F_k, Eq. (1). Every strategy averages by Eq. (2), with weights p_k, also
+where its reference uses equal weights. Local steps are AdamW's, as in the paper.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BETA1, BETA2, TAU = 0.9, 0.99, 1e-3  # of FedAdam, as in its reference
 
 @dataclass(frozen=True)
 class Strategy:
-    """How clients learn together; the defaults are FedAvg, `mu` > 0 is FedProx.
+    """How clients learn together: FedAvg by default, FedProx if `mu` > 0.
 
-    Departs from the paper where anything else is set. `adam` and `scaffold` are rates of the server, `ditto`
-    the pull to the global model, `finetune` a rate in units of `lr`; `clients_per_round` clients are drawn
-    for a round instead of all.
+    Departs from the paper: all other fields. `adam` and `scaffold` are learning rates of the server, `ditto`
+    is the pull to the global model, `finetune` a rate in units of `lr`. `clients_per_round` clients are drawn
+    for each round (None: all).
     """
 
     mu: float = 0.0
@@ -44,12 +44,12 @@ class Strategy:
 
     @property
     def personal(self) -> bool:
-        """Whether every client is tested with a model of its own."""
+        """Whether each client is tested with its own model."""
         return self.batch_norm != "averaged" or self.ditto is not None or self.finetune is not None
 
     @property
     def trains_alone(self) -> bool:
-        """Whether clients also train models that never travel: not offered across machines."""
+        """Whether clients also train models that they never send; not available across machines."""
         return self.ditto is not None or self.finetune is not None
 
 
@@ -59,10 +59,10 @@ STRATEGIES = {
     # g + mu (w - w_t), Eq. (3). Li et al., MLSys 2020
     "fedprox_0.1": Strategy(mu=0.1),
     "fedprox_0.3": Strategy(mu=0.3),
-    # BatchNorm, its weights and statistics, stays at the client. Li et al., ICLR 2021
+    # BatchNorm's weights and statistics stay at the client. Li et al., ICLR 2021
     "fedbn": Strategy(batch_norm="own"),
-    # an ablation: its statistics alone stay (Andreux et al., DART 2020), or are measured again on the
-    # client's training cases with the averaged weights before each test
+    # ablations: only the statistics stay (Andreux et al., DART 2020), or they are recomputed on the client's
+    # training cases with the averaged weights before each test
     "fedavg_bn_local": Strategy(batch_norm="own statistics"),
     "fedavg_bn_recomputed": Strategy(batch_norm="recomputed"),
     # m = b1 m + (1 - b1) d, v = b2 v + (1 - b2) d^2, w = w_t + rate m / (sqrt(v) + tau), with the mean update
@@ -72,20 +72,19 @@ STRATEGIES = {
     # c_k). Karimireddy et al., ICML 2020, algorithm 1: of plain SGD its option II is this mean. Under AdamW
     # the corrected gradient passes through the moments, as FedProx's does
     "scaffold": Strategy(scaffold=1.0),
-    # beside FedAvg's w each client trains v_k by g(v_k) + lambda (v_k - w_t), with an AdamW of its own, and
-    # is tested with it. Li et al., ICML 2021, algorithm 1
+    # besides FedAvg's w, each client trains v_k with g(v_k) + lambda (v_k - w_t) and a second AdamW, and is
+    # tested with v_k. Li et al., ICML 2021, algorithm 1
     "ditto_0.1": Strategy(ditto=0.1),
-    # FedAvg's last round, then epochs at each client alone, at a rate of so many `lr`. Wang et al., 2019
-    # (arXiv 1910.10252)
+    # FedAvg's rounds, then epochs at each client alone, at 0.1 `lr`. Wang et al., 2019 (arXiv 1910.10252)
     "finetune": Strategy(finetune=0.1),
 }
 VALUES = {"fedprox": "mu", "fedadam": "adam"} | {name: name for name in ("scaffold", "ditto", "finetune")}
 
 
 def strategy(arm: str, clients_per_round: int | None = None) -> Strategy:
-    """The strategy of a federated arm: an entry's name, or a family's with a value, such as `fedprox_0.05`.
+    """The strategy of a federated arm: the name of an entry, or a family with a value (`fedprox_0.05`).
 
-    Raises ValueError naming the known arms, or the values that a family takes.
+    Raises ValueError with the known arms, or the values that a family takes.
     """
     family, _, value = arm.partition("_")
     if arm in STRATEGIES:
@@ -101,7 +100,7 @@ def strategy(arm: str, clients_per_round: int | None = None) -> Strategy:
 
 
 def drawn(clients: Sequence[str], strategy: Strategy, seed: Sequence[int]) -> list[str]:
-    """The clients that train in a round, in their order: all, or `clients_per_round` drawn from `seed`."""
+    """The clients of a round, in order: all, or `clients_per_round` drawn with `seed`."""
     n = strategy.clients_per_round
     if n is None or n >= len(clients):
         return list(clients)
@@ -123,12 +122,12 @@ def own_keys(model: nn.Module, strategy: Strategy) -> set[str]:
 
 
 def controls(model: nn.Module) -> State:
-    """A control variate of SCAFFOLD, all 0: a tensor per parameter, under a prefix."""
+    """A SCAFFOLD control variate of zeros: one tensor per parameter, with the prefix CONTROL."""
     return {CONTROL + name: torch.zeros_like(w, requires_grad=False) for name, w in model.named_parameters()}
 
 
 class Correction:
-    """SCAFFOLD's change of the gradients of parameters `w` in a round, by c - c_k; notes their mean."""
+    """SCAFFOLD's correction in a round: add c - c_k to the gradients of `w` and keep their mean."""
 
     def __init__(self, w: Sequence[nn.Parameter], c: State, c_k: State):
         self.w, self.names, self.steps = w, list(c_k), 0
@@ -142,14 +141,14 @@ class Correction:
         self.steps += 1
 
     def mean(self) -> State:
-        """The mean gradient of the steps so far: the client's next control variate."""
+        """The mean gradient of the steps so far, the client's next control variate."""
         return dict(zip(self.names, torch._foreach_div(self.total, self.steps), strict=True))
 
 
 class Server:
-    """What the server keeps between rounds beside the weights: FedAdam's moments, SCAFFOLD's variate c.
+    """What the server keeps between rounds besides the weights: FedAdam's moments, SCAFFOLD's variate c.
 
-    `n_k`: training cases of all clients, also of those that are not in a round.
+    `n_k`: training cases of all clients, whether or not they are in a round.
     """
 
     def __init__(self, model: nn.Module, strategy: Strategy, n_k: Mapping[str, int]):
@@ -161,21 +160,21 @@ class Server:
         self.moments: dict[str, State] = {"m": {}, "v": {}}
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, from which training goes on bit for bit."""
+        """The server's state; training resumes from it bit for bit."""
         return {"c": self.c, "moments": self.moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set it back to `state`."""
+        """Restore `state`."""
         device = next(iter(self.c.values())).device if self.c else None
         self.c, self.moments = {key: value.to(device) for key, value in state["c"].items()}, state["moments"]
 
     def sends(self, w_t: State) -> State:
-        """What every client gets at the start of a round at `w_t`: the weights that are shared, and c."""
+        """What each client receives at the start of a round at `w_t`: the shared weights, and c."""
         self.w_t = w_t
         return without(w_t, self.stays) | self.c
 
     def step(self, mean: State, n: int) -> State:
-        """The next global weights, all, from the `mean`, Eq. (2), of answers of clients with `n` cases."""
+        """All next global weights, from the `mean`, Eq. (2), of the answers of clients with `n` cases."""
         w, how = without(mean, self.c), self.strategy
         self.c = {key: c + mean[key] * (n / self.n) if mean else c for key, c in self.c.items()}
         moving = [key for key in self.parameters if key in w]

@@ -1,7 +1,8 @@
-"""The same federation across machines, on Flower: who sends what to whom. Nothing is learned here.
+"""The federation across machines, on Flower: who sends what to whom. Nothing is learned here.
 
-The client app passes messages to `site`, the server app updates to `federated.aggregate`; `runs.record`
-writes the same files as in one process. Weights travel as one packed array: Flower handles each array alone.
+The client app passes messages to `site`; the server app passes updates to `federated.aggregate`.
+`runs.record` writes the same files as in one process. Weights travel as one packed array, because Flower
+handles each array separately.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ Values = dict[str, Any]
 
 
 def pack(state: State) -> ArrayRecord:
-    """The weights as one array of bytes, names, shapes and types included."""
+    """The weights, with names, shapes and types, as one array of bytes."""
     buffer = BytesIO()
     torch.save(state, buffer)
     return ArrayRecord({"weights": Array(np.frombuffer(buffer.getbuffer(), np.uint8))})
 
 
 def unpack(record: ArrayRecord) -> State:
-    """The weights that `pack` packed; code in them never runs. Raises an error for anything else."""
+    """The weights from `pack`, without running code in them. Raises an error for anything else."""
     packed = BytesIO(record["weights"].numpy().tobytes())
     state = torch.load(packed, map_location="cpu", weights_only=True)
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -60,16 +61,16 @@ def unpack(record: ArrayRecord) -> State:
 @client_app.train()
 @client_app.evaluate()
 def _answer(message: Message, context: Context) -> Message:
-    """A site's reply: values and perhaps weights.
+    """A site's reply: values and, after training, weights.
 
-    A fault reaches the server as its kind alone, because its text, which goes to the site's own log, may name
-    cases or folders; of a FederationError, which names neither, as its text.
+    The server gets only the kind of an error, because its text may name cases or folders; the site's log has
+    the text. A FederationError names neither, so the server gets its text.
     """
     order, kind = json.loads(message.content["order"]["json"]), message.metadata.message_type
     at, packed = None, {}
     try:
         at = site.Site(dict(context.node_config), order)
-        with FileLock(at.folder / ".lock"):  # a question asked again may overtake the first
+        with FileLock(at.folder / ".lock"):  # a repeated question may overtake the first
             if kind == "query":
                 values = site.introduce(at)
             elif kind == "evaluate":
@@ -84,7 +85,7 @@ def _answer(message: Message, context: Context) -> Message:
         text = error if isinstance(error, FederationError) else type(error).__name__
         values, packed = {"fault": f"{text}: more is in the site's log"}, {}
         if at is not None:
-            with contextlib.suppress(OSError):  # a full disk may be the fault itself
+            with contextlib.suppress(OSError):  # the error may be a full disk
                 site.note_sent(at, kind, values)
     told = ConfigRecord({"json": json.dumps(values)})
     return Message(RecordDict({"values": told, **packed}), reply_to=message)
@@ -99,14 +100,14 @@ def _main(grid: Grid, context: Context) -> None:
 
 
 class Sites:
-    """The sites of a run as the server sees them: asked by name, awaited as the federation says."""
+    """The sites of a run as the server sees them."""
 
     def __init__(self, grid: Grid, federation: Federation, run: runs.Run, nodes: dict[str, int]):
         self.grid, self.federation, self.run = grid, federation, run
         self.nodes = {name: nodes[name] for name in federation.sites if name in nodes}
         self.folder = runs.folder_of(federation.profile, run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "token"  # the name of the run at the sites, kept until it is whole
+        path = self.folder / "token"  # the name of the run at the sites, kept until it is finished
         if not path.exists():
             with atomic(path) as tmp:
                 plain = re.sub(r"[^A-Za-z0-9_.-]", "_", runs.named(run))  # a modality may have any letters
@@ -120,9 +121,9 @@ class Sites:
     ) -> dict[str, Values]:
         """The sites' answers by name: of all in `orders`, or with "continue" of at least `enough` of them.
 
-        Sites that have not answered after `round_seconds` are asked again; an answer to either question
-        counts. Raises FederationError naming those that do not answer in `wait_seconds`, or one that fails
-        in anything but training.
+        Asks sites again that have not answered after `round_seconds`; either answer counts. Raises
+        FederationError naming sites that do not answer within `wait_seconds`, or one that fails outside
+        training.
         """
         packed = {} if weights is None else {"weights": pack(weights)}
         answers, asked, last = {}, {}, {}  # by site; the site of each message; when each site was asked
@@ -136,7 +137,7 @@ class Sites:
             if now - started > patience:
                 raise FederationError(
                     f"{', '.join(missing)} did not answer ({kind}) within {patience:.0f} s; "
-                    "the last round is kept: start their sites, then `ipmn federation run` goes on from there"
+                    "the last round is kept: start their sites, then `ipmn federation run` resumes from there"
                 )
             online = set(self.grid.get_node_ids())
             for name in missing:
@@ -152,14 +153,14 @@ class Sites:
                     answers[name] = told = _told(reply.content)
                     if kind != "train" and "fault" in told:
                         raise FederationError(f"{name} failed ({kind}): {told['fault']}")
-                else:  # Flower says that the node is away: it is asked again
+                else:  # Flower says that the node is away: ask again
                     last.pop(name, None)
             time.sleep(POLL_SECONDS)
         return answers
 
 
 def _told(content: RecordDict) -> Values:
-    """A site's answer: counts, a loss, scores, or a `fault`; and its `weights`, packed, if it sent some."""
+    """A site's answer: counts, a loss, scores, or a `fault`; and its packed `weights`, if any."""
     try:
         return {**json.loads(content["values"]["json"]), "weights": content.get("weights")}
     except (KeyError, TypeError, ValueError) as error:
@@ -167,23 +168,23 @@ def _told(content: RecordDict) -> Values:
 
 
 class Remote(dict):
-    """A learner at its site: the round `since` of its last state, and whether it goes on `fresh`."""
+    """A learner at its site: the round `since` of its last state, and whether it starts `fresh`."""
 
     state_dict = dict.copy
     load_state_dict = dict.update
 
 
 def execute(sites: Sites) -> Path:
-    """Train a run at the sites; its folder, in the form that `runs.execute` leaves.
+    """Train a run at the sites; return its folder, in the form of `runs.execute`.
 
-    Case ids in it are running numbers. Goes on from the last whole round, with the bits of a run that never
-    stopped. Raises FederationError naming a site that stays away or fails, ValueError for sites with too few
-    training cases, StaleRunError for other data or settings.
+    Case ids in it are running numbers. Resumes from the last complete round, bit for bit. Raises
+    FederationError naming a site that stays away or fails, ValueError for sites with too few training cases,
+    StaleRunError for other data or settings.
     """
     profile = sites.federation.profile
     p, run = profile.model_copy(update={"checkpoint_seconds": 0.0, "data": "federation"}), sites.run
     told = sites.ask("query", {name: {} for name in sites.nodes})
-    hellos = {name: told[name] for name in sites.nodes}  # in their order, not in that of arrival
+    hellos = {name: told[name] for name in sites.nodes}  # in the order of sites, not of arrival
     for name, hello in hellos.items():
         if hello["center"] != name:
             raise FederationError(f"{name}: its node says it is {hello['center']}")
@@ -204,7 +205,7 @@ def execute(sites: Sites) -> Path:
 
 
 def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
-    """A site's cases as the server has them: numbers, roles and, if it shares them, labels of test cases."""
+    """A site's cases as the server knows them: numbers, roles and, if shared, labels of test cases."""
     role = np.repeat(["train", "test"], [hello["n_train"], hello["n_test"]])
     rows = pd.DataFrame({"role": role, "center": center, "modality": run.modality, "positive": False})
     number = rows.groupby("role").cumcount().astype(str)
@@ -220,7 +221,7 @@ def _rounds(
     model: torch.nn.Module,
     checkpoint: Values | None,
 ) -> Iterator[Epoch]:
-    """`federated.fit_federated` with the local updates and the tests made at the sites."""
+    """`federated.fit_federated` with local updates and tests at the sites."""
     learners = {name: Remote(since=0, fresh=False) for name in hellos}
     n_k = {name: hello["n_train"] for name, hello in hellos.items()}
     server = federated.Server(model, settings.strategy, n_k)
@@ -243,10 +244,10 @@ def _rounds(
         tested = sites.ask("evaluate", orders, federated.snapshot(model), enough)
         away = {name: left_out.get(name, "away") for name in names if name not in tested}
         left_out |= {name: f"{reason}; round not tested" for name, reason in away.items()}
-        prob, centers = None, []  # both stay so if a site is away
+        prob, centers = None, []  # the result if a site is away
         if not away and all("prob" in told for told in tested.values()):
             prob = np.concatenate([np.reshape(tested[name]["prob"], (-1, 2)) for name in names])
-        elif not away:  # a site shares no scores; a fold may test nobody of a site
+        elif not away:  # a site shares no scores; a fold may have no test case of a site
             having = [(name, tested[name]) for name in names if tested[name]["n"]]
             centers = [(name, told["n"], told["acc"], told["auc"]) for name, told in having]
         yield Epoch(round_, loss, prob, learners, products, left_out, centers, server)
@@ -255,10 +256,10 @@ def _rounds(
 
 
 def _update(name: str, n_train: int, answer: Values | None) -> Update:
-    """A site's answer as an update, or the reason why it is none."""
+    """A site's answer as an update, or with its `fault`."""
     if answer is None or "fault" in answer:
         return Update(name, fault="away" if answer is None else answer["fault"])
     try:
         return Update(name, n_train, float(answer["loss"]), unpack(answer["weights"]))
-    except Exception as error:  # whatever a site sends must not end the others' round
+    except Exception as error:  # an invalid answer must not end the others' round
         return Update(name, fault=f"its update cannot be read ({type(error).__name__})")

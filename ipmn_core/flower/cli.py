@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def command(commands: argparse._SubParsersAction, function: Callable, kind: str = "command") -> Callable:
-    """Add `function` as a command, named and described as it is; return the parser's `add_argument`."""
+    """Add `function` as a command, with its name and docstring; return the parser's `add_argument`."""
     new = commands.add_parser(function.__name__, help=function.__doc__)
     new.set_defaults(**{kind: function})
     return new.add_argument
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Add `federation` and its pieces to the commands of `ipmn`."""
+    """Add `federation` and its subcommands to the commands of `ipmn`."""
     federation = commands.add_parser(
-        "federation", help="the same federation across machines, on Flower (docs/federation.md)"
+        "federation", help="Train across machines, on Flower (docs/federation.md)"
     )
     federation.set_defaults(command=_start)
     pieces = federation.add_subparsers(title="pieces", required=True, metavar="PIECE")
@@ -32,29 +32,29 @@ def add(commands: argparse._SubParsersAction) -> None:
     folder = {"type": Path, "metavar": "FOLDER"}
     argument = piece(demo)
     argument("params", nargs="?", type=Path, default=Path("params/federation.yaml"), metavar="PARAMS")
-    argument("--keep", **folder, help="leave keys, logs and the sites' files there")
+    argument("--keep", **folder, help="keep keys, logs and the sites' files in this folder")
 
     argument = piece(init)
     argument("folder", **folder, help="the folder to write; it must not exist")
     argument("params", type=Path, metavar="PARAMS", help="a profile, for instance params/federation.yaml")
-    argument("--sites", nargs="+", required=True, metavar="SITE", help="two names or more")
+    argument("--sites", nargs="+", required=True, metavar="SITE", help="two or more names")
     argument("--host", required=True, help="name or address at which sites reach the server")
     argument("--port", type=int, default=9092, help="its port (default: 9092)")
-    argument("--away", choices=("wait", "continue"), default="wait", help="when a site is away")
+    argument("--away", choices=("wait", "continue"), default="wait", help="what to do when a site is away")
 
     argument = piece(server)
-    argument("folder", **folder, help="what `init` wrote")
+    argument("folder", **folder, help="the folder that `init` wrote")
 
     argument = piece(site)
-    argument("folder", **folder, help="what `init` wrote for this site")
-    argument("--data", type=Path, required=True, metavar="PATH", help="its own manifest or release")
-    argument("--outputs", type=Path, required=True, metavar="DIR", help="where to put its files")
-    text = "of test cases: labels and scores without ids (pooled AUC), or ACC and AUC only"
+    argument("folder", **folder, help="the folder that `init` wrote for this site")
+    argument("--data", type=Path, required=True, metavar="PATH", help="the site's own manifest or release")
+    argument("--outputs", type=Path, required=True, metavar="DIR", help="the folder for the site's files")
+    text = "what to share of test cases: labels and scores without ids (pooled AUC), or only ACC and AUC"
     argument("--share", choices=("scores", "metrics"), default="scores", help=text)
 
     argument = piece(run)
-    argument("folder", **folder, help="what `init` wrote")
-    argument("--only", default="", metavar="TEXT", help="only runs whose name holds TEXT; no table")
+    argument("folder", **folder, help="the folder that `init` wrote")
+    argument("--only", default="", metavar="TEXT", help="only runs whose name contains TEXT; no table")
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -64,7 +64,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """server and sites as processes here, beside the same in one process"""
+    """Run server and sites as processes here, and compare with training in one process."""
     from ipmn_core.flower import demo
 
     weights, predictions = demo.run(options.params, options.keep)
@@ -73,20 +73,20 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def init(options: argparse.Namespace) -> int:
-    """write certificates, keys and settings of server and sites"""
+    """Write certificates, keys and settings of server and sites."""
     from ipmn_core import params
     from ipmn_core.flower import deployment
 
     where = options.sites, options.host, options.port
     made = deployment.write(options.folder, params.load(options.params), *where, away=options.away)
-    print(f"for the server alone: {made.server}/, private keys included; start `ipmn federation server`")
+    print(f"only for the server: {made.server}/ (with private keys); start `ipmn federation server`")
     for name in made.sites:
-        print(f"for {name} alone, by a safe way, because it holds its key: {made.folder}/sites/{name}/")
+        print(f"only for {name}, sent securely because it holds its key: {made.folder}/sites/{name}/")
     return 0
 
 
 def server(options: argparse.Namespace) -> None:
-    """the server, until it is interrupted"""
+    """Run the server until it is interrupted."""
     from ipmn_core.flower import deployment, processes
 
     federation = deployment.read(options.folder)
@@ -95,7 +95,7 @@ def server(options: argparse.Namespace) -> None:
 
 
 def site(options: argparse.Namespace) -> None:
-    """a site, until it is interrupted"""
+    """Run a site until it is interrupted."""
     from ipmn_core.flower import processes
 
     command = processes.site_command(options.folder, options.data, options.outputs, options.share)
@@ -103,26 +103,26 @@ def site(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """train the profile's runs at the sites, then write table 3"""
+    """Train the profile's runs at the sites, then write table 3."""
     from ipmn_core import pipeline
     from ipmn_core.flower import deployment, processes
 
     federation = deployment.read(options.folder)
     with pipeline.locked(federation.profile):
         for folder in processes.run(federation, options.only):
-            print(f"whole: {folder}", flush=True)
+            print(f"finished: {folder}", flush=True)
         if not options.only:
             print(f"\n{table3(federation.profile)}")
     return 0
 
 
 def table3(p: Params) -> str:
-    """Write table 3 of a federation's runs, as of one process; its text, or why there is none."""
+    """Write table 3 of a federation's runs; return its text, or why there is none."""
     from ipmn_core import metrics, runs
     from ipmn_core.metrics import tables
 
     if any((runs.folder_of(p, run) / "centers.csv").exists() for run in runs.grid(p, "binary")):
-        return "a site shares no scores: centers.csv of each run has the sites' metrics, there is no table 3"
+        return "no table 3, because a site shares no scores; each run's centers.csv has the sites' metrics"
     selected = metrics.select(runs.predictions(p, "binary"), "best_test")
     table = tables.table3(metrics.over_folds(metrics.by_fold(selected)))
     tables.write(table, 3, p.folder / "tables", is_paper=False)

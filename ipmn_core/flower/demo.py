@@ -1,4 +1,4 @@
-"""A federation of real processes on this machine, over TLS, beside the same rounds in one process."""
+"""A federation of real processes on this machine, over TLS, compared with the same rounds in one process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ COLUMNS = ["image", "mask", "center", "modality", "case_id", "patient_id"]  # of
 
 
 def run(profile: Path, folder: Path | None = None) -> tuple[float, float]:
-    """Train the first run of `profile` at its first centers, each a process, then here, and `compare`.
+    """Train the first run of `profile` at its first centers, one process each, then here, and `compare`.
 
-    Uses `folder`, or a temporary one. Results are under the profile's name and `_demo`; those of an earlier
-    demo are replaced.
+    Uses `folder`, or a temporary one. Results go to the profile's name with `_demo` and replace those of an
+    earlier demo.
     """
     p = params.load(profile)
-    p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # results of a real federation stay
+    p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # keeps results of a real federation
     sites = open_cohort(p).centers[:N_SITES]
     with contextlib.ExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipmn-federation")))
@@ -52,11 +52,11 @@ def started(
 ) -> Iterator[tuple[Federation, dict[str, subprocess.Popen]]]:
     """A federation in `folder` for a block, and its processes by name: "server" and the sites.
 
-    Each site is a center of the profile's cohort, with a manifest of its own, `<folder>/data/<site>.csv`.
+    Each site is a center of the profile's cohort with its own manifest, `<folder>/data/<site>.csv`.
     """
     cohort = open_cohort(p)
     agreed = {"classes": {name: name for name in cohort.classes}, "positive": cohort.positive}
-    agreed["center_names"] = None  # the manifests have the names that it gave
+    agreed["center_names"] = None  # the manifests have the new names
     where = folder / "federation", p.model_copy(update=agreed), sites, "127.0.0.1", processes.free_port()
     federation = deployment.write(*where, **away)
     write_manifests(cohort, sites, folder / "data")
@@ -72,7 +72,7 @@ def started(
     finally:
         for process in reversed(running.values()):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.terminate()  # Flower then ends its processes in sessions of their own
+                process.terminate()  # Flower then ends its own processes
                 process.wait(30)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ def started(
 
 
 def write_manifests(cohort: Cohort, sites: Sequence[str], folder: Path) -> None:
-    """Write `<site>.csv` into `folder`: the manifest of the center of that name."""
+    """Write `<site>.csv`, the manifest of the center of that name, into `folder`."""
     folder.mkdir(parents=True)
     scans = cohort.scans[COLUMNS].assign(label=cohort.scans["class"], fold=cohort.scans["fold_binary"])
     for name in sites:
@@ -88,7 +88,7 @@ def write_manifests(cohort: Cohort, sites: Sequence[str], folder: Path) -> None:
 
 
 def start(federation: Federation, name: str) -> subprocess.Popen:
-    """Start "server" or a site of a federation of `started`; what it prints goes to `<name>.log`."""
+    """Start "server" or a site of a federation from `started`; its output goes to `<name>.log`."""
     made, folder = federation.folder, federation.folder.parent
     what = ["server", made]
     if name != "server":
@@ -106,7 +106,7 @@ def _end_with_parent() -> None:
 
 
 def in_process(p: Params, sites: Sequence[str]) -> Path:
-    """Train the first run of `p` in this process on the cases of `sites`; its folder."""
+    """Train the first run of `p` in this process on the cases of `sites`; return its folder."""
     p = p.model_copy(update={"profile": f"{p.profile}_in_process"})
     cohort, first = load_cohort(p), runs.grid(p, "binary")[0]
     shutil.rmtree(runs.folder_of(p, first), ignore_errors=True)
@@ -114,10 +114,10 @@ def in_process(p: Params, sites: Sequence[str]) -> Path:
 
 
 def compare(there: Path, here: Path, sites: Path) -> tuple[float, float]:
-    """The largest absolute differences of weights and predictions of the run in `there` from that in `here`.
+    """The largest absolute differences of weights and predictions between the runs in `there` and `here`.
 
-    `sites` holds the files of the sites at which the first was trained. The weights are those that the server
-    has: NaN for a personal strategy, with which it has none to test.
+    `sites` has the files of the sites that trained `there`. The weights are the server's; NaN for a personal
+    strategy, whose tested models stay at the sites.
     """
     weights = float("nan")
     if (there / "model.pt").exists():

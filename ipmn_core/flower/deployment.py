@@ -1,7 +1,7 @@
-"""A federation across machines as files: who takes part, keys, certificates, settings.
+"""The files of a federation across machines: sites, keys, certificates, settings.
 
-A federation's folder holds `federation.yaml`, `profile.yaml`, `server/` (for the server alone) and
-`sites/<site>/` (for that hospital alone: the CA's certificate, its key, the server's address).
+A federation's folder holds `federation.yaml`, `profile.yaml`, `server/` (only for the server) and
+`sites/<site>/` (only for that hospital: the CA's certificate, its key, the server's address).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ipmn_core.names import fusion
 from ipmn_core.params import Params
 
 CA = "ipmn federation CA"
-SITE = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # names of sites are names of folders and keys
+SITE = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # sites' names are also names of folders and keys
 APP = """[project]
 name = "ipmn-federation"
 version = "1.0.0"
@@ -48,11 +48,11 @@ order = ""
 
 
 class FederationError(RuntimeError):
-    """A federation cannot be started or went wrong; the message says where and what to do."""
+    """A federation cannot start or failed; the message says where and what to do."""
 
 
 def federates(arm: str) -> bool:
-    """Whether an arm can be trained across machines: without models that a client trains for itself."""
+    """Whether an arm can be trained across machines: its clients train no models only for themselves."""
     try:
         return not federated.strategy(arm).trains_alone
     except ValueError:
@@ -60,10 +60,10 @@ def federates(arm: str) -> bool:
 
 
 class Federation(BaseModel):
-    """Where the server is, which sites take part, what they train, and what a round does without a site.
+    """The server's address, the sites, what they train, and what a round does if a site is away.
 
-    "wait" asks again until every site has answered; "continue" goes on with at least `min_sites` of them
-    after `round_seconds`. Both give up after `wait_seconds` without enough of them.
+    "wait" asks again until every site has answered. "continue" needs only `min_sites` of them after
+    `round_seconds`. Both give up after `wait_seconds`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,21 +88,22 @@ class Federation(BaseModel):
         p, names = self.profile, [name.casefold() for name in self.sites]
         wrong = [n for n in self.sites if not re.fullmatch(SITE, n) or n.casefold() in ("global", *NA)]
         if wrong:
-            rule = "take up to 64 of a-z, A-Z, 0-9, '.', '_', '-', the first no '.' or '-'"
+            rule = "use up to 64 of a-z, A-Z, 0-9, '.', '_', '-', not starting with '.' or '-'"
             raise FederationError(f"sites: {', '.join(map(repr, wrong))} cannot be a site's name; {rule}")
         if len(names) < 2 or len(set(names)) < len(names):
-            raise FederationError("sites: name two or more, once each, which differ in more than case")
+            raise FederationError("sites: give two or more names that differ in more than case")
         known = ", ".join(arm for arm, how in federated.STRATEGIES.items() if not how.trains_alone)
         alone = [arm for arm in p.arms if not federates(arm)]
         if alone or not p.arms:
-            raise FederationError(f"arms: {', '.join(alone) or 'none'} do not federate; use {known}")
+            raise FederationError(f"arms: {', '.join(alone) or 'none'} cannot be federated; use {known}")
         if fused := [name for name in p.modalities if fusion(name)[1]]:
-            raise FederationError(f"modalities: sites send no fused ones yet; leave out {', '.join(fused)}")
+            text = f"modalities: sites support no fused ones yet; leave out {', '.join(fused)}"
+            raise FederationError(text)
         if p.inner_validation:
-            raise FederationError("inner_validation: sites draw no inner split yet; set it to 0.0")
+            raise FederationError("inner_validation: sites have no inner split yet; set it to 0.0")
         if p.classes is None and Path(p.data).suffix.lower() in SUFFIXES:
             remedy = "list them in order, `classes: [benign, malignant]`, and which are `positive`"
-            raise FederationError(f"classes: the sites agree on them in the profile; {remedy}")
+            raise FederationError(f"classes: the profile must list them for all sites; {remedy}")
         try:
             data.classes_of(p, data.PAPER)
         except data.CohortError as error:
@@ -113,7 +114,7 @@ class Federation(BaseModel):
 def write(folder: Path, p: Params, sites: Sequence[str], host: str, port: int, **away: Any) -> Federation:
     """Write a new federation's folder: certificates, keys and settings of the server and of every site.
 
-    Raises FileExistsError if it exists, FederationError for sites or a profile that cannot federate.
+    Raises FileExistsError if it exists, FederationError for sites or a profile that cannot be federated.
     """
     p = p.model_copy(update={"outputs": str((params.project_root() / p.outputs).resolve())})
     where = {"folder": folder.resolve(), "profile": p, "sites": sites, "host": host, "port": port}
@@ -132,7 +133,7 @@ def write(folder: Path, p: Params, sites: Sequence[str], host: str, port: int, *
         (place / "site.yaml").write_text(yaml.safe_dump({"site": name, "server": f"{host}:{port}"}))
     (folder / "profile.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
     about = made.model_dump(mode="json", exclude={"folder", "profile"})
-    (folder / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))  # last: it is whole
+    (folder / "federation.yaml").write_text(yaml.safe_dump(about, sort_keys=False))  # last: marks the end
     return made
 
 
@@ -143,11 +144,11 @@ def read(folder: Path) -> Federation:
         values = dict(yaml.safe_load(path.read_text()))
         return Federation(folder=folder.resolve(), profile=params.load(folder / "profile.yaml"), **values)
     except (yaml.YAMLError, TypeError, ValueError, FederationError) as error:
-        raise FederationError(f"{path}: {error}; `ipmn federation init` writes a right one") from error
+        raise FederationError(f"{path}: {error}; `ipmn federation init` writes a valid one") from error
 
 
 def write_certificates(folder: Path, host: str) -> None:
-    """Write `ca.crt`, `ca.key`, `server.pem` and `server.key`, the last two for `host` and localhost."""
+    """Write `ca.crt` and `ca.key`, and for `host` and localhost `server.pem` and `server.key`."""
     ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
     by_ca = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id)
@@ -163,7 +164,7 @@ def write_certificates(folder: Path, host: str) -> None:
 
 
 def write_key(folder: Path) -> None:
-    """Write `key` and `key.pub`, by which the server knows a site: ECDSA on P-384, as Flower needs it."""
+    """Write `key` and `key.pub`, which identify a site to the server: ECDSA on P-384, as Flower needs."""
     key = ec.generate_private_key(ec.SECP384R1())
     _write_private(folder / "key", key, PrivateFormat.OpenSSH)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -178,7 +179,7 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _certificate(subject: str, key, ca_key, days: int, extensions: list) -> bytes:
-    """A certificate in PEM, signed by the CA, with `extensions`: each, and whether it is critical."""
+    """A certificate in PEM, signed by the CA, with `extensions`, pairs of extension and `critical`."""
     of, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (subject, CA))
     start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
     end, number = start + datetime.timedelta(days=days), x509.random_serial_number()
@@ -189,5 +190,5 @@ def _certificate(subject: str, key, ca_key, days: int, extensions: list) -> byte
 
 
 def _write_private(path: Path, key, form: PrivateFormat) -> None:
-    path.touch(mode=0o600)  # before its content is there
+    path.touch(mode=0o600)  # before writing the content
     path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))

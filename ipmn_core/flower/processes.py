@@ -1,4 +1,4 @@
-"""A federation across machines as processes: commands of server and sites, runs ordered and awaited."""
+"""The processes of a federation across machines: commands of server and sites, starting and awaiting runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ipmn_core.disk import atomic
 from ipmn_core.flower.deployment import Federation, FederationError
 from ipmn_core.runs import store, workers
 
-NAME = "hospitals"  # of the federation, to Flower's own command
-STATUS_SECONDS = 60.0  # between questions to Flower, whose command takes seconds of a core
+NAME = "hospitals"  # of the federation, for Flower's own command
+STATUS_SECONDS = 60.0  # between calls of Flower's command, which takes seconds of a core
 
 
 def server_command(federation: Federation) -> list[str]:
@@ -41,16 +41,16 @@ def server_command(federation: Federation) -> list[str]:
 
 
 def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[str]:
-    """The command of the site in `folder`: Flower's SuperNode, with this site's own data and outputs.
+    """The command of the site in `folder`: Flower's SuperNode with this site's data and outputs.
 
-    Raises FederationError for data that are missing or a name that cannot be passed on.
+    Raises FederationError for missing data or a name with a quote.
     """
     if not data.exists():
         raise FederationError(f"{data}: no such file or folder; --data names this site's own cases")
     about = yaml.safe_load((folder / "site.yaml").read_text())
     values = {"site": about["site"], "data": data.resolve(), "outputs": outputs.resolve(), "share": share}
     if any("'" in str(value) for value in values.values()):
-        raise FederationError(f"{data}, {outputs}: a quote in a name cannot be passed on; rename the folder")
+        raise FederationError(f"{data}, {outputs}: names must not contain a quote; rename the folder")
     return [
         "flower-supernode",
         *("--superlink", about["server"]),
@@ -62,20 +62,20 @@ def site_command(folder: Path, data: Path, outputs: Path, share: str) -> list[st
 
 
 def free_port() -> int:
-    """A TCP port of this machine at which nothing listens."""
+    """A free TCP port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
 
 def environment(federation: Federation | None = None) -> dict[str, str]:
-    """The environment of Flower's processes: no telemetry; the server's settings in its own folder."""
+    """The environment of Flower's processes: no telemetry, and the server's settings in its own folder."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": path}
     return env | ({"FLWR_HOME": str(federation.server / "flwr")} if federation else {})
 
 
 def control(federation: Federation, *arguments: str) -> dict[str, Any]:
-    """The answer of Flower's command `flwr`. Raises FederationError with its reason if it failed."""
+    """The answer of Flower's command `flwr`. Raises FederationError with the reason if it fails."""
     address, root = f"127.0.0.1:{federation.port}", federation.server / "ca.crt"
     with atomic(federation.server / "flwr" / "config.toml") as tmp:
         tmp.write_text(f'[superlink.{NAME}]\naddress = "{address}"\nroot-certificates = "{root}"\n')
@@ -86,13 +86,13 @@ def control(federation: Federation, *arguments: str) -> dict[str, Any]:
     except ValueError:
         answer = {"error-message": f"{done.stdout}{done.stderr}".strip()}
     if not answer.get("success"):
-        reason = f"{answer.get('error-message', answer)}; does `ipmn federation server` run here?"
+        reason = f"{answer.get('error-message', answer)}; is `ipmn federation server` running here?"
         raise FederationError(f"flwr {' '.join(arguments[:2])}: {reason}")
     return answer
 
 
 def register(federation: Federation) -> dict[str, int]:
-    """The node number of every site, each registered by its public key; no other key may join."""
+    """The node number of every site, registered by its public key; no other key may join."""
     path = federation.server / "nodes.json"
     nodes = json.loads(path.read_text()) if path.exists() else {}
     known = {int(node["node-id"]) for node in control(federation, "supernode", "ls", NAME)["nodes"]}
@@ -106,14 +106,14 @@ def register(federation: Federation) -> dict[str, int]:
 
 
 def run(federation: Federation, only: str = "") -> Iterator[Path]:
-    """Train the profile's runs whose name holds `only` at the sites, and yield the folder of each.
+    """Train the profile's runs whose name contains `only` at the sites, and yield the folder of each.
 
-    Finished runs are kept. Raises FederationError with the server app's reason for one that failed (the next
-    call goes on from its last whole round), StaleRunError for one that was made with other settings.
+    Finished runs are kept. Raises FederationError with the reason for a failed run (the next call resumes
+    after its last complete round), StaleRunError for a run with other settings.
     """
     p = federation.profile
     nodes = register(federation)
-    for left in control(federation, "ls", NAME)["runs"]:  # of a command that was killed
+    for left in control(federation, "ls", NAME)["runs"]:  # stop runs of a command that was killed
         if not left["status"].startswith("finished"):
             control(federation, "stop", left["run-id"], NAME)
     for each in (each for each in runs.grid(p, "binary") if only in runs.named(each)):
@@ -126,7 +126,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
 
 
 def _train(federation: Federation, folder: Path, order: dict[str, Any]) -> None:
-    """Have Flower carry out one run; return once it is whole."""
+    """Let Flower carry out one run; return when it is finished."""
     path = federation.server / "order.toml"
     path.write_text(f"order = {json.dumps(json.dumps(order))}\n")
     app = str(federation.server / "app")
@@ -141,7 +141,7 @@ def _train(federation: Federation, folder: Path, order: dict[str, Any]) -> None:
                 if status["status"].startswith("finished") and not whole.exists():
                     raise FederationError(
                         f"{folder}: {status['status-details']}; "
-                        "the same command resumes after the last whole round"
+                        "the same command resumes after the last complete round"
                     )
     except BaseException:
         with contextlib.suppress(FederationError):

@@ -1,7 +1,7 @@
-"""What a hospital does on its own machine: its cases, its local updates, its own files. Knows no network.
+"""The work of a hospital on its own machine: its cases, local updates and files, without networking.
 
-`<outputs>/<token of the run>/` holds, each written atomically: `learner_<round>.pt`, its AdamW and schedule
-after a round, `predictions.parquet`, by case, and `sent.csv`, what left the site and when.
+`<outputs>/<token of the run>/` has, each written atomically: `learner_<round>.pt` (AdamW and schedule after
+a round), `predictions.parquet` (by case), and `sent.csv` (what left the site, and when).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ipmn_core.runs import store
 
 
 class Site:
-    """One hospital in one run: of the node's configuration (`site, data, outputs, share`) and the order.
+    """One hospital in one run, from the node's configuration (`site, data, outputs, share`) and the order.
 
-    `data` is a manifest or the folder of a release. A site shares "scores" of its test cases, that is labels
-    and probabilities without ids, or "metrics" only. Raises ValueError for a token that may lead out of the
+    `data` is a manifest or the folder of a release. A site shares "scores" of its test cases (labels and
+    probabilities without ids), or only "metrics". Raises ValueError for a token that may lead out of the
     site's own folder.
     """
 
     def __init__(self, node: dict[str, Any], order: dict[str, Any]):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}", order["token"]):
-            raise ValueError("the server's run token is no plain name")
+            raise ValueError("the server's run token is not a plain name")
         self.center, self.share, self.token = node["site"], node["share"], order["token"]
         self.others = {name.casefold() for name in order["sites"]} - {self.center.casefold()}
         own = {key: str(Path(node[key]).resolve()) for key in ("data", "outputs")}
@@ -49,9 +49,9 @@ class Site:
 
     @cached_property
     def cohort(self) -> data.Cohort:
-        """The cases of the run's modality, whose center is called like the site, each with its `role`.
+        """The cases of the run's modality, each with its `role`; their center is renamed to the site.
 
-        Raises FederationError, of which the cause stays here, if they are not what the sites agreed on.
+        Raises FederationError if they are not what the sites agreed on; its cause stays at the site.
         """
         _, classes, positive = data.classes_of(self.p, data.PAPER)
         try:
@@ -61,8 +61,8 @@ class Site:
                 text = f"has the classes {', '.join(cohort.classes)} (positive: {', '.join(cohort.positive)})"
                 raise data.CohortError(self.p.data, text, "name its labels in the profile's `classes`")
             if len(cohort.centers) > 1 or own.casefold() in self.others:
-                text = f"holds scans of {own}, this is the site {self.center}"
-                remedy = "give a table of its own scans, or name its scanners alike (`center_names`)"
+                text = f"holds scans of {own}, but this is the site {self.center}"
+                remedy = "give a table of its own scans, or one name to its scanners (`center_names`)"
                 raise data.CohortError(self.p.data, text, remedy)
         except data.CohortError as error:
             text = f"of one center, {', '.join(self.p.modalities)}, classes {', '.join(classes)}"
@@ -85,7 +85,7 @@ class Site:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """The places of the test cases in the order in which their scores leave: only this site knows it."""
+        """The secret order in which the scores of the test cases leave the site."""
         path = self.folder / "secret"
         if not path.exists():
             with atomic(path) as tmp:
@@ -97,7 +97,7 @@ class Site:
         return runs.build(self.settings, federated.device_of(self.p), 2, [self.center])
 
     def learner(self, model: torch.nn.Module, since: int) -> Learner:
-        """The site's training state after round `since` (0: none yet)."""
+        """The site's training state after round `since` (0: a new one)."""
         mine = runs.indices(self.cohort.scans, "train")[self.center]
         learner = Learner(self.center, model, mine, self.settings, self.settings.strategy)
         if since:
@@ -107,7 +107,7 @@ class Site:
 
 
 def introduce(site: Site) -> dict[str, Any]:
-    """What the server needs to know first: counts, a hash of the data keyed by the run, perhaps labels."""
+    """The first answer to the server: counts, a hash of the data keyed by the run, and, if shared, labels."""
     n_train = int((site.cohort.scans["role"] == "train").sum())
     key = hmac.new(site.token.encode(), site.cohort.key.encode(), hashlib.sha256).hexdigest()
     hello = {"center": site.center, "n_train": n_train, "n_test": len(site.test), "data": key}
@@ -120,8 +120,8 @@ def introduce(site: Site) -> dict[str, Any]:
 def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: bool) -> tuple[float, State]:
     """Loss and weights of client `k`'s local update in a round, from its state after round `since` (0: none).
 
-    With `fresh` it begins with new AdamW moments, as after an update that was refused. The state it ends with
-    is on disk before it returns, that of `since` stays: a round asked for again ends with the same bits.
+    With `fresh` it starts with new AdamW moments, as after a refused update. The new state is written before
+    returning and that of `since` is kept, so a repeated round gives the same bits.
     """
     model, settings = site.model(), site.settings
     learner = site.learner(model, since)
@@ -140,10 +140,10 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
 
 
 def evaluate(site: Site, w_global: State, round_: int, since: int) -> dict[str, Any]:
-    """What the site tells of the model of a round on its test fold; by case only to its own disk.
+    """Results of a round's model on the site's test fold; predictions by case stay on its own disk.
 
-    The global model, or with a personal strategy the site's own, made from its state after round `since`,
-    which then stays here as `model.pt`.
+    The model is the global one. With a personal strategy it is the site's own, made from its state after
+    round `since` and kept at the site as `model.pt`.
     """
     model, strategy = site.model(), site.settings.strategy
     model.load_state_dict(w_global)
@@ -165,7 +165,7 @@ def evaluate(site: Site, w_global: State, round_: int, since: int) -> dict[str, 
 
 
 def note_sent(site: Site, kind: str, values: dict[str, Any], weights: int = 0) -> None:
-    """Add a line to the site's own `sent.csv`: what leaves, with the number of bytes of `weights`."""
+    """Add a line to the site's own `sent.csv`: what is sent, with the number of bytes of `weights`."""
     path, now = site.folder / "sent.csv", pd.Timestamp.now("UTC").isoformat(timespec="seconds")
     told = "; ".join(f"{key}={value}" for key, value in values.items())
     row = pd.DataFrame({"at": [now], "what": kind, "weights_bytes": weights, "values": told})

@@ -1,6 +1,6 @@
-"""Flower's SuperLink, which takes commands from this machine only: `python -m ipmn_core.flower.superlink`.
+"""Flower's SuperLink, accepting commands only from this machine: `python -m ipmn_core.flower.superlink`.
 
-Flower 1.41 answers sites, its own command line and its workers at one port, and asks only sites for a key.
+Flower 1.41 serves sites, its own command line and its workers at one port, and only sites need a key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FOR_SITES = "/v1/fleet/"  # these requests need the key of a registered site
 
 def from_here_only(app):
     """ASGI middleware: requests from other machines get 403, except those below `FOR_SITES`."""
-    refusal = PlainTextResponse("only taken from the server's own machine\n", 403)
+    refusal = PlainTextResponse("only accepted from the server's own machine\n", 403)
 
     async def guarded(scope, receive, send):
         away = scope["type"] != "lifespan" and (scope.get("client") or [""])[0] not in HERE

@@ -1,6 +1,6 @@
-"""The paper, audited from its own numbers: what tables 1-3 and the text say of each other, without any data.
+"""An audit of the paper from its own numbers: do tables 1-3 and the text agree?
 
-Every function reads only `paper/*.csv`. Table 2 and the text's AUCs are in percent, all else in fractions.
+Every function reads only `paper/*.csv`. Table 2 and the text's AUCs are in percent, the rest in fractions.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def ledger() -> pd.DataFrame:
 
 
 def text_against_table() -> pd.DataFrame:
-    """Three-class AUC in percent: columns model, modality, text, table (2), difference (text less table)."""
+    """Three-class AUC in percent: columns model, modality, text, table (2), difference (text - table)."""
     stated = pd.read_csv(tables.FOLDER / "text.csv").rename(columns={"auc": "text"})
     printed = tables.paper(2)[["model", "modality", "auc_mean"]].rename(columns={"auc_mean": "table"})
     both = stated.merge(printed, on=["model", "modality"], validate="one_to_one")
@@ -28,16 +28,16 @@ def text_against_table() -> pd.DataFrame:
 
 
 def _in_folds(count: int) -> np.ndarray:
-    """How many of a center's `count` scans are in each fold (4,): StratifiedKFold deals them in turn."""
+    """The number of a center's `count` scans in each fold (4,); StratifiedKFold assigns them in turn."""
     return np.array([len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)])
 
 
 def global_accuracy() -> pd.DataFrame:
-    """Global ACC of table 3 against the mean of the centers', weighted by the scans of table 1.
+    """Global ACC of table 3 against the centers' mean, weighted by the scans of table 1.
 
-    Columns modality, method, printed, from_centers, difference, bound. The difference need not be zero, for
-    folds differ by a case at each center and numbers are rounded; `bound` is the most that this explains,
-    given the printed standard deviations (Cauchy-Schwarz inequality over folds).
+    Columns modality, method, printed, from_centers, difference, bound. The difference need not be zero,
+    because folds differ by one case at each center and numbers are rounded. `bound` is the most that this
+    explains, given the printed standard deviations (Cauchy-Schwarz inequality over folds).
     """
     table3, rows = tables.paper(3), []
     printed = table3[table3["center"] == scores.GLOBAL].set_index(["modality", "method"])["acc_mean"]
@@ -53,17 +53,17 @@ def global_accuracy() -> pd.DataFrame:
 
 
 def _counts() -> pd.DataFrame:
-    """Scans (n) and high-risk scans of table 1 by center and modality, those of all centers last."""
+    """Scans (n) and high-risk scans of table 1 by center and modality, all centers together last."""
     counts = tables.paper(1)[[*CELL, "total", "high_risk"]].rename(columns={"total": "n"})
     pooled = counts.groupby("modality", as_index=False)[["n", "high_risk"]].sum()
     return pd.concat([counts, pooled.assign(center=scores.GLOBAL)], ignore_index=True)
 
 
 def majority_class() -> pd.DataFrame:
-    """ACC of always answering the larger class, beside table 3's, at each center and globally.
+    """ACC of always answering the larger class, next to table 3's ACC, at each center and globally.
 
-    Columns center, modality, n, high_risk, majority (mean over the four folds), one per method, beaten_by:
-    how many methods exceed the majority, all to the 4 decimals printed. The global row answers "not high
+    Columns center, modality, n, high_risk, majority (mean over the four folds), one per method, beaten_by
+    (number of methods above the majority), all to the 4 printed decimals. The global row answers "not high
     risk" everywhere.
     """
     counts, table3 = _counts(), tables.paper(3)
@@ -79,7 +79,7 @@ def majority_class() -> pd.DataFrame:
 def prevalence_auc() -> pd.DataFrame:
     """AUC of scoring each scan by its center's share of high risk in table 1: columns modality, auc.
 
-    Pooled over all scans and with each prevalence known exactly, while the paper pools within a fold.
+    Pooled over all scans, with each prevalence known exactly; the paper pools within a fold.
     """
     rows = []
     for modality, counts in tables.paper(1).groupby("modality"):
@@ -92,8 +92,8 @@ def prevalence_auc() -> pd.DataFrame:
 def intervals() -> pd.DataFrame:
     """95 % intervals of AUC: columns center, method, modality, auc, positives, negatives, low, high.
 
-    Table 3 with table 1's counts, `hanley_mcneil`. A printed AUC is a mean over folds while the counts are of
-    all folds together, and no interval covers the choice of the epoch on the test fold.
+    `hanley_mcneil` on table 3 with table 1's counts. A printed AUC is a mean over folds, while the counts
+    cover all folds together. No interval covers the choice of the epoch on the test fold.
     """
     table = tables.paper(3)[["center", "method", "modality", "auc_mean"]].rename(columns={"auc_mean": "auc"})
     table = table.merge(_counts(), on=CELL, how="left", validate="many_to_one")

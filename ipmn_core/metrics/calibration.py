@@ -1,7 +1,7 @@
-"""Does a predicted probability of the positive class mean what it says, and is it good to act on it?
+"""Calibration of the positive class's predicted probability, and the benefit of acting on it.
 
-Functions of predictions with one epoch per run (see `metrics.select`; ValueError if a run has several). The
-test folds are pooled: each case counts once, forecast by the network that never saw it.
+Functions of predictions with one epoch per run (see `metrics.select`; ValueError if a run has several). Test
+folds are pooled: each case counts once, predicted by the network that never saw it.
 """
 
 import numpy as np
@@ -18,14 +18,14 @@ TREAT_ALL, TREAT_NONE = "treat all", "treat none"
 
 
 def positive(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Which cases are of the last class (binary: positive), (N,) bool, and its probability (N,)."""
+    """Whether each case is of the last class (binary: positive), (N,) bool, and that class's probability."""
     y, prob = scores.y_and_prob(frame)
     high = prob.shape[1] - 1
     return y == high, prob[:, high]
 
 
 def bins(y: np.ndarray, prob: np.ndarray) -> pd.DataFrame:
-    """Mean probability, observed share, cases and positives of each bin that has a case."""
+    """Mean probability, observed share, cases and positives of each bin with cases."""
     # right-closed as in Guo et al. 2017: bin 1 is [0, 1/BINS], bin 2 is (1/BINS, 2/BINS], ...
     number = 1 + np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], prob)
     groups = pd.DataFrame({"bin": number, "predicted": prob, "observed": y.astype(float)}).groupby("bin")
@@ -36,7 +36,7 @@ def reliability(selected: pd.DataFrame) -> pd.DataFrame:
     """Predicted probability of the positive class against its observed share, in bins of equal width.
 
     Columns task, modality, arm, bin (from 1), n, predicted (mean probability), observed (share of positives),
-    low, high (its Wilson 95 % interval). Bins without a case are left out.
+    low, high (its Wilson 95 % interval). Empty bins are left out.
     """
     found = {arm: bins(*positive(rows)) for arm, rows in scores.arms(selected)}
     curve = pd.concat(found, names=ARM).reset_index(ARM).reset_index(drop=True)
@@ -45,13 +45,17 @@ def reliability(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(selected: pd.DataFrame) -> pd.DataFrame:
-    """Calibration and use of every arm at each center and globally.
+    """Calibration and sensitivity of every arm at each center and globally.
 
-    Columns task, modality, arm, center (with "global"), n, positives, brier (mean squared error of the
-    probability; Brier, Mon Weather Rev 1950;78:1), brier_prevalence (that of always answering the share of
-    positives found there), ece (expected calibration error, Guo et al., ICML 2017, Eq. (3), there for the top
-    class; few cases raise it), sensitivity (the highest of a threshold that keeps a specificity of 90 %;
-    chosen on the cases it is reported on, so an upper bound), undefined (why the sensitivity is NaN).
+    Columns task, modality, arm, center (with "global"), n, positives, and
+
+    - brier: mean squared error of the probability (Brier, Mon Weather Rev 1950;78:1)
+    - brier_prevalence: that of always answering the share of positives in these cases
+    - ece: expected calibration error (Guo et al., ICML 2017, Eq. (3), there for the top class); few cases
+      raise it
+    - sensitivity: the highest at a specificity of at least 90 %; an upper bound, because the threshold is
+      chosen on the same cases
+    - undefined: why the sensitivity is NaN
     """
     rows = []
     for arm, frame in scores.arms(selected):
@@ -67,21 +71,21 @@ def table(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sensitivity(y: np.ndarray, prob: np.ndarray) -> float:
-    # a collinear point may be the very one that keeps the specificity: drop none
+    # drop no collinear point: it may be the one that keeps the specificity
     false, true, _ = roc_curve(y, prob, drop_intermediate=False)
-    return true[1 - false >= SPECIFICITY].max()  # in float64, 1/10 <= 1 - 9/10 would be untrue
+    return true[1 - false >= SPECIFICITY].max()  # in float64, 1/10 <= 1 - 9/10 is false
 
 
 def decision_curve(selected: pd.DataFrame, thresholds=np.linspace(0.01, 0.6, 60)) -> pd.DataFrame:  # noqa: B008
-    """Net benefit of acting on every case whose probability of the positive class reaches a threshold.
+    """Net benefit of acting on each case whose probability of the positive class reaches a threshold.
 
     Columns task, modality, arm (also "treat all", "treat none"), threshold, net_benefit: TP/n - FP/n * t /
     (1 - t), in true positives per case (Vickers and Elkin, Med Decis Making 2006;26:565). Raises ValueError
-    if a threshold is not between 0 and 1.
+    for a threshold that is not between 0 and 1.
     """
     t = np.asarray(thresholds, dtype=float)
     if not ((t > 0) & (t < 1)).all():
-        raise ValueError("A threshold is strictly between 0 and 1: its odds weigh the harm.")
+        raise ValueError("A threshold must be strictly between 0 and 1: its odds weigh the harm.")
     curves = {arm: _net_benefit(*positive(rows), t) for arm, rows in scores.arms(selected)}
     for (task, modality), rows in selected.groupby(["task", "modality"], sort=False):
         y, _ = positive(rows.drop_duplicates(["fold", "case_id"]))  # the cases of all arms, each once

@@ -1,8 +1,8 @@
 """The AUC within and between centers, and the tables of the per-center explorer.
 
-An AUC is the share of (positive, negative) pairs in the right order, ties one half. Knowing the centers'
-prevalences alone orders pairs of two centers, but no pair of one. Pairs are counted inside a fold, because
-models of two folds share no scale (van Klaveren et al., BMC Medical Research Methodology 14:5, 2014).
+An AUC is the share of (positive, negative) pairs in the right order; ties count one half. The centers'
+prevalences can order pairs of two centers, but no pair within a center. Pairs are counted within a fold,
+because models of two folds share no scale (van Klaveren et al., BMC Medical Research Methodology 14:5, 2014).
 """
 
 import numpy as np
@@ -15,13 +15,13 @@ from ipmn_core.names import family, is_personal
 
 
 def decompose(selected: pd.DataFrame) -> pd.DataFrame:
-    """AUC of every arm over all pairs, over those of one center and over those of two; one epoch per run.
+    """AUC of every arm over all pairs, pairs within a center and pairs between centers; one epoch per run.
 
     Columns task, modality, arm, pooled, within, between, share_within, pairs, undefined. `share_within` is
-    the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between. Three
-    classes: the mean over classes of each class's value against the rest (`pairs`: their sum); the identity
-    then holds for each class. Of a personal arm, one model per center, only `within` has a meaning. A value
-    that has no pairs is NaN and `undefined` says so. Raises ValueError if a run has several epochs.
+    the share of pairs within a center: pooled = share_within * within + (1 - share_within) * between. With
+    three classes a value is the mean over classes, each against the rest (`pairs`: their sum), and the
+    identity holds for each class. A personal arm has one model per center, so only `within` is meaningful. A
+    value without pairs is NaN, and `undefined` says why. Raises ValueError if a run has several epochs.
     """
     rows = []
     for arm, frame in scores.arms(selected):
@@ -53,12 +53,12 @@ def within_by_center(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuned(selected: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
-    """`selected` with one arm per strategy, in each fold at the value that inner validation chose.
+    """`selected` with one arm per strategy, in each fold with the value that inner validation chose.
 
-    Arms that differ in a value alone (`fedprox_0.1`, `fedprox_0.3`) become one, called as the strategy; the
-    column `chosen` has the arm taken. What counts is the AUC within centers of the `validation` cases at the
-    epoch selected, so that personal arms and others are chosen alike; of equal ones the first. Raises
-    ValueError naming an arm without inner validation.
+    Arms that differ only in a value (`fedprox_0.1`, `fedprox_0.3`) become one arm with the strategy's name;
+    the column `chosen` has the original arm. The criterion is the AUC within centers on the `validation`
+    cases at the selected epoch, which suits personal arms, too; ties go to the first arm. Raises ValueError
+    naming an arm without inner validation.
     """
     families = selected["arm"].map(family)
     several = selected.assign(arm=families, own=selected["arm"]).groupby(ARM)["own"].transform("nunique") > 1
@@ -70,7 +70,7 @@ def tuned(selected: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     for (*of, fold), rows in selected[several].groupby([*ARM[:2], families, "fold"], sort=False):
         arms = rows["arm"].unique()
         if lacking := [arm for arm in arms if (*of[:2], arm, fold) not in within]:
-            raise ValueError(f"{lacking[0]} has no inner validation to choose by: set inner_validation")
+            raise ValueError(f"{lacking[0]} has no inner validation: set inner_validation")
         best = max(arms, key=lambda arm: within[(*of[:2], arm, fold)])
         parts.append(rows[rows["arm"] == best].assign(arm=of[2], chosen=best))
     return pd.concat(parts, ignore_index=True)
@@ -80,7 +80,7 @@ def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
     """ACC and AUC of each strategy of `tuned`, over folds, and its AUC within centers.
 
     Columns modality, arm, chosen (the values, fold by fold), acc_mean, acc_std, auc_mean, auc_std, within.
-    Of a personal arm the AUC over all centers is NaN: its models share no scale.
+    A personal arm has no global AUC (NaN), because its models share no scale.
     """
     table = scores.over_folds(scores.by_fold(tuned.drop(columns="chosen")))
     table = table[table["center"] == GLOBAL].merge(decompose(tuned.drop(columns="chosen"))[[*ARM, "within"]])
@@ -94,12 +94,12 @@ def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
 
 
 def unseen(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Every arm at each center left out of its training (`fold_rule: leave_one_center_out`), binary task.
+    """Every arm at each center that its training left out (`fold_rule: leave_one_center_out`), binary task.
 
     Columns task, modality, arm, center, n, positives, acc and auc with limits (`inference.intervals`; global:
-    the mean AUC of the centers), auc_best_test, gained, undefined. The epoch is chosen on inner `validation`,
-    or the last where that is empty. Departs from the authors' newer code, which chooses it on the left-out
-    center: `auc_best_test` is what it would print, `gained` the difference.
+    the mean AUC of the centers), auc_best_test, gained, undefined. The epoch is chosen on inner `validation`;
+    without it, the last epoch is used. Departs from the authors' newer code, which chooses the epoch on the
+    left-out center: `auc_best_test` is what that code would print, `gained` the difference.
     """
     binary = predictions[predictions["task"] == "binary"]
     rule = "last" if validation is None or validation.empty else "best_inner"
@@ -115,8 +115,8 @@ def cross_site(cross: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """AUC of each center's own model at each center, and of the common models trained here, last epoch.
 
     Columns modality, arm, trained_at (a center; "global" for a common model), center (tested at), n,
-    positives, auc (over pairs of a fold and center, as `within_by_center`), pairs, over_own: AUC less that of
-    the tested center's own model; undefined. `cross` is `runs.cross`, `predictions` has all epochs.
+    positives, auc (over pairs of a fold and center, as `within_by_center`), pairs, over_own (AUC minus that
+    of the tested center's own model), undefined. `cross` is `runs.cross`; `predictions` has all epochs.
     """
     last = scores.select(predictions[predictions["epoch"] != scores.AS_GIVEN], "last")
     common = within_by_center(last[~last["arm"].map(is_personal)]).assign(trained_at=GLOBAL)
@@ -133,7 +133,7 @@ def cross_site(cross: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _count(frame: pd.DataFrame, keys: list[str]) -> np.ndarray:
-    """(2, K): pairs in the right order, and all pairs, of each class against the rest in groups by `keys`."""
+    """(2, K): pairs in the right order, and all pairs, of each class against the rest; grouped by `keys`."""
     y, prob = y_and_prob(frame)
     counts = []
     for k in scores.scored_classes(prob):
@@ -153,7 +153,7 @@ def _absent(frame: pd.DataFrame) -> str:
 
 
 def by_rules(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`metrics.select` by every rule, with a column `rule`; no "best_inner" without `validation`."""
+    """`metrics.select` for every rule, with a column `rule`; no "best_inner" without `validation`."""
     inner = validation is not None and not validation.empty
     rules = [rule for rule in RULES if rule != "best_inner" or inner]
     chosen = [scores.select(predictions, rule, validation).assign(rule=rule) for rule in rules]
@@ -161,7 +161,7 @@ def by_rules(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) 
 
 
 def summary(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """`inference.intervals` of each rule of `by_rules`, accuracy and AUC one below the other.
+    """`inference.intervals` of each rule of `by_rules`, one row per metric.
 
     Columns task, modality, arm, rule, center, metric ("acc", "auc"), mean, low, high, undefined.
     """
@@ -176,7 +176,7 @@ def summary(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> p
 
 
 def at(selected: pd.DataFrame, center: str) -> pd.DataFrame:
-    """The rows of one center, or all for "global"."""
+    """The rows of one center, or all rows for "global"."""
     return selected if center == GLOBAL else selected[selected["center"] == center]
 
 

@@ -1,4 +1,4 @@
-"""How much the centers of a federation differ: drift and direction of their updates, gain of each center."""
+"""How the centers of a federation differ: drift and direction of their updates, gain of each center."""
 
 from itertools import product
 
@@ -9,22 +9,22 @@ from ipmn_core.metrics import inference, scores
 from ipmn_core.names import is_personal
 
 ROUND = ["modality", "arm", "fold", "round"]
-OTHERS = ("centralized", "local_only")  # ways to train that are not federated
+OTHERS = ("centralized", "local_only")  # arms that are not federated
 
 
 def drift(updates: pd.DataFrame) -> pd.DataFrame:
     """Client drift ||w_k - w_t||: columns modality, arm, fold, round, client, distance.
 
-    From `runs.updates`, inner products of the clients' updates. FedProx penalizes this distance, Eq. (3).
+    From `runs.updates`, the inner products of the clients' updates. FedProx penalizes this distance, Eq. (3).
     """
     own = updates[updates["client"] == updates["other"]]
     return own[[*ROUND, "client"]].assign(distance=np.sqrt(own["inner_product"])).reset_index(drop=True)
 
 
 def cosines(updates: pd.DataFrame) -> pd.DataFrame:
-    """Cosine between the updates of two clients, mean over rounds and folds: do they pull the same way?
+    """Cosine between the updates of two clients, mean over rounds and folds; 1 is the same direction.
 
-    Columns modality, arm, client, other, cosine, clients in the order of the centers; NaN where a client did
+    Columns modality, arm, client, other, cosine; clients in the order of the centers. NaN where a client did
     not move.
     """
     length = drift(updates).set_index([*ROUND, "client"])["distance"]
@@ -40,12 +40,12 @@ def cosines(updates: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(selected: pd.DataFrame) -> pd.DataFrame:
-    """What each center gains by each federated arm over `OTHERS`, if trained: differences of its AUC.
+    """AUC that each center gains with each federated arm over the trained arms of `OTHERS`.
 
-    Columns modality, arm, over, center, n, positives, difference, low, high, undefined: AUC of the arm less
-    that of `over`, binary task, scores pooled over folds, with DeLong's paired 95 % interval. Weights from
-    elsewhere are left out: how they were trained is not known. Raises ValueError if a run has several epochs
-    or two arms were not tested on the same cases.
+    Columns modality, arm, over, center, n, positives, difference, low, high, undefined. `difference` is the
+    AUC of the arm minus that of `over`, binary task, scores pooled over folds, with DeLong's paired 95 %
+    interval. Weights from elsewhere are left out, because their training is unknown. Raises ValueError if a
+    run has several epochs or two arms were not tested on the same cases.
     """
     rows = []
     mine = selected[(selected["task"] == "binary") & (selected["epoch"] != scores.AS_GIVEN)]

@@ -1,7 +1,7 @@
-"""Intervals for AUC and accuracy, tests between arms.
+"""Intervals for AUC and accuracy, and tests between arms.
 
-All of it takes the trained models and the selected epoch as given: it says how much other test cases would
-move a number. What choosing the epoch on the test fold adds is `metrics.optimism`.
+They take the trained models and the selected epoch as given and say how much other test cases would change a
+number. `metrics.optimism` measures what choosing the epoch on the test fold adds.
 """
 
 from functools import lru_cache
@@ -16,28 +16,29 @@ from ipmn_core.metrics import scores
 from ipmn_core.metrics.scores import ARM, GLOBAL, ordered, y_and_prob
 from ipmn_core.names import fusion
 
-STRATUM = ["center", "y_true"]  # what the cases of one bootstrap stratum share
-Z = norm.ppf(0.975)  # intervals are of 95 %
+STRATUM = ["center", "y_true"]  # columns that define a bootstrap stratum
+Z = norm.ppf(0.975)  # for 95 % intervals
 
 
 def hanley_mcneil(auc, n_pos, n_neg) -> tuple[np.ndarray, np.ndarray]:
-    """95 % limits, cut to [0, 1], of AUCs of which only the numbers of positives and negatives are known.
+    """95 % limits of AUCs, from the AUC and the numbers of positives and negatives; cut to [0, 1].
 
     Hanley and McNeil 1982, Radiology 143:29-36: the variance is that of negative exponential scores. Arrays
-    broadcast. NaN where a class is absent; a point at 0 or 1.
+    broadcast. NaN where a class is absent; at an AUC of 0 or 1 both limits equal it.
     """
     auc, n_pos, n_neg = (np.asarray(value, dtype=float) for value in (auc, n_pos, n_neg))
     n_pairs = np.where(n_pos * n_neg > 0, n_pos * n_neg, np.nan)
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (n_pos - 1) * (q1 - auc**2) + (n_neg - 1) * (q2 - auc**2)
-    half = Z * np.sqrt(np.maximum(variance, 0) / n_pairs)  # rounding goes below zero
+    half = Z * np.sqrt(np.maximum(variance, 0) / n_pairs)  # rounding may give less than zero
     return np.clip(auc - half, 0, 1), np.clip(auc + half, 0, 1)
 
 
 def delong(right: np.ndarray) -> tuple[float, float]:
-    """AUC of one score and its standard error from `scores.ordered`; of two, if theirs are subtracted.
+    """AUC and standard error of one score, from `scores.ordered`; for two scores, from their difference.
 
-    DeLong et al. 1988, Biometrics 44:837-845. NaN: both where a class has no case, the error where one case.
+    DeLong et al. 1988, Biometrics 44:837-845. The error is NaN if a class has fewer than two cases, the AUC
+    if a class has none.
     """
     n_pos, n_neg = right.shape
     auc = right.mean() if right.size else np.nan
@@ -50,21 +51,21 @@ def delong(right: np.ndarray) -> tuple[float, float]:
 def auc_interval(y, score) -> tuple[float, float, float]:
     """AUC of one score (N,) for labels 0/1 (N,) and its DeLong 95 % limits, cut to [0, 1] as pROC does.
 
-    A perfect AUC has DeLong variance zero, so [1, 1]: a limit of the method, not certainty.
+    A perfect AUC has variance zero and so the limits [1, 1]: a limitation of the method, not certainty.
     """
     auc, error = delong(ordered(np.asarray(y) == 1, score))
     return tuple(np.clip([auc, auc - Z * error, auc + Z * error], 0, 1).tolist())
 
 
 def _over_error(value: float, error: float) -> float:
-    """Value over its standard error: 0 for 0 / 0, infinite for another value without error, no warning."""
+    """Value over its standard error: 0 for 0 / 0, infinite for any other value without error."""
     return value / error if error else (np.copysign(np.inf, value) if value else 0.0)
 
 
 def delong_test(y, a, b) -> tuple[float, float, float, float, float]:
-    """Difference of the AUCs of scores a and b (N,) of the same cases, 95 % limits, z and two-sided p.
+    """AUC of score a minus AUC of score b (N,) on the same cases, 95 % limits, z and two-sided p.
 
-    Paired test of DeLong et al. 1988, as pROC's `roc.test`. NaN where a class has fewer than two cases.
+    Paired test of DeLong et al. 1988, as pROC's `roc.test`. NaN if a class has fewer than two cases.
     """
     positive = np.asarray(y) == 1
     difference, error = delong(ordered(positive, a) - ordered(positive, b))
@@ -76,8 +77,8 @@ def delong_test(y, a, b) -> tuple[float, float, float, float, float]:
 def corrected_t(differences, test_over_train: float) -> tuple[float, float]:
     """Corrected resampled t and its two-sided p for J differences, one per fold; J - 1 degrees of freedom.
 
-    Nadeau and Bengio 2003, Machine Learning 52:239-281: the variance factor 1/J becomes 1/J + n_test/n_train,
-    because training sets overlap. NaN for fewer than two folds; without variance t is 0 or infinite.
+    Nadeau and Bengio 2003, Machine Learning 52:239-281: the variance factor is 1/J + n_test/n_train instead
+    of 1/J, because training sets overlap. NaN for fewer than two folds; without variance t is 0 or infinite.
     """
     differences = np.asarray(differences, dtype=float)
     n = len(differences)
@@ -92,9 +93,9 @@ def corrected_t(differences, test_over_train: float) -> tuple[float, float]:
 def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """AUC, mean over folds, of each bootstrap resample (n_resamples,) of one arm's test cases.
 
-    `rows` have one epoch per run. Cases are drawn with replacement within center x label, over the folds; a
-    fold without every class is left out of the mean, as in `metrics.over_folds`; NaN if no fold has every
-    class. Arms with the same cases and seed get the same resamples.
+    `rows` have one epoch per run. Cases are drawn with replacement within center x label, over all folds. The
+    mean leaves out folds in which a class is absent, as `metrics.over_folds` does; NaN if none is left. Arms
+    with the same cases and seed get the same resamples.
     """
     rows = rows.sort_values("case_id", kind="stable")
     y, prob = y_and_prob(rows)
@@ -104,7 +105,7 @@ def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     return np.nansum(folds, axis=0) / np.where(defined, defined, np.nan)
 
 
-@lru_cache(maxsize=64)  # arms and rules at one center share their draws
+@lru_cache(maxsize=64)  # arms and rules share the draws at a center
 def _drawn(strata: tuple[int, ...], n_resamples: int, seed: int) -> np.ndarray:
     """How often each case is drawn in each resample, within its stratum: (n_resamples, N)."""
     rng, weights = np.random.default_rng(seed), np.empty((n_resamples, len(strata)), np.float32)
@@ -116,12 +117,12 @@ def _drawn(strata: tuple[int, ...], n_resamples: int, seed: int) -> np.ndarray:
 
 
 def bootstrap_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Limits of the mean over folds of the AUC of one arm: percentiles 2.5 and 97.5 of `resampled_auc`.
+    """Limits of one arm's AUC, mean over folds: percentiles 2.5 and 97.5 of `resampled_auc`.
 
     Efron and Tibshirani 1993, chapter 13. Coverage in 2,000 simulated cohorts
     (tests/metrics/proc/coverage.py) with the paper's T2 counts: global 92.6 %, NYU 93.6 %, AHN 91.3 %, each
-    ± 0.6 % (standard error); with at most 5 cases per center and label 93.1 %, 89.6 %, 76.2 %: too narrow.
-    NaN where no AUC is defined or every stratum is one case: nothing to resample.
+    ± 0.6 % (standard error). With at most 5 cases per center and label: 93.1 %, 89.6 %, 76.2 %, so intervals
+    of small centers are too narrow. NaN if no AUC is defined, or if every stratum has one case.
     """
     aucs = resampled_auc(rows, n_resamples, seed)
     aucs = aucs[~np.isnan(aucs)]
@@ -132,7 +133,7 @@ def bootstrap_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
 
 
 def no_delong(y: np.ndarray, n_classes: int) -> str:
-    """Why labels y (N,) give no DeLong interval or test although each class has a case; "" if they do."""
+    """Why labels y (N,) with a case of each class give no DeLong interval or test; "" if they do."""
     if n_classes > 2:
         return "DeLong is for two classes"
     return "DeLong needs two cases of each class" if 1 in np.bincount(y) else ""
@@ -141,10 +142,14 @@ def no_delong(y: np.ndarray, n_classes: int) -> str:
 def intervals(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """AUC and accuracy of every arm at each center and globally, each with its 95 % interval.
 
-    Columns task, modality, arm, center, n, positives (of the highest class); auc, auc_low, auc_high: mean
-    over folds, `bootstrap_auc`; pooled_auc, pooled_low, pooled_high: scores of all folds together, binary
-    task, DeLong (the models of the folds need not share a scale); acc, acc_low, acc_high: all cases together,
-    Wilson (J. Am. Stat. Assoc. 1927;22:209); undefined: why a number is NaN or which folds it leaves out.
+    Columns task, modality, arm, center, n, positives (of the highest class), and
+
+    - auc, auc_low, auc_high: mean over folds, `bootstrap_auc`
+    - pooled_auc, pooled_low, pooled_high: scores of all folds together, binary task, DeLong (the folds'
+      models need not share a scale)
+    - acc, acc_low, acc_high: all cases together, Wilson (J. Am. Stat. Assoc. 1927;22:209)
+    - undefined: why a number is NaN or which folds it leaves out
+
     Raises ValueError if a run has several epochs.
     """
     means = scores.over_folds(scores.by_fold(selected)).set_index([*ARM, "center"])
@@ -169,9 +174,9 @@ def intervals(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
 
 
 def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Rows of two arms side by side, one per case: fold, center, case_id, y_true, prob_1, prob_1_reference.
+    """One row per case of two arms: fold, center, case_id, y_true, prob_1, prob_1_reference.
 
-    Raises ValueError naming the first case that only one arm was tested on.
+    Raises ValueError naming the first case on which only one arm was tested.
     """
     keys = ["fold", "case_id", "center", "y_true"]
     how = {"how": "outer", "suffixes": ("", "_reference"), "indicator": True, "validate": "one_to_one"}
@@ -182,7 +187,7 @@ def paired(arm: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
         tested = (arm if case["_merge"] == "left_only" else reference)["arm"].iloc[0]
         raise ValueError(
             f"Case {case['case_id']} of {task}/{modality} (fold {case['fold']}, label {case['y_true']}) was "
-            f"tested by {tested} alone: arms are compared case by case, so repeat one of them with the "
+            f"tested only by {tested}: arms are compared case by case, so repeat one of them with the "
             "cohort and folds of the other."
         )
     return pairs
@@ -199,13 +204,13 @@ def not_paired(arm: pd.DataFrame, reference: pd.DataFrame) -> str:
 def compare_modalities(
     selected: pd.DataFrame, scans: pd.DataFrame, reference: str, inner_validation: float = 0.0
 ) -> pd.DataFrame:
-    """Every modality against the modality `reference`, paired by patient: `compare_arms` of modalities.
+    """Every modality against the modality `reference`, paired by patient, as `compare_arms` compares arms.
 
-    `scans` are those of a paired cohort. Columns as there, `modality` before `reference` and `arm` what both
-    share. Raises ValueError as `paired`.
+    `scans` are those of a paired cohort. Columns as in `compare_arms`, with `modality` and `arm` exchanged.
+    Raises ValueError as `paired`.
     """
     patients = scans.set_index(["modality", "case_id"])["patient_id"]
-    of = [fusion(modality)[0][-1] for modality in selected["modality"]]  # whose case a fused row is named by
+    of = [fusion(modality)[0][-1] for modality in selected["modality"]]  # a fused row has the last one's case
     keys = pd.MultiIndex.from_arrays([of, selected["case_id"]])
     exchanged = {"arm": "modality", "modality": "arm"}
     rows = selected.assign(case_id=patients.loc[keys].to_numpy()).rename(columns=exchanged)
@@ -217,13 +222,17 @@ def compare_arms(
 ) -> pd.DataFrame:
     """Every arm against `reference`, paired by case, globally; tasks without the reference are left out.
 
-    Columns task, modality, arm, reference; difference, low, high, z, p_delong: arm minus reference, pooled
-    scores, `delong_test` (two classes only); fold_difference, t, p_corrected: mean over folds and
-    `corrected_t`, n_test/n_train = 1/(folds - 1), or more where a share `inner_validation` of each training
-    fold was held out; p_delong_holm, p_corrected_holm: Holm over all rows of this table; undefined as in
-    `intervals`, or `not_paired`. Raises ValueError as `paired`, and if a run has several epochs.
+    Columns task, modality, arm, reference, and
+
+    - difference, low, high, z, p_delong: arm minus reference, pooled scores, `delong_test` (two classes only)
+    - fold_difference, t, p_corrected: mean over folds and `corrected_t` with n_test/n_train = 1/(folds - 1),
+      or more if a share `inner_validation` of each training fold was held out
+    - p_delong_holm, p_corrected_holm: Holm over all rows of this table
+    - undefined: as in `intervals`, or `not_paired`
+
+    Raises ValueError as `paired`, and if a run has several epochs.
     """
-    # as if all were one center: the numbers of the others are not needed
+    # only the global numbers are needed, so all cases form one center
     by_fold = scores.by_fold(selected.assign(center=GLOBAL))
     folds = {arm: rows.set_index("fold", drop=False) for arm, rows in by_fold.groupby(ARM)}
     rows = []

@@ -1,6 +1,6 @@
 """Accuracy and AUC of predictions, by epoch, center and fold.
 
-Every function is a pure function of the predictions: one row per test case and epoch (round), columns
+Pure functions of the predictions: one row per test case and epoch (round), columns
 `case_id, center, modality, task, arm, fold, seed, epoch, y_true, prob_0 ... prob_{K-1}`.
 """
 
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-ARM = ["task", "modality", "arm"]  # what the folds of one arm share
-RUN = [*ARM, "fold"]  # what identifies one run
+ARM = ["task", "modality", "arm"]  # columns that identify an arm
+RUN = [*ARM, "fold"]  # columns that identify a run
 GLOBAL = "global"  # the paper's name for all centers together
 COLUMNS = ["case_id", "center", "modality", "task", "arm", "fold", "seed", "epoch", "y_true"]
-AS_GIVEN = 0  # the epoch of weights from elsewhere: none was chosen here
+AS_GIVEN = 0  # the epoch number of weights from elsewhere
 REPEAT = "delete the run's folder and repeat the run, or restore the file"
 RULES = {
     "best_test": "best on the test fold (paper)",
@@ -27,7 +27,7 @@ class PredictionsError(ValueError):
 
 
 def none() -> pd.DataFrame:
-    """Predictions without a row."""
+    """An empty table of predictions."""
     number = {"fold": int, "seed": int, "epoch": int, "y_true": int, "prob_0": float, "prob_1": float}
     return pd.DataFrame(columns=list(dict.fromkeys([*COLUMNS, *number])), dtype=str).astype(number)
 
@@ -67,7 +67,7 @@ def check(predictions: pd.DataFrame, not_tested=(), source: str = "the predictio
 
 
 def _name(run) -> str:
-    """A run as its folder is called."""
+    """The folder name of a run."""
     task, modality, arm, fold = run
     return f"{task}/{modality}/{arm}/fold{fold}"
 
@@ -79,8 +79,8 @@ def _case(row: pd.Series) -> str:
 def y_and_prob(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Labels (N,) and class probabilities (N, K) of rows of one task.
 
-    K counts the `prob_*` columns that hold any value. Raises ValueError if rows of two tasks are mixed or a
-    probability is not finite.
+    K counts the `prob_*` columns that are not empty. Raises ValueError if tasks are mixed or a probability is
+    not finite.
     """
     if frame["task"].nunique() > 1:
         raise ValueError(f"Rows of several tasks {sorted(set(frame['task']))}: pass the rows of one task.")
@@ -113,30 +113,31 @@ def places(rows: pd.DataFrame):
 
 
 def accuracy(y, prob) -> float:
-    """Share of cases whose most probable class (N, K) is their label (N,); a tie goes to the lower class."""
+    """Share of cases whose most probable class (N, K) is their label (N,); ties go to the lower class."""
     return float(np.mean(np.argmax(prob, axis=1) == y))
 
 
 def ordered(positive, score) -> np.ndarray:
-    """Is the positive above the negative? 1, for ties 1/2, else 0, for every pair: (n_pos, n_neg)."""
+    """For each pair, 1 if the positive scores above the negative, 1/2 if equal, else 0: (n_pos, n_neg)."""
     positive, score = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
     return (np.sign(np.subtract.outer(score[positive], score[~positive])) + 1) / 2
 
 
 def scored_classes(prob: np.ndarray) -> list[int]:
-    """Classes whose AUCs against the rest are averaged: the second of two, else all."""
+    """Classes whose AUCs against the rest are averaged: all, or the second of two."""
     return [1] if prob.shape[1] == 2 else list(range(prob.shape[1]))
 
 
 def auc(y, prob) -> float:
-    """Area under the ROC curve for labels (N,) and probabilities (N, K): of class 1 for K = 2, else macro
-    one-vs-rest. NaN where a class has no case.
+    """Area under the ROC curve for labels (N,) and probabilities (N, K).
+
+    Of class 1 for K = 2, else macro one-vs-rest. NaN if a class has no case.
     """
     return float(weighted_auc(np.asarray(y), np.asarray(prob), np.ones((1, len(y))))[0])
 
 
 def weighted_auc(y, prob, weights) -> np.ndarray:
-    """`auc` (B,) of B resamples given as weights (B, N): how often each case is drawn."""
+    """`auc` (B,) of B resamples given as weights (B, N), the number of times each case is drawn."""
     aucs = []
     for k in scored_classes(prob):
         pos, neg = weights[:, y == k], weights[:, y != k]
@@ -160,7 +161,7 @@ def per_epoch(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_epoch(epochs: Iterable[tuple[int, float, float]]) -> int:
-    """The epoch that the released code keeps, of (epoch, ACC, AUC) in order: that of the highest AUC.
+    """The epoch that the released code keeps, of (epoch, ACC, AUC) in order: the one with the highest AUC.
 
     Of equal AUCs the later, if no epoch before it has a higher ACC; the last epoch if no AUC is defined.
     """
@@ -178,11 +179,11 @@ def select(
     """Predictions of one epoch per run, chosen by `rule`.
 
     "best_test" is the paper's rule: the epoch (round) with the highest global AUC on the test fold
-    (`best_epoch`). It is optimistic: it reports on the cases that choose.
-    The paper's text does not name the set (see the ledger), its released code uses the test fold.
-    Departs from the paper: "best_inner" takes that AUC from `validation`, predictions of cases held out of
-    the training fold; "last" is the last epoch. Weights from elsewhere have one epoch, AS_GIVEN. Raises
-    ValueError for another rule, and for "best_inner" naming a run that has no inner validation.
+    (`best_epoch`). The paper's text does not name the set; its released code uses the test fold. The rule is
+    optimistic, because the same cases choose the epoch and give the result. Departs from the paper:
+    "best_inner" takes the AUC from `validation`, predictions of cases held out of the training fold; "last"
+    is the last epoch. Weights from elsewhere have one epoch, AS_GIVEN. Raises ValueError for another rule,
+    and for "best_inner" if a run has no inner validation.
     """
     if rule not in RULES:
         raise ValueError(f"Unknown selection rule {rule!r}: choose one of {', '.join(RULES)}.")
@@ -206,14 +207,14 @@ def select(
 def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and AUC of every run at each center and globally, from one epoch per run (see `select`).
 
-    Columns task, modality, arm, fold, center, n, positives, acc, auc, undefined: `positives` counts the
-    last class (binary: the positive one), `center` includes "global", AUC is NaN where a class is absent and
-    `undefined` then names the class. Raises ValueError if a run has several epochs.
+    Columns task, modality, arm, fold, center, n, positives, acc, auc, undefined. `positives` counts the last
+    class (binary: the positive one); `center` includes "global". The AUC is NaN if a class is absent;
+    `undefined` names that class. Raises ValueError if a run has several epochs.
     """
     rows = []
     for arm, frame in arms(selected):
         for fold, tested in frame.groupby("fold", sort=False):
-            # the paper's global ACC, centers weighted by their test images, is the pooled accuracy
+            # the paper's global ACC weights centers by their test images: the pooled accuracy
             for center, part in places(tested):
                 y, prob = y_and_prob(part)
                 n, n_classes = prob.shape
@@ -223,7 +224,7 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
 
 
 def absent_classes(y, n_classes: int) -> str:
-    """Why labels (N,) have no AUC, for a reader: "no positive case"; "" if every class has a case."""
+    """Why labels (N,) have no AUC, such as "no positive case"; "" if every class has a case."""
     names = (
         ("negative case", "positive case")
         if n_classes == 2
@@ -238,8 +239,8 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
 
     Columns task, modality, arm, center, acc_mean, acc_std, auc_mean, auc_std, folds, auc_folds, undefined.
     Standard deviations divide by the number of folds (ddof = 0): only this gives the paper's AHN
-    0.8750 +/- 0.1250 over 4 folds of 4 cases. A fold with an undefined AUC is left out of the AUC:
-    `auc_folds` counts the others, `undefined` says which and why.
+    0.8750 +/- 0.1250 over 4 folds of 4 cases. The AUC leaves out folds in which it is undefined: `auc_folds`
+    counts the others, `undefined` says which and why.
     """
     groups = folds.groupby([*ARM, "center"], sort=False)
     mean, std = groups[["acc", "auc"]].mean(), groups[["acc", "auc"]].std(ddof=0)
@@ -256,11 +257,11 @@ def in_folds(rows: pd.DataFrame) -> str:
 
 
 def optimism(predictions: pd.DataFrame, validation: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Global AUC, mean over folds, at the epoch chosen by each of the RULES: what choosing on the test adds.
+    """Global AUC, mean over folds, at the epoch that each of the RULES chooses.
 
     Columns task, modality, arm, epochs (to choose from), best_test, best_inner, last, peak_minus_inner,
-    peak_minus_last, undefined. Without an inner validation split `best_inner` is NaN and `undefined` says so,
-    as all are of weights from elsewhere. Departs from the paper, which reports the first alone.
+    peak_minus_last, undefined. `best_inner` is NaN without an inner validation split; all AUCs are NaN for
+    weights from elsewhere. Departs from the paper, which reports only best_test.
     """
     inner, groups = validation is not None and len(validation), predictions.groupby(ARM, sort=False)
     table = pd.DataFrame({"epochs": groups["epoch"].nunique()})

@@ -1,4 +1,4 @@
-"""Tables 1-3 of the paper as CSV, Markdown and LaTeX, each also beside the paper's numbers."""
+"""Tables 1-3 of the paper as CSV, Markdown and LaTeX, with and without the paper's numbers."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -18,7 +18,7 @@ PAPER = "_paper"  # suffix of the paper's columns
 
 
 def paper(n: int) -> pd.DataFrame:
-    """The paper's table `n` (1, 2 or 3): counts, percent, fractions, columns as `table1` to `table3` have."""
+    """The paper's table `n` (1: counts, 2: percent, 3: fractions), with the columns of our table."""
     return pd.read_csv(FOLDER / f"table{n}.csv")
 
 
@@ -26,7 +26,7 @@ table1 = data.table1
 
 
 def complexity(counted: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
-    """MACs (10^9) and parameters (10^6) of each model as printed, ours and the paper's."""
+    """MACs (10^9) and parameters (10^6) of each model as printed text, ours and the paper's."""
     theirs = paper(2).groupby("model").first()
     printed = pd.DataFrame({"Model": [display_name(name) for name in counted]})
     for i, (column, heading) in enumerate(COMPLEXITY.items()):
@@ -39,8 +39,8 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
     """The benchmark of all classes in percent, rounded to 2 decimals, in the paper's row order.
 
     Columns model, macs_g, params_m, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
-    `metrics.over_folds` (its global multiclass rows count); `complexity` gives each model's MACs (10^9) and
-    parameters (10^6). Raises KeyError naming a model without them.
+    `metrics.over_folds` (only its global multiclass rows are used). `complexity` gives each model's MACs
+    (10^9) and parameters (10^6). Raises KeyError naming a model without them.
     """
     rows = summary[(summary["task"] == "multiclass") & (summary["center"] == "global")]
     table = rows.rename(columns={"arm": "model"}).assign(
@@ -54,9 +54,9 @@ def table2(summary: pd.DataFrame, complexity: Mapping[str, tuple[float, float]])
 def table3(summary: pd.DataFrame) -> pd.DataFrame:
     """The binary task by center and globally, in fractions of 4 decimals, in the paper's row order.
 
-    Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std; `summary` comes from
-    `metrics.over_folds` (its binary rows count). `local_only`, no method of the paper, is left out; of
-    another personal arm the global AUC is NaN: its models share no scale.
+    Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
+    `metrics.over_folds` (only its binary rows are used). `local_only` is left out, because the paper lacks
+    it. Other personal arms have no global AUC (NaN), because their models share no scale.
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
@@ -66,14 +66,14 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
-    """Keys of the paper's table `n` in its order, then those that only `table` has."""
+    """Keys of the paper's table `n` in its order, then the other keys of `table`."""
     return paper(n).set_index(KEYS[n]).index.union(table.set_index(KEYS[n]).index, sort=False)
 
 
 def _in_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The same rows, key by key: the paper's names in its order, then others as they appear.
+    """The rows of `table` sorted by its keys: the paper's names in its order, then others as they appear.
 
-    Centers, if some are not the paper's, as they appear, "global" last.
+    If some centers are not the paper's, all centers stay as they appear, with "global" last.
     """
     for key in reversed(KEYS[n]):
         theirs, ours = (list(dict.fromkeys(one[key])) for one in (paper(n), table))
@@ -85,9 +85,9 @@ def _in_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
-    """Table `n` with the paper's numbers in columns of suffix `_paper`.
+    """Table `n` with the paper's numbers in columns with the suffix `_paper`.
 
-    A row that one side lacks is NaN there. Rows keep the paper's order; those only in `table` come last.
+    A row that one side lacks is NaN there. Rows keep the paper's order; rows only in `table` come last.
     """
     ours, theirs, order = table.set_index(KEYS[n]), paper(n).set_index(KEYS[n]), _order(table, n)
     both = ours.reindex(order).join(theirs[list(ours)].reindex(order).add_suffix(PAPER)).reset_index()
@@ -95,10 +95,10 @@ def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def as_printed(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 1, 2 or 3 for a reader: all strings, one row per center, model, or center and method.
+    """Table 1, 2 or 3 as text, with one row per center, model, or center and method.
 
     Modalities are side by side; "58.69 ± 4.28" is mean ± standard deviation; an undefined number is "n/a".
-    With the paper's columns (see `beside_paper`) each cell is followed by the paper's.
+    With the paper's columns (see `beside_paper`) the paper's cell follows each cell.
     """
     keys = [key for key in ("center", "model", "method") if key in table]
     sides = ["", PAPER] if any(name.endswith(PAPER) for name in table) else [""]
@@ -125,7 +125,7 @@ def as_printed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fixed(numbers: pd.Series, digits: int) -> pd.Series:
-    """Numbers as text with so many decimals, "n/a" for NaN."""
+    """Numbers as text with `digits` decimals, "n/a" for NaN."""
     return numbers.map(lambda number: UNDEFINED if pd.isna(number) else f"{number:.{digits}f}")
 
 
@@ -136,9 +136,9 @@ def _mean_std(rows: pd.DataFrame, metric: str, side: str, digits: int) -> pd.Ser
 
 
 def write(table: pd.DataFrame, n: int, folder, is_paper: bool) -> pd.DataFrame:
-    """Write table `n`, and for the paper's cohort also `table<n>_beside_paper`; return the last as printed.
+    """Write table `n`, and for the paper's cohort also `table<n>_beside_paper`; return the last as text.
 
-    Each as .csv (machine columns), .md and .tex (as printed); an undefined number is "n/a" in all three.
+    Each as .csv (machine columns), .md and .tex (as text); an undefined number is "n/a" in all three.
     """
     if is_paper:
         _write(table, f"table{n}", folder)
@@ -150,7 +150,7 @@ def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
     printed = as_printed(table)
     texts = {
         "csv": table.to_csv(index=False, na_rep=UNDEFINED),
-        # numbers are strings already: without disable_numparse 1.30 becomes 1.3
+        # numbers are strings: without disable_numparse 1.30 becomes 1.3
         "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
         "tex": _latex(printed),
     }
@@ -162,7 +162,7 @@ def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
 
 
 def save(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
-    """Write a table as `<stem>.csv`, an undefined number as "n/a", and return it."""
+    """Write a table as `<stem>.csv`, with "n/a" for undefined numbers, and return it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with disk.atomic(Path(folder) / f"{stem}.csv") as tmp:
         table.to_csv(tmp, index=False, na_rep=UNDEFINED)
@@ -170,7 +170,7 @@ def save(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
 
 
 def _latex(printed: pd.DataFrame) -> str:
-    """A booktabs tabular in plain ASCII, for any pdflatex."""
+    """A booktabs tabular in plain ASCII, which any pdflatex accepts."""
     n_names = printed.columns.isin(["Center", "Model", "Method"]).sum()
     layout = "l" * n_names + "r" * (printed.shape[1] - n_names)
     style = printed.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)

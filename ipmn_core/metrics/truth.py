@@ -1,4 +1,4 @@
-"""Against the truth, which only the phantom has: the oracle and a guideline's rule as arms among others."""
+"""Compare arms with the truth, which only the phantom has: the oracle and a guideline's rule as arms."""
 
 import numpy as np
 import pandas as pd
@@ -11,11 +11,12 @@ CHANCE = 0.5
 
 
 def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
-    """The arms `oracle` and `guideline`, predictions of the same test cases in the same folds.
+    """The arms `oracle` and `guideline`: predictions for the same test cases in the same folds.
 
-    The oracle answers with each patient's true class probabilities, the guideline for the positive classes
-    (binary task) with its class 0, 1, 2, as 0, 1/2, 1. `truth` has one row per patient (`data.read_truth`).
-    Empty unless it is of the cohort's classes: real data have none. Raises ValueError naming cases it lacks.
+    The oracle predicts each patient's true class probabilities. The guideline predicts the binary task, with
+    0, 1/2, 1 for its classes 0, 1, 2. `truth` has one row per patient (`data.read_truth`). The result is
+    empty if `truth` lacks the cohort's classes, as for real data. Raises ValueError naming cases that `truth`
+    lacks.
     """
     columns = [f"prob_{k}" for k in range(len(cohort.classes))]
     if list(truth.filter(regex=r"^prob_\d+$")) != columns:
@@ -51,7 +52,7 @@ def ceiling(cohort: Cohort, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
-    """How far each arm is from chance (0) to the oracle (1): (AUC - 0.5) / (oracle's AUC - 0.5).
+    """The share of the gap from chance to the oracle that each arm closes: (AUC - 0.5) / (oracle - 0.5).
 
     `decomposed` is `centers.decompose` of the arms and the oracle. Columns task, modality, arm, undefined,
     pooled, within, pooled_closed, within_closed.

@@ -1,8 +1,8 @@
 """The paper's five 3D CNNs and ResNet-50 by name, and their MACs and parameters (Table 2).
 
 The ResNets, EfficientNet-B0 and DenseNet-121 are MONAI's. `mobilenet` and `shufflenet` are 3D forms of the 2D
-papers, after Köpüklü et al. (2019, arXiv 1904.02422): the first convolution has stride (1, 2, 2), weights
-start as PyTorch's layers do. Every model maps (N, 1, D, H, W) to logits (N, n_classes).
+papers, after Köpüklü et al. (2019, arXiv 1904.02422): the first convolution has stride (1, 2, 2), and weights
+are initialized as in PyTorch's layers. Every model maps (N, 1, D, H, W) to logits (N, n_classes).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ipmn_core.models.shufflenet import shufflenetv2
 
 
 def resnet34(n_classes: int) -> nn.Module:
-    """ResNet-34 (He et al., 2016); the first convolution keeps the resolution, hence its many MACs."""
+    """ResNet-34 (He et al., 2016). Its first convolution keeps the resolution, so it has many MACs."""
     from monai.networks import nets
 
     return nets.resnet34(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
@@ -31,7 +31,7 @@ def resnet50(n_classes: int) -> nn.Module:
 
 
 def efficientnetb0(n_classes: int) -> nn.Module:
-    """EfficientNet-B0 (Tan and Le, 2019), untrained."""
+    """EfficientNet-B0 (Tan and Le, 2019), not pretrained."""
     from monai.networks import nets
 
     return nets.EfficientNetBN("efficientnet-b0", False, spatial_dims=3, in_channels=1, num_classes=n_classes)
@@ -53,23 +53,23 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": resnet50,
 }
 
-# Networks that a CPU trains faster in channels-last; EfficientNet-B0 would need twice its time there.
+# Networks that a CPU trains faster in channels-last; EfficientNet-B0 would take twice as long.
 CHANNELS_LAST = {"resnet34", "shufflenetv2", "mobilenetv2", "densenet121"}
 DEPTHWISE = {"shufflenetv2", "mobilenetv2", "efficientnetb0"}  # with convolutions of one channel each
 
 
 def factory(name: str) -> Callable[[int], nn.Module]:
-    """Return the entry of MODELS called `name`. Raises ValueError with the known names if there is none."""
+    """Return the entry of MODELS called `name`. Raises ValueError with the known names for another name."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def build(name: str, n_classes: int, seed: int = 0, fusion: str = "") -> nn.Module:
-    """Build a model on the CPU, its weights drawn from `seed` alone; the caller's random state is unchanged.
+    """Build a model on the CPU with weights drawn from `seed`; the caller's random state is unchanged.
 
-    With `fusion`, the network of that name in FUSIONS, which is a DenseNet-121 for cubes (N, 2, D, H, W).
-    Raises ValueError for a name that is not in MODELS.
+    With `fusion`, build that network of FUSIONS instead: a DenseNet-121 for cubes (N, 2, D, H, W). Raises
+    ValueError for a name that is not in MODELS.
     """
     make = FUSIONS[fusion] if fusion else factory(name)
     with torch.random.fork_rng(devices=[]):
@@ -80,13 +80,13 @@ def build(name: str, n_classes: int, seed: int = 0, fusion: str = "") -> nn.Modu
 def complexity(name: str, n_classes: int = 3, size: int = 96) -> tuple[float, float]:
     """Count MACs (G) and parameters (M) for one 1 x size x size x size input with ptflops (Table 2).
 
-    Nothing is computed: weights and input are shapes on the meta device. There ptflops may count the last
-    linear layer twice, far below the printed digits. Raises ValueError for a name that is not in MODELS.
+    Weights and input are shapes on the meta device. There ptflops may count the last linear layer twice,
+    which does not change the printed digits. Raises ValueError for a name that is not in MODELS.
     """
     make = factory(name)
     with torch.device("meta"):
         model, x = make(n_classes).eval(), torch.empty(1, 1, size, size, size)
-    model(x)  # so that torch ends its lazy imports before ptflops patches torch's functions
+    model(x)  # torch must finish its lazy imports before ptflops patches torch's functions
     macs, params = get_model_complexity_info(
         model, (1, size, size, size), print_per_layer_stat=False, as_strings=False, backend="pytorch"
     )

@@ -5,16 +5,16 @@ from torch import nn
 
 
 def channels(n_classes: int) -> nn.Module:
-    """Early fusion: DenseNet-121 with an input channel for each modality."""
+    """Early fusion: DenseNet-121 with one input channel per modality."""
     from monai.networks import nets
 
     return nets.DenseNet121(spatial_dims=3, in_channels=2, out_channels=n_classes)
 
 
 class Siamese(nn.Module):
-    """Late fusion: one encoder with shared weights (Bromley et al., 1993), features side by side, one layer.
+    """Late fusion: one encoder with shared weights (Bromley et al., 1993), concatenated features, one layer.
 
-    Both modalities pass the encoder as one batch, so its BatchNorm has one set of statistics.
+    Both modalities pass the encoder in one batch, so its BatchNorm has one set of statistics.
     """
 
     def __init__(self, n_classes: int):

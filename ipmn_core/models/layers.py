@@ -4,7 +4,7 @@ from torch import nn
 
 
 def conv_bn(n_in: int, n_out: int, kernel: int = 1, stride=1, groups: int = 1, act=nn.ReLU) -> nn.Sequential:
-    """Convolution without bias, batch norm, activation; padded so that only the stride changes the size."""
+    """Convolution without bias, batch norm, activation; the padding lets only the stride change the size."""
     conv = nn.Conv3d(n_in, n_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm3d(n_out), act())
 

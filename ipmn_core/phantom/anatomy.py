@@ -68,15 +68,15 @@ class Anatomy:
 
 
 def along_axes(volume, operators):
-    """volume after a sparse operator (new length, old length) along each axis; bit-stable, as BLAS is not."""
-    for operator in operators:  # each turn moves its axis to the back: after three the order is restored
+    """volume after a sparse operator (new length, old length) along each axis; unlike BLAS, bit-stable."""
+    for operator in operators:  # each turn moves its axis to the back; three turns restore the order
         flat = operator @ volume.reshape(volume.shape[0], -1)
         volume = np.moveaxis(flat.reshape(-1, *volume.shape[1:]), 0, -1)
     return np.ascontiguousarray(volume)
 
 
 def smooth_field(rng, axes, length):
-    """Random field of unit spread on a grid of three axes (mm): cubic B-splines on a lattice of length mm."""
+    """Random field with unit spread on a grid of three axes (mm): cubic B-splines, knots length mm apart."""
     operators = []
     for axis in axes:
         at = (axis - axis[0]) / length + 3
@@ -86,7 +86,7 @@ def smooth_field(rng, axes, length):
 
 
 def box_of(low, high, margin=7.0):
-    """Slices of the fine grid that hold low..high (mm) and a margin for warp and lobules."""
+    """Slices of the fine grid that contain low..high (mm), with a margin for warp and lobules."""
     start = np.clip(np.floor((low - margin - ORIGIN) / FINE), 0, SHAPE).astype(int)
     stop = np.clip(np.ceil((high + margin - ORIGIN) / FINE) + 1, 0, SHAPE).astype(int)
     return tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
@@ -101,7 +101,7 @@ def ellipsoid(space, center, radii):
 
 
 def tube(space, points, radii, squash=1.0):
-    """Box and depth (mm) of a tube through points (n, 3) of radii (n,); squash < 1 makes it tall along z."""
+    """Box and depth (mm) of a tube through points (n, 3) with radii (n,); squash < 1 makes it tall in z."""
     points = np.asarray(points, np.float32)
     radii = np.asarray(radii, np.float32) * np.ones(len(points), np.float32)
     metric = np.array([1, 1, squash], np.float32)
@@ -145,7 +145,7 @@ def neighbors(rng, space, clear, vessels):
     """
     layers, shift = [("blood", (slice(None),) * 3, 0.8 * vessels)], np.zeros(3)
     for tissue, center, radii in NEIGHBORS:
-        if tissue not in ("medulla", "fluid", "chyme", "fat"):  # contents move with the organ before them
+        if tissue not in ("medulla", "fluid", "chyme", "fat"):  # contents move with the preceding organ
             shift = rng.normal(0, 2.5, 3)
         box, depth = ellipsoid(space, center + shift, radii)
         layers.append((tissue, box, coverage(depth) * clear[box]))
@@ -195,10 +195,11 @@ def cyst_shapes(rng, space, patient, line, radius):
 
 
 def distractors(rng, space, line, radius):
-    """What means nothing for the risk: simple cysts, a wide outline, a bright or dark gland.
+    """Features that are unrelated to the risk: simple cysts, a wide outline, a bright or dark gland.
 
-    Returns the cysts (box, depth): round, at the surface, without communication with the duct; the width in
-    mm (SHAPE) by which the outline takes in fat and vessels; factors of the gland's T1, T2, proton density.
+    Returns the cysts (box, depth), which are round, at the surface, without communication with the duct; the
+    width in mm (SHAPE) by which the outline includes fat and vessels; factors of the gland's T1, T2 and
+    proton density.
     """
     cysts = []
     for _ in range(rng.poisson(CYSTS)):

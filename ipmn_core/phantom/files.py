@@ -1,4 +1,4 @@
-"""The phantom on disk, in the data set's own layouts or as a manifest with files."""
+"""Write the phantom in the data set's own layouts, or as a manifest with files."""
 
 import gzip
 import os
@@ -23,7 +23,7 @@ VOLUMES = "IPMN_images_masks/{m}/{kind}"
 
 
 def save(image, path):
-    """Write image as .nii.gz; no time or file name in the gzip header, so equal images are equal files."""
+    """Write image as .nii.gz without time and name in the gzip header: equal images give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
         packed.write(image.to_bytes())
@@ -48,7 +48,7 @@ def write_patient(patient, seed, layout, root):
 
 
 def scaled_roi(image, mask):
-    """The ROI as today's release has it: 1 mm, masked, cut to a tight box, z-scored inside, zero outside."""
+    """The ROI as in today's release: 1 mm, masked, cut to a tight box, z-scored inside, zero outside."""
     zooms = np.array(image.header.get_zooms())
     grid = np.rint(image.shape * zooms).astype(int), image.affine @ np.diag([*1 / zooms, 1])
     inside = resample_from_to(mask, grid, order=0).get_fdata() > 0.5
@@ -59,7 +59,7 @@ def scaled_roi(image, mask):
 
 
 def manifest(cohort):
-    """The manifest of a cohort: a row per scan, T1 first, blank labels where there is none."""
+    """The manifest of a cohort: one row per scan, T1 first, blank labels for unlabeled scans."""
     tables = []
     for m in MODALITIES:
         here = cohort[cohort[f"has_{m}"]]
@@ -71,7 +71,7 @@ def manifest(cohort):
 
 
 def splits(cohort, m):
-    """{folder: name and fold of each labelled scan} of today's release: 5 folds over all, 4 per center."""
+    """{folder: name and fold of each labeled scan} of today's release: 5 folds over all, 4 per center."""
     known = cohort.dropna(subset=f"label_{m}").sort_values(f"label_{m}", kind="stable")
     folds = {"3-class": np.arange(len(known)) % 5, "2-class": known.groupby("center").cumcount() % 4}
     return {of: pd.DataFrame({"name": known.patient_id, "fold": fold}) for of, fold in folds.items()}
@@ -98,7 +98,7 @@ def sheets(cohort, layout):
 
 
 def write_sheets(cohort, layout, root):
-    """Make the folder root, with label sheets and splits of the layout, or the manifest, and truth.csv."""
+    """Make the folder root with truth.csv and the layout's label sheets and splits, or the manifest."""
     folder = root / "IPMN_Classification" if layout == "third" else root
     folder.mkdir(parents=True)
     cohort.to_csv(root / "truth.csv", index=False)
@@ -127,17 +127,17 @@ def write(
     jobs=1,
     progress=True,
 ):
-    """Write the phantom cohort to root, complete or not at all, and return its path.
+    """Write the phantom cohort to root, completely or not at all, and return its path.
 
     `layout` is that of the data set's "first", "second" or "third" release, or "manifest": scans.csv with the
-    classes `CLASSES` and `centers` of any name (default: `INVENTED`). truth.csv holds `patients`, which
-    explains max_per_cell and shortcut, or `patients_of`. If `axes`, each center stores its voxels along axes
-    of its own (`AXES`, in turn); affine and a column of truth.csv tell which. `shift` is how much the
-    scanners of the centers differ (`scanner_of`), and a column of truth.csv unless 0.5. The files do not
-    depend on jobs (processes). Raises FileExistsError if root exists, ValueError for centers in another
-    layout and for a shift outside 0-1.
+    classes `CLASSES` and `centers` of any name (default: `INVENTED`). truth.csv holds `patients` (see there
+    for max_per_cell and shortcut), or `patients_of`. With `axes`, each center stores its voxels along its own
+    axes (`AXES`, in turn), which the affine and a column of truth.csv give. `shift` is how much the centers'
+    scanners differ (`scanner_of`); it is a column of truth.csv unless 0.5. The files do not depend on jobs
+    (processes). Raises FileExistsError if root exists, ValueError for centers in another layout and for a
+    shift outside 0-1.
     """
-    root = Path(root).absolute()  # a process that joblib keeps may be in another folder
+    root = Path(root).absolute()  # joblib's processes may have another working directory
     if root.exists():
         raise FileExistsError(f"{root} exists: remove it, or write the phantom to another folder")
     if centers and layout != "manifest":

@@ -1,4 +1,4 @@
-"""Patients of the phantom: findings, a label drawn from a known model, names and counts of the centers."""
+"""Patients of the phantom: findings, labels drawn from a known model, names, counts per center."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def population(rng, n):
 
 
 def stratified(rng, pool, n):
-    """n rows of pool, evenly spaced along guideline class and risk (so the AUC scatters little), shuffled."""
+    """n shuffled rows of pool, evenly spaced in guideline class and risk, so that the AUC varies little."""
     order = np.lexsort([risk(pool), pool.guideline])
     places = ((np.arange(n) + rng.random()) / n * len(pool)).astype(int)
     return pool.iloc[order[rng.permutation(places)]].reset_index(drop=True)
@@ -100,7 +100,7 @@ def cells():
 def draw_cells(rng):
     """Cell and findings of every patient, unordered; rank numbers the patients of a cell from 0.
 
-    Centers differ in how common each label is, not in what a label looks like.
+    Centers differ in the frequency of labels, not in the findings of a label.
     """
     pool, frames = population(rng, 40_000), []
     for label, group in cells().groupby("label"):
@@ -113,13 +113,13 @@ def draw_cells(rng):
 def protocols(high_risk, seed, shortcut):
     """Protocol of each patient, "standard" or "dedicated"; high_risk (N,) bool, shortcut q from 0 to 1.
 
-    At q = 0 all get the standard one. Above, the dedicated one is drawn with probability (1 + q) / 2 at high
-    risk, else (1 - q) / 2: the protocol alone has an expected AUC of (1 + q) / 2 in every center.
+    At q = 0 all get the standard protocol. Otherwise the dedicated one is drawn with probability (1 + q) / 2
+    at high risk, else (1 - q) / 2. The protocol alone then has an expected AUC of (1 + q) / 2 per center.
     """
     if not 0 <= shortcut <= 1:  # NaN too
         raise ValueError(f"shortcut is {shortcut}: choose a number from 0 (off) to 1 (gives high risk away)")
     chance = np.where(high_risk, 1 + shortcut, 1 - shortcut) / 2 if shortcut else 0
-    # No patient has number 0: a stream apart from the cohort's [seed] and the patients' [seed, number, ...].
+    # No patient has number 0, so this stream differs from [seed] and the patients' [seed, number, ...].
     place = np.random.default_rng([seed, 0, 1]).random(len(high_risk))
     return np.where(place < chance, "dedicated", "standard")
 
@@ -127,10 +127,11 @@ def protocols(high_risk, seed, shortcut):
 def patients(seed, max_per_cell=None, shortcut=0.0):
     """Findings and truth of every patient, one row each (`PATIENT_COLUMNS`), by center with labels mixed.
 
-    label_t1 and label_t2 are NA without such a scan or label, mucin and atrophy are 0-1, prob_0..prob_2 the
-    model's P(label | findings), guideline 0-2. max_per_cell keeps that many patients per center and class,
-    and at most one without a label per center. shortcut ties the protocol, and nothing else, to the label
-    (`protocols`): prob_0..prob_2 are then no upper bound. Raises ValueError for a shortcut outside 0-1.
+    label_t1 and label_t2 are NA without such a scan or label; mucin and atrophy are 0-1; prob_0..prob_2 are
+    the model's P(label | findings); guideline is 0-2. max_per_cell keeps that many patients per center and
+    class, and at most one unlabeled patient per center. shortcut ties the protocol, and nothing else, to the
+    label (`protocols`); prob_0..prob_2 are then not an upper bound. Raises ValueError for a shortcut outside
+    0-1.
     """
     rng = np.random.default_rng(seed)
     cohort = draw_cells(rng).sample(frac=1, random_state=rng)
@@ -154,18 +155,18 @@ def patients(seed, max_per_cell=None, shortcut=0.0):
 
 
 def patients_of(centers, seed, max_per_cell=None, shortcut=0.0):
-    """`patients` of invented centers, any number of them, and a column `scanner`, a center of the paper.
+    """`patients` of any number of invented centers, and a column `scanner`, a center of the paper.
 
-    In turn each gets the cases and the scanner of a center of the paper; after seven, others drawn anew.
-    Raises ValueError for names that cannot be told apart.
+    Each gets the cases and the scanner of one of the paper's centers, in turn; after seven, new cases are
+    drawn. Raises ValueError for names that differ only in case, or are blank or "global".
     """
     names, frames = [center.strip() for center in centers], []
     if not all(names) or len({name.casefold() for name in [*names, "global"]}) <= len(names):
-        raise ValueError(f"centers {', '.join(map(repr, names))}: give each a name of its own, none global")
+        raise ValueError(f"centers {', '.join(map(repr, names))}: give each its own name, none global")
     for start in range(0, len(names), len(CENTERS)):
         called = dict(zip(CENTERS, names[start : start + len(CENTERS)], strict=False))
         cohort = patients(seed + (start << 32), max_per_cell, shortcut)
-        cohort["number"] += 1000 * start  # numbers, too, draw the images
+        cohort["number"] += 1000 * start  # the number is part of the seed of the images
         cohort["scanner"], cohort["center"] = cohort["center"], cohort["center"].map(called)
         frames.append(cohort.dropna(subset="center"))
     every = pd.concat(frames, ignore_index=True)

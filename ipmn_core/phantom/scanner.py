@@ -90,9 +90,9 @@ FULL_SHIFT = {  # noise, bias, blur (factors), margin (mm), gamma; from which sh
 def scanner_of(patient, modality):
     """The `Scanner` of a row's scan, by its `scanner_shift` (0-1, default 0.5) and `protocol`.
 
-    From 0 to 0.5 the numbers go from the common scanner's to the center's own; from there to 1 its noise,
-    bias, blur, margin and gamma go to `FULL_SHIFT`, and one after another three centers run the sequence of
-    the other modality, whose contrast of fluid is the opposite. No contrast fades out in between.
+    From 0 to 0.5 the settings go from the common scanner's to the center's own. From 0.5 to 1 noise, bias,
+    blur, margin and gamma go to `FULL_SHIFT`. Three centers also switch, one after another, to the sequence
+    of the other modality, in which fluid has the opposite contrast; no contrast fades out in between.
     """
     center, shift = getattr(patient, "scanner", patient.center), getattr(patient, "scanner_shift", 0.5)
     scanner, common = SCANNERS[center, modality], SCANNERS[COMMON, modality]
@@ -119,7 +119,7 @@ def scanner_of(patient, modality):
 
 
 def dedicated(scanner):
-    """The protocol a center would keep for the pancreas: finer voxels over the same extent, more noise."""
+    """A dedicated protocol for the pancreas: finer voxels over the same extent, and more noise."""
     spacing, thickness = 0.95 * scanner.spacing, 0.8 * scanner.thickness
     matrix = tuple(int(np.ceil(n / f)) for n, f in zip(scanner.matrix, (0.95, 0.95, 0.8), strict=True))
     timing = {"te": 1.1 * scanner.te, "flip": min(1.15 * scanner.flip, 90)}  # T2 stays at 90 degrees
@@ -130,8 +130,8 @@ def dedicated(scanner):
 def signals(scanner, mucin, gland=(1, 1, 1)):
     """Signal of each tissue by name, the brightest 1, by the spoiled echo equation.
 
-    Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14; with a long TR and 90 degrees
-    it is the spin echo's.
+    Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14. With a long TR and 90 degrees
+    it is the spin echo equation.
     """
     t1, t2, density, _ = np.array(list(TISSUES.values())).T
     factors = np.ones((3, len(TISSUES)))
@@ -155,16 +155,16 @@ def paint(drawn, signal):
 
 
 def profile(at, fine, width):
-    """Sparse (len(at), len(fine)) weights of voxels width mm wide, at (mm), over those of a fine axis."""
+    """Sparse weights (len(at), len(fine)) of a fine axis for voxels at positions at, width mm wide."""
     step = fine[1] - fine[0]
     overlap = np.clip((width + step) / 2 - np.abs(at[:, None] - fine), 0, min(width, step))
     return sparse.csr_array(overlap / overlap.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
 def grid(drawn, patient, modality, seed):
-    """A scan's protocol, random generator, axes (mm), operators that image the fine grid, and affine.
+    """A scan's protocol, random generator, axes (mm), operators from the fine grid to voxels, and affine.
 
-    It is centered on the pancreas as far as the fine grid reaches.
+    It is centered on the pancreas, within the fine grid.
     """
     scanner = scanner_of(patient, modality)
     rng = np.random.default_rng([seed, patient.number, 1 + MODALITIES.index(modality)])
@@ -185,8 +185,8 @@ def grid(drawn, patient, modality, seed):
 def volumes(patient, seed, modality, drawn=None):
     """Image and mask (nib.Nifti1Image, mask uint8 0/1) of a row of `phantom.patients` or truth.csv.
 
-    `seed` is that of the cohort; `drawn` saves drawing the anatomy again. A row may have `scanner`, the
-    paper's center whose scanner it is (default: its own), `scanner_shift` (`scanner_of`), and
+    `seed` is that of the cohort; `drawn` saves drawing the anatomy again. A row may have `scanner` (the
+    paper's center whose scanner is used; default: its own), `scanner_shift` (`scanner_of`), and
     `stored_axes`, such as "LPS".
     """
     drawn = drawn or draw(patient, seed)
@@ -208,8 +208,8 @@ def volumes(patient, seed, modality, drawn=None):
 def lesion(patient, seed, modality):
     """Coverage 0-1 by cyst loculi, mural nodule and dilated duct, float32, on the grid of `volumes`.
 
-    A duct counts, all along, if `duct_mm` is `DILATED_MM` or more: it is then everywhere 1.8 times its normal
-    width or more. Walls of loculi and a thin gland (atrophy) are no lesion.
+    The whole duct counts if `duct_mm` is `DILATED_MM` or more: it is then everywhere at least 1.8 times its
+    normal width. Walls of loculi and a thin gland (atrophy) do not count.
     """
     drawn = draw(patient, seed)
     found = {"cyst", "nodule", "duct"} if patient.duct_mm >= DILATED_MM else {"cyst", "nodule"}
@@ -222,7 +222,7 @@ def lesion(patient, seed, modality):
 
 
 def nifti(array, affine, axes="RAS"):
-    """A NIfTI image of `array`, which goes to right, anterior, superior, stored along other axes."""
+    """A NIfTI image of `array`, given along right, anterior, superior (RAS), stored along `axes`."""
     if axes != "RAS":
         turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
         turned = nib.Nifti1Image(array, affine).as_reoriented(turn)

@@ -1,4 +1,4 @@
-"""The cells of an executed notebook as the report shows them: without a kernel, a network or JavaScript."""
+"""The cells of an executed notebook as the report shows them, without kernel or network."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PROGRESS = re.compile(r"^.*\d+%\|.*\n?", re.MULTILINE)  # tqdm's
 
 
 class Words(IPythonRenderer):
-    """nbconvert's renderer of Markdown, with MathML, links within the page and a table of contents.
+    """nbconvert's Markdown renderer with MathML, links within the page and a table of contents.
 
-    `chapters` are the addresses of chapters by their notebooks' names. `contents` grows with each chapter and
-    section: level (2 or 3), id, HTML of the title.
+    `chapters` maps notebook names to addresses. `contents` collects chapters and sections: level (2 or 3),
+    id, HTML of the title.
     """
 
     def __init__(self, chapters: Mapping[str, str]) -> None:
@@ -29,7 +29,7 @@ class Words(IPythonRenderer):
         self.contents: list[tuple[int, str, str]] = []
 
     def heading(self, text: str, level: int, **attrs) -> str:
-        """A heading one level lower, for the page has a title of its own."""
+        """A heading one level lower, because the page has its own title."""
         level += 1
         if level > 3:
             return super().heading(text, level)
@@ -39,7 +39,7 @@ class Words(IPythonRenderer):
         return f'<h{level} id="{name}">{text}</h{level}>\n'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        """A link to a chapter or to the web; to another file its text and path, for the page is passed on."""
+        """A link to a chapter or the web; for other files text and path, because the page travels alone."""
         if url not in self.chapters and not url.startswith(("https://", "http://")):
             return f"{text} ({escape(url.replace('../', ''))})"
         return super().link(text, self.chapters.get(url, url), title)
@@ -54,10 +54,10 @@ class Words(IPythonRenderer):
 
 
 def _mathml(latex: str, display: str) -> str:
-    """An equation as MathML in a box, which scrolls; as its LaTeX where that cannot be converted."""
+    """An equation as MathML in a box that scrolls, or as LaTeX if it cannot be converted."""
     try:
         return f'<span class="{display}">{convert(latex, display=display)}</span>'
-    except Exception:  # the package's errors have no base of their own
+    except Exception:  # the package's errors have no common base
         return f"<code>{escape(latex)}</code>"
 
 

@@ -1,4 +1,4 @@
-"""The report's own tables: results beside the paper's, settings, data and versions, effort."""
+"""The report's own tables: results with the paper's, settings, data and versions, effort."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAPTIONS = {
     2: "All classes: ACC and AUC (macro average) in percent, mean ± standard deviation over folds",
     3: "Positive against the rest: ACC and AUC, mean ± standard deviation over folds",
 }
-RECORDED = {  # columns of `_records` by what they say
+RECORDED = {  # {label: column of `_records`}
     "data (SHA-256 of cubes, cases and labels)": "data",
     "cohort": "cohort",
     "processor": "device",
@@ -36,18 +36,18 @@ PACKAGES = ("ipmn", "numpy", "pandas", "scipy", "scikit-learn", "nibabel", "matp
 
 
 def results(folder: Path) -> list[tuple[str, str]]:
-    """Return caption and HTML of those of tables 1-3 that a profile's folder has."""
+    """Return caption and HTML of each of tables 1-3 in a profile's folder."""
     written = [n for n in CAPTIONS if (folder / "tables" / f"table{n}.csv").exists()]
     return [(f"Table {n}. {CAPTIONS[n]}", _html(beside(folder, n))) for n in written]
 
 
 def is_paper(folder: Path) -> bool:
-    """Return whether a profile's tables stand beside the paper's."""
+    """Return whether a profile has tables with the paper's numbers."""
     return (folder / "tables" / "table1_beside_paper.csv").exists()
 
 
 def beside(folder: Path, n: int) -> pd.DataFrame:
-    """Return table `n` as printed; for the paper's cohort each row of this run above the paper's."""
+    """Return table `n` as text; for the paper's cohort each row of this run is above the paper's."""
     stem = f"table{n}_beside_paper" if is_paper(folder) else f"table{n}"
     exact = {"dtype": dict.fromkeys(tables.KEYS[n], str), "keep_default_na": False, "na_values": "n/a"}
     printed = tables.as_printed(pd.read_csv(folder / "tables" / f"{stem}.csv", **exact))
@@ -69,7 +69,7 @@ def about(p: Params, notebooks: Sequence[NotebookNode], hide: Callable[[str], st
 
 
 def settings(p: Params) -> pd.DataFrame:
-    """Return the settings that differ from the default, with their meaning, all as text."""
+    """Return the settings that differ from the default, with their meaning, as text."""
     default, fields = Params().model_dump(mode="json"), Params.model_fields
     rows = [
         (key, *("null" if v is None else str(v) for v in (value, default[key])), fields[key].description)
@@ -104,6 +104,6 @@ def _records(p: Params) -> pd.DataFrame:
 
 
 def _html(table: pd.DataFrame, **kwargs) -> str:
-    """The table as HTML, names as text; whole, for pandas would cut long words."""
+    """The table as HTML, names as text; the option keeps pandas from cutting long words."""
     with pd.option_context("display.max_colwidth", None):
         return table.to_html(border=0, index_names=False, **kwargs)

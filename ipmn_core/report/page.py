@@ -1,4 +1,4 @@
-"""The executed notebooks of a profile as one HTML file that asks the network for nothing."""
+"""The executed notebooks of a profile as one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ipmn_core.params import Params, project_root
 from ipmn_core.report import chapter, facts
 from ipmn_core.views import live
 
-HOW = ("outputs", "threads", "jobs", "device", "checkpoint_seconds")  # settings that no result depends on
+HOW = ("outputs", "threads", "jobs", "device", "checkpoint_seconds")  # settings that change no result
 
 
 def write(p: Params, notebooks: Sequence[Path], target: Path) -> Path:
@@ -43,7 +43,7 @@ def page_of(p: Params, notebooks: Sequence[Path]) -> str:
     read = [nbformat.read(path, 4) for path in notebooks]
     cells = [cell for notebook in read for cell in chapter.cells(notebook, words, hide)]
     for n, cell in enumerate(cells):
-        cell.id = f"cell-{n}"  # those of several notebooks may be the same
+        cell.id = f"cell-{n}"  # notebooks may share ids
     exporter = HTMLExporter(
         template_name="basic",
         raw_template=_resource("report.html.j2"),
@@ -73,9 +73,9 @@ def _resource(name: str) -> str:
 
 
 def _policy(script: str) -> str:
-    """A content security policy: no request, and no script but this one, whatever an output holds."""
+    """A content security policy that allows no request and only this script."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = "base-uri 'none'; form-action 'none'"  # these two do not fall back on `default-src`
+    own = "base-uri 'none'; form-action 'none'"  # `default-src` does not cover these two
     return (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; {own}"
     )
@@ -84,7 +84,7 @@ def _policy(script: str) -> str:
 def _folder_names(p: Params) -> Callable[[str], str]:
     """A function that replaces this machine's folders in a text by their last names, the home by "~".
 
-    A page is passed on, and paths name people and hospitals. A folder right below the root stays.
+    Pages are shared, and paths may name people or hospitals. A folder right below the root stays.
     """
     root = project_root()
     places = p.data, p.outputs, root / p.data, root / p.outputs, root, sys.prefix
@@ -102,7 +102,7 @@ def _folder_names(p: Params) -> Callable[[str], str]:
 
 def _check_settings(p: Params) -> None:
     """Raise ValueError unless the notebooks were executed with the settings `p`."""
-    path = p.folder / "params.yaml"  # as `ipmn run` writes it before it executes them
+    path = p.folder / "params.yaml"  # `ipmn run` writes it before executing them
     made, wanted = yaml.safe_load(path.read_text(encoding="utf-8")), p.model_dump(mode="json")
     for key in sorted({*wanted, *made} - {*HOW}):
         if made.get(key, "") != wanted.get(key, ""):

@@ -1,4 +1,4 @@
-"""Which runs a profile asks for, one run from split to result, run folders, workers."""
+"""The runs of a profile: their grid, one run from split to result, run folders, workers."""
 
 from ipmn_core.names import TASKS
 from ipmn_core.runs.grid import (

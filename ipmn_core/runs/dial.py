@@ -1,4 +1,4 @@
-"""The dial: a profile's binary arms on phantoms whose scanners differ less or more, at any intensity."""
+"""The dial: a profile's binary arms on phantoms whose scanners differ less or more, per intensity setting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ipmn_core.runs import store
 
 
 def points(p: Params) -> list[Params]:
-    """The profile at each point of its dial, `phantom_shift` x `intensity`; empty if it has none.
+    """One profile per point of the dial, `phantom_shift` x `intensity`; empty without a dial.
 
-    A point is a profile of its own, called `<profile>_shift0.75_zscore`, with a folder of its own; the point
-    at which the profile stands is the profile itself.
+    A point is a separate profile with its own folder, called for instance `<profile>_shift0.75_zscore`. The
+    point with the profile's own settings is the profile itself.
     """
     found = []
     for shift, how in product(p.dial_shifts, p.dial_intensities or (p.intensity,)):
@@ -27,10 +27,10 @@ def points(p: Params) -> list[Params]:
 
 
 def table(p: Params) -> pd.DataFrame:
-    """AUC within centers of every arm, and of the oracle, at each point of the dial, in the last epoch.
+    """AUC within centers of every arm and of the oracle at each point of the dial, last epoch.
 
-    Columns intensity, shift, modality, arm, fold, within, undefined. Raises FileNotFoundError naming a run
-    that is not finished.
+    Columns intensity, shift, modality, arm, fold, within, undefined. Raises FileNotFoundError naming an
+    unfinished run.
     """
     tables = []
     for q in points(p):

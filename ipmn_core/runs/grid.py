@@ -1,4 +1,4 @@
-"""The grid of runs that a profile asks for: task x modality x arm x fold, each with its settings."""
+"""The grid of a profile's runs: task x modality x arm x fold, each with its settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
-    """Everything that a run's result depends on. Facts about the machine are recorded, not compared."""
+    """All settings that a run's result depends on. Facts about the machine are recorded, not compared."""
 
     task: str
     modality: str
@@ -55,7 +55,7 @@ class RunSettings(Settings):
         return json.loads(json.dumps(asdict(self)))
 
     def protocol(self) -> dict[str, Any]:
-        """The settings that two runs must share to be the same run, as plain values."""
+        """The settings that identify a run, as plain values."""
         return {key: value for key, value in self.record().items() if key not in MACHINE}
 
 
@@ -73,7 +73,7 @@ def grid(p: Params, task: str) -> list[Run]:
     arms = p.multiclass_models if task == "multiclass" else p.arms
     if arms:
         _check_fusion(p, p.multiclass_models if task == "multiclass" else (p.binary_model,))
-    # arms innermost: workers then seldom train the largest model at the same time, which bounds memory
+    # arms innermost, so that workers rarely train the largest model at the same time (memory)
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
 
 
@@ -84,14 +84,14 @@ def _check_fusion(p: Params, networks: Sequence[str]) -> None:
         (not p.paired, "needs patients with both scans; set `paired: true`"),
         (p.fold_rule == "center", "needs both scans of a patient in one fold; set `fold_rule: patient`"),
         (set(networks) != {"densenet121"}, f"needs densenet121, not {', '.join(networks)}; set that"),
-        (fused[-1:] == [*p.modalities[-1:]], "is last, where chapters look for scans; put a single one last"),
+        (fused[-1:] == [*p.modalities[-1:]], "is last, but chapters show the last modality's scans; reorder"),
     ):
         if fused and wrong:
             raise ValueError(f"modalities: {fused[0]} {text}")
 
 
 def named(run: Run) -> str:
-    """A run as people read it: `binary t2 fedavg fold 0`."""
+    """The display name of a run: `binary t2 fedavg fold 0`."""
     return f"{run.task} {run.modality} {run.arm} fold {run.fold}"
 
 
@@ -101,14 +101,14 @@ def folder_of(p: Params, run: Run) -> Path:
 
 
 def keeps_model(p: Params, run: Run) -> bool:
-    """Whether the weights of a run are kept: a pattern of `keep_models` matches it, or chapter 3 shows it."""
+    """Whether a run keeps its weights: `keep_models` matches it, or chapter 3 shows it."""
     shown = [Run("binary", p.modalities[-1], arm, 0) for arm in (*p.arms[:1], *p.arms[-1:])]
     path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
     return run in shown or any(fnmatch(path, pattern) for pattern in p.keep_models)
 
 
 def run_settings(p: Params, run: Run) -> RunSettings:
-    """The settings of a run of a profile, whatever machine trains it (see `on_this_machine`)."""
+    """The settings of a run of a profile, independent of the machine (see `on_this_machine`)."""
     model, epochs, strategy = p.binary_model, p.epochs, None
     if run.task == "multiclass":
         model, epochs = run.arm, p.epochs_by_model.get(run.arm, p.epochs)
@@ -135,15 +135,14 @@ def run_settings(p: Params, run: Run) -> RunSettings:
 
 
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
-    """All runs of a task that the profile trains with what two runs must share to be the same run."""
+    """{run: `RunSettings.protocol`} of all runs of a task that the profile trains."""
     return {run: run_settings(p, run).protocol() for run in grid(p, task)}
 
 
 def scored(p: Params, task: str) -> dict[Run, dict[str, Any]]:
-    """All runs of a task whose weights are from elsewhere (`score`), as found on disk, as `protocols`.
+    """{run: settings} of all runs of a task on disk whose weights are from elsewhere (`score`).
 
-    Their settings are those of the weights and, where a case's fold depends on it, those of the profile. Arms
-    that the profile trains are none of them.
+    Preprocessing is that of the weights; folds are the profile's. Arms that the profile trains are left out.
     """
     found, trained = {}, {run.arm for run in grid(p, task)}
     for path in sorted((p.folder / "runs" / task).glob("*/*/fold*/run.json")):
@@ -158,15 +157,15 @@ def scored(p: Params, task: str) -> dict[Run, dict[str, Any]]:
 
 
 def networks(p: Params) -> dict[str, str]:
-    """The network of each arm of the task of all classes: of its name or, where scored, of its weights."""
+    """The network of each arm of the multiclass task: the arm's name or, if scored, that of its weights."""
     named = {name: name for name in p.multiclass_models}
     return named | {run.arm: settings["model"] for run, settings in scored(p, "multiclass").items()}
 
 
 def on_this_machine(p: Params, settings: RunSettings) -> RunSettings:
-    """The same settings with device, precision and memory layout as this machine decides.
+    """The settings with this machine's device, precision and memory layout.
 
-    Raises ValueError for a device or a precision that this machine lacks.
+    Raises ValueError for a device or precision that this machine lacks.
     """
     device = federated.device_of(p)
     return replace(

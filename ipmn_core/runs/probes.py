@@ -1,7 +1,7 @@
-"""Probes: scikit-learn models on the folds of the arms, which see no shape.
+"""Probes: scikit-learn models that see no shape, on the folds of the arms.
 
-A network that scores no higher than a probe may have learned the center or the scanner, not the pancreas, as
-one that told the hospitals of chest radiographs apart (Zech et al., PLoS Medicine 2018).
+A network that scores no higher than a probe may have learned the center or the scanner, not the pancreas.
+This happened with chest radiographs, where a network recognized hospitals (Zech et al., PLoS Medicine 2018).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ipmn_core.runs.run import predictions_of
 
 
 def center_one_hot(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
-    """Which of the C centers each scan is from, (N, C)."""
+    """The center of each scan, one-hot: (N, C)."""
     center = scans["center"].to_numpy()
     return (center[:, None] == scans["center"].unique().to_numpy()).astype(float)
 
@@ -36,9 +36,9 @@ def center_one_hot(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
 def header(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
     """Spacing (mm), matrix and stored axes, (N, 9): dx, dy, dz, nx, ny, nz, ax, ay, az of the image's header.
 
-    An axis is 1, 2, 3 if it points to the patient's right, front, head, negative if to the left, back, feet.
-    No voxel is read. A spacing that is not finite is NaN; one of zero is 1 mm, as nibabel reads it. Images
-    that are cut to the pancreas tell by nx, ny, nz also its size, which is anatomy.
+    An axis is 1, 2, 3 if it points to the patient's right, front, head, and negative for left, back, feet. No
+    voxel is read. A spacing that is not finite is NaN; a spacing of 0 is 1 mm, as nibabel reads it. In images
+    that are cut to the pancreas, nx, ny, nz also give its size, which is anatomy.
     """
     of = [headers.header_of(path) for path in scans["image"]]
     spacing = np.array([h["pixdim"][1:4] for h in of], dtype=float)
@@ -49,10 +49,10 @@ def header(scans: pd.DataFrame, _array: np.ndarray) -> np.ndarray:
 
 
 def histogram(_scans: pd.DataFrame, array: np.ndarray) -> np.ndarray:
-    """Share of each cube's non-zero voxels in 32 equal bins of [0, 1], (N, 32); of all values if wider.
+    """Share of each cube's non-zero voxels in 32 equal bins of [0, 1], or of the range of values if wider.
 
-    It knows no place or shape, but is no mere nuisance: the fluid of a large cyst or wide duct shows in it.
-    An arm that does no better need not have used any shape.
+    (N, 32). It has no place or shape, but it shows disease: the fluid of a large cyst or a wide duct. An arm
+    that is no better need not have used any shape.
     """
     ends = [(cube.min(), cube.max()) for cube in map(np.asarray, array)]  # the array may be a memory map
     low, high = np.clip(np.array(ends, float), (-np.inf, 1), (0, np.inf)).T
@@ -61,7 +61,7 @@ def histogram(_scans: pd.DataFrame, array: np.ndarray) -> np.ndarray:
     return np.array([count / max(count.sum(), 1) for count in counts])
 
 
-# from the scans of one modality and their cubes (N, S, S, S) to features (N, F) float64
+# functions of the scans of one modality and their cubes (N, S, S, S); features (N, F) float64
 PROBES = {"center_only": center_one_hot, "header_only": header, "histogram_only": histogram}
 
 
@@ -70,12 +70,12 @@ def predict(
 ) -> np.ndarray:
     """Class probabilities (n_test, K) of the rows in the mask `test`, from the probe fitted to all others.
 
-    x (N, F) are its features, y (N,) class indices; a class absent from training has probability 0.
+    x (N, F) are features, y (N,) class indices; a class absent from training has probability 0.
 
-    "center_only" is the center's prevalence, almost unregularized. The others are trees, which accept NaN,
-    for a header may go with the label inside each center while the centers differ more, which no linear model
-    of pooled values sees. Every split may use every column: one that tells must not be hidden by five that do
-    not.
+    "center_only" is a logistic regression, almost unregularized, that returns the center's prevalence. The
+    others are random forests. They accept NaN, and they find a header that depends on the label within each
+    center, which a linear model of pooled values misses. Every split may use every column, so that
+    uninformative columns do not hide an informative one.
     """
     model = RandomForestClassifier(200, min_samples_leaf=5, max_features=None, random_state=seed, n_jobs=1)
     if name == "center_only":
@@ -101,14 +101,14 @@ def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
 
 
 def unfinished(p: Params, task: str, cohort: Cohort) -> list[Run]:
-    """The probes of a task that are not on disk yet. Raises StaleRunError as `runs.train`."""
+    """The probes of a task that are not on disk. Raises StaleRunError as `runs.train`."""
     return store.unfinished(p, protocols(p, task), cohort.key)
 
 
 def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
-    """Fit the probes of a task that are not on disk yet; return the predictions of all of them.
+    """Fit the probes of a task that are not on disk; return the predictions of all of them.
 
-    A probe's run is among those of the arms and has one epoch; no case is held out for inner validation, for
+    A probe's run is stored like an arm's and has one epoch. No case is held out for inner validation, because
     there is no epoch to choose. Raises StaleRunError as `runs.train`.
     """
     todo = unfinished(p, task, cohort)
@@ -138,5 +138,5 @@ def _fit(p: Params, run: Run, cohort: Cohort, x: np.ndarray) -> None:
 
 
 def predictions(p: Params, task: str) -> pd.DataFrame:
-    """The test predictions of all probes of a task, as `runs.predictions` of the arms, with one epoch."""
+    """The test predictions of all probes of a task, in the form of `runs.predictions`, with one epoch."""
     return store.read_all(p, protocols(p, task))

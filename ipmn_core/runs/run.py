@@ -1,4 +1,4 @@
-"""One run from split to result: split, build, for each epoch note it, keep the best, checkpoint; write."""
+"""One run from split to result: split, build, train, keep the best weights, save checkpoints, write."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ CHECKPOINT_SHARE = 0.05  # of a run's time, at most, goes into checkpoints
 def execute(p: Params, run: Run, cohort: Cohort) -> Path:
     """Train a run, test it after each epoch and write it; resume it if it was interrupted.
 
-    Returns its folder: `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case) and, last,
-    `run.json`; if the profile keeps it, `model.pt`: the weights of the epoch with the highest global AUC on
-    the test fold, the paper's rule; where it applies `validation.parquet`, `updates.csv`, `left_out.csv` and
-    `cross.parquet`.
+    Returns its folder with `predictions.parquet`, `history.csv`, `splits.csv` (the role of each case) and,
+    written last, `run.json`. If the profile keeps it, `model.pt` has the weights of the epoch with the
+    highest global AUC on the test fold, the paper's rule. Where they apply, there are also
+    `validation.parquet`, `updates.csv`, `left_out.csv` and `cross.parquet`.
     """
     federated.prepare(p.threads)
     settings = on_this_machine(p, run_settings(p, run))
@@ -59,7 +59,7 @@ def execute(p: Params, run: Run, cohort: Cohort) -> Path:
 def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
     """The cases of the run's modality, each with its `role` in the run: test, validation or train.
 
-    Folds are those of the whole cohort: the rule by patient looks at both modalities.
+    Folds are those of the whole cohort, because the rule "patient" uses both modalities.
     """
     fold = data.assign_folds(cohort, settings.folds, settings.fold_rule, settings.task)
     tested = cohort.scans.assign(role=np.where(fold == settings.fold, "test", "train"))
@@ -73,7 +73,7 @@ def with_roles(cohort: Cohort, settings: RunSettings) -> Cohort:
 def build(
     settings: RunSettings, device: torch.device, n_classes: int, clients: Sequence[str]
 ) -> torch.nn.Module:
-    """The untrained network of a run on its device; of the arm `local_only` one per client, all alike."""
+    """The untrained network of a run on its device; for `local_only` one per client, with equal weights."""
     make = partial(models.build, settings.model, n_classes, settings.seed[0], fusion(settings.modality)[1])
     local = settings.arm == LOCAL_ONLY
     model = torch.nn.ModuleList([make() for _ in clients]) if local else make()
@@ -86,7 +86,7 @@ def build(
 def learn(
     model: torch.nn.Module, cases: Cohort, settings: RunSettings, progress: Progress
 ) -> Iterator[Epoch]:
-    """The epochs of a run that are still to come, each of which leaves its weights in `model`."""
+    """The remaining epochs of a run; each leaves its weights in `model`."""
     device = next(model.parameters()).device
     y = data.targets(cases.scans, settings.task).to_numpy()
     x = torch.tensor(cases.cubes)
@@ -111,9 +111,9 @@ def record(
     epochs: Iterator[Epoch],
     progress: Progress,
 ) -> Path:
-    """Note each epoch, keep the best weights, save checkpoints, write the run; return its folder.
+    """Record each epoch, keep the best weights, save checkpoints, write the run; return its folder.
 
-    `cases` have their `role`; probabilities of an Epoch follow those not trained on, center by center.
+    `cases` have their `role`. An Epoch's probabilities are of the cases not trained on, center by center.
     """
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def record(
         note(progress, epoch, settings, tested)
         for client, reason in epoch.left_out.items():
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
-        if epoch.cross is not None:  # of the last epoch, which no checkpoint follows
+        if epoch.cross is not None:  # in the last epoch, after which no checkpoint follows
             store.write_table(folder / "cross.parquet", cross_of(epoch, settings, tested))
         store.note_share(folder, epoch.number / settings.epochs)
         judged = [(number, acc, auc) for number, _, acc, auc in progress.history if acc == acc]
@@ -145,14 +145,14 @@ def record(
 
 
 def indices(scans: pd.DataFrame, *roles: str) -> dict[str, torch.Tensor]:
-    """Positions in the cubes of each center's cases of these roles, the centers in the order of `scans`."""
+    """Positions in the cubes of each center's cases with these roles; centers in the order of `scans`."""
     places = scans[scans["role"].isin(roles)].groupby("center").groups
     order = scans["center"].unique()
     return {center: torch.tensor(places[center].to_numpy()) for center in order if center in places}
 
 
 def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> None:
-    """Add an epoch to `progress`, with its global ACC and AUC on the test fold; NaN if it was not tested."""
+    """Add an epoch to `progress` with its global ACC and AUC on the test fold; NaN if it was not tested."""
     number, acc, auc = epoch.number, float("nan"), float("nan")
     if epoch.prob is not None:
         frame = predictions_of(number, epoch.prob, settings, settings.seed[0], tested)
@@ -184,7 +184,7 @@ def predictions_of(
 
 
 def cross_of(epoch: Epoch, settings: RunSettings, tested: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `cross.parquet`: those of predictions for each center's model, named in `model_center`."""
+    """The rows of `cross.parquet`: predictions of each center's model, which `model_center` names."""
     how = settings, settings.seed[0], tested
     rows = [
         predictions_of(epoch.number, prob, *how).assign(model_center=center)

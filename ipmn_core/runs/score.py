@@ -1,4 +1,4 @@
-"""Test weights from elsewhere on a cohort's test folds, or on all of it; write runs as training does."""
+"""Test weights from elsewhere on a cohort's test folds, or on all of it, and write runs as training does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ipmn_core.runs.trained import PredictError, Trained, find, hashed, load, pr
 
 @dataclass(frozen=True)
 class Scored:
-    """Folder of a scored arm; a row per fold (fold, n, positives, acc, auc, weights); remarks."""
+    """The folder of a scored arm, one row per fold (fold, n, positives, acc, auc, weights), and remarks."""
 
     arm: Path
     folds: pd.DataFrame
@@ -43,19 +43,20 @@ def score(
     how: Preprocessing | None = None,
     network: str | None = None,
 ) -> Scored:
-    """Test given weights (`trained.find`) on a profile's cohort; leave a run per fold, not trained here.
+    """Test given weights (`trained.find`) on a profile's cohort; write one run per fold, not trained here.
 
-    A run tests its own fold; a bare file the one of `folds`, in order, by default k in a folder `fold<k>`; of
-    one file per fold 0, 1, ... If `whole`, every case gets the mean over all weights, as fold 0 of 1. Scans
-    are preprocessed as the weights say. `predictions.parquet` has the epoch `metrics.AS_GIVEN`; `run.json`
-    names file and SHA-256. What was scored before is kept. Raises PredictError for weights that do not fit
-    the profile or were trained on a case that they would test, and for an arm that was made with others.
+    The weights of a run test its own fold. Bare files test the `folds`, in order. By default a file in a
+    folder `fold<k>` tests fold k; otherwise one file per fold is needed, for folds 0, 1, ... If `whole`,
+    every case gets the mean over all weights, as fold 0 of 1. Scans are preprocessed as the weights say.
+    `predictions.parquet` has the epoch `metrics.AS_GIVEN`; `run.json` has file and SHA-256. Earlier scores
+    are kept. Raises PredictError for weights that do not fit the profile, for weights that were trained on a
+    case they would test, and for an arm on disk with other weights.
     """
     federated.prepare(p.threads)
     given = find(paths, how, network)
     task, modality, arm = given[0].task, _modality(p, given, modality), _arm(p, given[0], arm)
     for one in given:
-        load(one)  # what does not fit is refused before a scan is read
+        load(one)  # refuse bad weights before reading scans
     cohort = _cohort(p, given[0], modality, whole)
     counts = cohort.scans["fold"].value_counts().sort_index()
     of_fold = {0: given} if whole and not folds else _folds(given, folds, list(counts.index))
@@ -70,9 +71,11 @@ def score(
     tested = pd.concat([pd.read_parquet(folder_of(p, run) / "predictions.parquet") for run in weights])
     table = metrics.by_fold(tested).query("center == 'global'")[["fold", "n", "positives", "acc", "auc"]]
     said = {
-        "what bare files were trained on is not known: see that no tested case is among it": not given[0].arm,
+        "the training cases of bare files are unknown: check that no tested case is among them": (
+            not given[0].arm
+        ),
         f"{len(weights)} of {len(counts)} folds: means are over these": len(weights) < len(counts),
-        f"{known} tested cases have names that were trained on: no test, unless they are other scans": known,
+        f"{known} tested cases have the names of training cases: no test, unless they are other scans": known,
     }
     remarks = tuple(text for text, applies in said.items() if applies)
     files = [", ".join(str(one.weights) for one in of) for of in weights.values()]
@@ -80,10 +83,10 @@ def score(
 
 
 def _modality(p: Params, given: list[Trained], asked: str | None) -> str:
-    """The modality of the weights, which are of one kind and of one model for all centers."""
+    """The modality of the weights. Raises PredictError for weights of several kinds or another modality."""
     kinds = {f"{one.task}, {one.network}, {one.modality}, {one.arm}, {one.how}" for one in given}
     if len(kinds) > 1:
-        raise PredictError(f"weights of several kinds: {'; '.join(sorted(kinds))}; score each by itself")
+        raise PredictError(f"weights of several kinds: {'; '.join(sorted(kinds))}; score each separately")
     of, only = given[0].modality, p.modalities[0] if len(p.modalities) == 1 else None
     modality = asked or of or only
     own = [name for name in p.modalities if not fusion(name)[1]]  # weights take one scan
@@ -100,8 +103,8 @@ def _arm(p: Params, one: Trained, asked: str | None) -> str:
     arm = asked or (f"scored_{one.arm}" if one.arm else "released")
     taken = *(p.multiclass_models if one.task == "multiclass" else p.arms), *REFERENCES, LOCAL_ONLY
     if arm in taken or not re.fullmatch(params.PLAIN, arm):
-        text = f"arm {arm!r} is trained by the profile, a reference or no plain name"
-        raise PredictError(f"{text}; give another by `--arm`, such as released_fedavg")
+        text = f"arm {arm!r} is trained by the profile, is a reference, or is no plain name"
+        raise PredictError(f"{text}; give another with `--arm`, such as released_fedavg")
     return arm
 
 
@@ -111,13 +114,13 @@ def _folds(given: list[Trained], asked: Sequence[int] | None, known: list[int]) 
     own = [one.fold for one in given] if given[0].arm else [int(name[1]) for name in in_name if name]
     if not (asked or len(own) == len(given) or (not own and len(given) == len(known))):
         text = f"{len(given)} weights, {len(own)} of them in a folder fold<k>"
-        raise PredictError(f"{text}; say by `--folds` which fold each file tests")
+        raise PredictError(f"{text}; say with `--folds` which fold each file tests")
     own = own or list(range(len(given)))
     folds = list(asked or own)
     of = dict(zip(folds, given, strict=False))
     if not len(of) == len(folds) == len(given) or {*of} - {*known} or (given[0].arm and folds != own):
-        text = f"{len(given)} weights for the folds {folds}, known are {known}"
-        raise PredictError(f"{text}; give each file a fold of its own by `--folds`; runs have theirs")
+        text = f"{len(given)} weights for the folds {folds}; the cohort has the folds {known}"
+        raise PredictError(f"{text}; give each file its own fold with `--folds`; runs keep theirs")
     return {k: [of[k]] for k in sorted(of)}
 
 
@@ -126,14 +129,14 @@ def _cohort(p: Params, one: Trained, modality: str, whole: bool) -> Cohort:
     names = data.open_cohort(p).names(one.task)
     if names != one.classes if one.arm else len(names) != len(one.classes):
         text = f"{one.weights} tells {', '.join(one.classes)} apart, this cohort has {', '.join(names)}"
-        raise PredictError(f"{text}; score it on a cohort of its classes, or set `classes` and `positive`")
+        raise PredictError(f"{text}; score it on a cohort with its classes, or set `classes` and `positive`")
     cohort = data.load_cohort(params.validate({**p.model_dump(), **asdict(one.how)}, "the weights"))
     fold = 0 if whole else data.assign_folds(cohort, p.folds(one.task), p.fold_rule, one.task)
     return replace(cohort, scans=cohort.scans.assign(fold=fold)).of(modality)
 
 
 def _about(p: Params, run: Run, of: list[Trained], cohort: Cohort, whole: bool) -> dict:
-    """What `run.json` says of a run."""
+    """The content of a run's `run.json`."""
     folds, rule = (1, None) if whole else (p.folds(run.task), p.fold_rule)
     settings = asdict(run) | {"model": of[0].network, "folds": folds, "fold_rule": rule}
     settings |= {"max_per_cell": p.max_per_cell, **asdict(of[0].how)}
@@ -147,18 +150,18 @@ def _about(p: Params, run: Run, of: list[Trained], cohort: Cohort, whole: bool) 
 
 
 def _trained_on(one: Trained, cohort: Cohort, fold: int) -> set[str]:
-    """The cases of a fold with the name of one that was trained on; refused if the data are the same."""
+    """The cases of a fold with the name of a training case. Raises PredictError if the data are the same."""
     known = roles(one).query("role != 'test'")["case"]
     tested = cohort.scans.loc[cohort.scans["fold"] == fold, "case_id"]
     both = tested[tested.map(hashed).isin(known)]
     if len(both) and one.data == cohort.key:
         text = f"{one.weights} was trained on {len(both)} of the cases that it would test, such as"
-        raise PredictError(f"{text} {both.iloc[0]}; score it on the fold it left out, or on another cohort")
+        raise PredictError(f"{text} {both.iloc[0]}; score it on its own test fold, or on another cohort")
     return set(both)
 
 
 def _there(folder: Path, about: dict) -> bool:
-    """Whether these weights were scored there before. Raises PredictError for an arm of others."""
+    """Whether these weights were already scored. Raises PredictError for an arm with other weights."""
     for path in folder.parent.glob("fold*/run.json"):
         mine, theirs = (
             ({**of["settings"], "fold": None}, of["data"], [w["sha256"] for w in of.get("weights", ())])
@@ -166,12 +169,12 @@ def _there(folder: Path, about: dict) -> bool:
         )
         if mine[:2] != theirs[:2] or (path.parent == folder and mine != theirs):
             text = f"{path.parent} was made with other weights, settings or data"
-            raise PredictError(f"{text}; delete {folder.parent}, or give another name by `--arm`")
+            raise PredictError(f"{text}; delete {folder.parent}, or give another name with `--arm`")
     return (folder / "run.json").exists()
 
 
 def _test(p: Params, run: Run, of: list[Trained], cohort: Cohort, about: dict, bar: tqdm) -> None:
-    """Write a run: the mean over networks, one of which is in memory at a time."""
+    """Write a run: the mean over networks, with one network in memory at a time."""
     started, device = time.perf_counter(), federated.device_of(p)
     test = (cohort.scans["fold"] == run.fold).to_numpy()
     total = 0.0

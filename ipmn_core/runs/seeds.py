@@ -1,4 +1,4 @@
-"""Other training seeds: how far an AUC moves when only the random numbers of training change."""
+"""Other training seeds: how much an AUC changes when only the random numbers of training change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ipmn_core.runs import store
 
 
 def points(p: Params) -> list[Params]:
-    """The profile's binary arms on its last modality at each of `more_seeds`, as profiles of their own.
+    """One profile per seed of `more_seeds`, with the binary arms and the last modality.
 
     They are called `<profile>_seed1` and so on, and keep no weights.
     """
@@ -24,10 +24,14 @@ def points(p: Params) -> list[Params]:
 def table(p: Params) -> pd.DataFrame:
     """AUC of each arm on the last modality, averaged over folds and seeds, and its two spreads.
 
-    The epoch is chosen on inner validation, if there is any, else it is the last. Columns modality, arm,
-    seeds, folds, `auc` (over all pairs; of a personal arm within centers), `over_seeds` (standard deviation
-    between seeds in the same fold, root mean square over folds), `over_folds` (between folds at the same
-    seed, likewise); both with ddof 1. Raises FileNotFoundError naming a run that is not finished.
+    The epoch is chosen on inner validation; without it, the last epoch is used. Columns modality, arm, seeds,
+    folds, and
+
+    - auc: over all pairs, or within centers for a personal arm
+    - over_seeds: standard deviation (ddof 1) between seeds in the same fold, root mean square over folds
+    - over_folds: standard deviation (ddof 1) between folds with the same seed, root mean square over seeds
+
+    Raises FileNotFoundError naming an unfinished run.
     """
     rule, rows = "best_inner" if p.inner_validation else "last", []
     for q in (p, *points(p)):

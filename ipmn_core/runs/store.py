@@ -1,6 +1,6 @@
-"""Run folders on disk: written whole or not at all, checked when they are read, read together.
+"""Run folders on disk: write files atomically, check them when they are read, read many runs together.
 
-No `run.json`, no run: it is written last. An unfinished run has a `checkpoint.pt` from which it resumes.
+`run.json` is written last, so a folder without it is unfinished; it resumes from its `checkpoint.pt`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ipmn_core.runs.grid import LOCAL_ONLY, MACHINE, Run, folder_of, protocols, 
 
 
 class StaleRunError(RuntimeError):
-    """A run on disk was made with other settings or data than those of the profile."""
+    """A run on disk was made with other settings or data than the profile's."""
 
 
 @dataclass
 class Progress:
-    """The results of the epochs so far, and the learning state to go on from (None at the start)."""
+    """The results of the epochs so far, and the learning state to resume from (None at the start)."""
 
     frames: list[pd.DataFrame] = field(default_factory=list)
     history: list[tuple] = field(default_factory=list)
@@ -44,23 +44,23 @@ class Progress:
     learning: dict[str, Any] | None = None
 
 
-COLUMNS = {  # of the tables that `Progress` holds as rows; a table without rows is not written
+COLUMNS = {  # of the tables in `Progress`; a table without rows is not written
     "history": ["epoch", "loss", "test_acc", "test_auc"],
     "updates": ["round", "client", "other", "inner_product"],
     "left_out": ["round", "client", "reason"],
     "centers": ["round", "center", "n", "acc", "auc"],
 }
 CPU = torch.device("cpu")
-TRAINED_HERE = "trained_here"  # a file beside runs that no shipped ones may replace
-# a center may be called 042, or NA
+TRAINED_HERE = "trained_here"  # a file that keeps shipped runs from being copied here
+# text as it is: a center may be called 042, or NA
 AS_WRITTEN = {"dtype": dict.fromkeys(("client", "other", "center"), str)}
 AS_WRITTEN |= {"keep_default_na": False, "na_values": [""]}
 
 
 def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> bool:
-    """Whether `folder` holds a finished run of these settings and of the data `key` (None: of any data).
+    """Whether `folder` holds a finished run with these settings and the data `key` (None: any data).
 
-    Raises StaleRunError, with the difference, if a run there, finished or not, was made with others.
+    Raises StaleRunError with the difference if a run there, finished or not, has other settings or data.
     """
     done = (folder / "run.json").exists()
     if not done and not (folder / "checkpoint.pt").exists():
@@ -72,7 +72,7 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
     differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differ:
         changes = [f"{name}: {found.get(name)!r} on disk, {wanted.get(name)!r} now" for name in differ]
-        remedy = "Give this profile another name, delete that folder, or train afresh with `ipmn run --fresh`"
+        remedy = "Give this profile another name, delete that folder, or train again with `ipmn run --fresh`"
         if not record.get("trained_here", True):
             remedy = "Delete that folder, and `ipmn score` the weights again"
         raise StaleRunError(f"{folder} was made with other settings or data ({'; '.join(changes)}). {remedy}")
@@ -80,18 +80,18 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
 
 
 def whole(folder: Path, protocol: dict[str, Any]) -> Path:
-    """`folder` itself; raises FileNotFoundError or StaleRunError if no run of these settings is finished."""
+    """Return `folder`; raises FileNotFoundError or StaleRunError without a finished run of these settings."""
     if not finished(folder, protocol):
         raise FileNotFoundError(
-            f"{folder} holds no finished run; `ipmn run`, or run notebook 02 or 03, first"
+            f"{folder} holds no finished run; use `ipmn run`, or run notebook 02 or 03, first"
         )
     return folder
 
 
 def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[Run]:
-    """The runs in `wanted`, given with their protocols, that are neither on disk nor shipped.
+    """The runs in `wanted` ({run: protocol}) that are neither on disk nor shipped.
 
-    A shipped run, of `outputs/reference/<profile>/runs`, is copied if its settings and data are the same. It
+    A shipped run, in `outputs/reference/<profile>/runs`, is copied if its settings and data are the same. It
     has no weights. Raises StaleRunError.
     """
     for run, protocol in wanted.items():
@@ -107,9 +107,9 @@ def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[R
 
 
 def discard(p: Params) -> None:
-    """Delete the runs and probes of a profile; keep those whose weights are from elsewhere (`score`).
+    """Delete the runs and probes of a profile; keep runs with weights from elsewhere (`score`).
 
-    No shipped run takes their place from then on.
+    Shipped runs are not copied to this folder afterwards.
     """
     root = p.folder / "runs"
     records = {path: path.read_text() for path in root.glob("*/*/*/fold*/run.json")}
@@ -121,7 +121,7 @@ def discard(p: Params) -> None:
 
 
 def note_share(folder: Path, share: float) -> None:
-    """Note the share of a run that is done, for the display of progress."""
+    """Write the share of a run that is done, for the progress bar."""
     (folder / "share_done").write_text(f"{share}")
 
 
@@ -131,12 +131,12 @@ def share_done(folder: Path) -> float:
         return 1.0
     try:
         return float((folder / "share_done").read_text())
-    except (FileNotFoundError, ValueError):  # not begun, or being written
+    except (FileNotFoundError, ValueError):  # not started, or being written
         return 0.0
 
 
 def resume(folder: Path) -> Progress:
-    """The progress of the last checkpoint in `folder`; an empty one if there is none."""
+    """The progress of the last checkpoint in `folder`; empty without a checkpoint."""
     if not (folder / "checkpoint.pt").exists():
         return Progress()
     saved = _read_checkpoint(folder)
@@ -152,7 +152,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, about: dict[str, Any], progress: Progress, learning: dict[str, Any]
 ) -> None:
-    """Write `checkpoint.pt`: tensors and plain values only, so that it loads without unpickling code."""
+    """Write `checkpoint.pt` with tensors and plain values only, so that loading it runs no code."""
     content = {key: value for key, value in vars(progress).items() if key != "learning"}
     content["frames"] = pd.concat(progress.frames).to_parquet() if progress.frames else b""
     with atomic(folder / "checkpoint.pt") as tmp:
@@ -160,9 +160,9 @@ def save_checkpoint(
 
 
 def save_model(folder: Path, model: torch.nn.Module, own: dict[str, federated.State] | None = None) -> None:
-    """Write `model.pt`, the best weights so far, to be read on any machine.
+    """Write `model.pt`, the best weights so far, readable on any machine.
 
-    Of clients with tensors of their `own` one model each, numbered: `0.`, `1.` before its keys.
+    With clients' `own` tensors, it holds one model per client, with the prefix `0.`, `1.`, ... to its keys.
     """
     state = model.state_dict()
     if own:
@@ -191,7 +191,7 @@ def write(
 
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
-    """Write a table as CSV or Parquet, whole or not at all."""
+    """Write a table as CSV or Parquet, atomically."""
     with atomic(path) as tmp:
         (rows.to_csv if path.suffix == ".csv" else rows.to_parquet)(tmp, index=False)
 
@@ -199,7 +199,7 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
 def seal(
     folder: Path, about: dict[str, Any], scans: pd.DataFrame, seconds: float, device: torch.device = CPU
 ) -> None:
-    """Make a run whole: write `splits.csv`, the `role` of every case of `scans`, and, last, `run.json`."""
+    """Finish a run: write `splits.csv` (the `role` of every case of `scans`), then `run.json`."""
     settings = json.dumps(about["settings"], sort_keys=True)
     record = {
         **about,
@@ -218,7 +218,7 @@ def seal(
 
 
 def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test") -> pd.DataFrame:
-    """A run's predictions of its test or its inner validation cases, refused if a row cannot be right.
+    """A run's predictions for its test or inner validation cases, validated.
 
     Raises FileNotFoundError if there is no finished run, StaleRunError if it was made with other settings,
     PredictionsError naming file and row.
@@ -226,20 +226,20 @@ def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test")
     path = whole(folder, protocol) / {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
     if not path.exists() and (folder / "centers.csv").exists():
         raise metrics.PredictionsError(
-            f"{folder}: a hospital shared no scores, so predictions and a pooled AUC are not available; "
-            "`ipmn federation run` with `--share scores` at every site, or read centers.csv"
+            f"{folder}: a hospital shared no scores, so there are no predictions and no pooled AUC; "
+            "use `ipmn federation run` with `--share scores` at every site, or read centers.csv"
         )
     return metrics.check(pd.read_parquet(path), _not_of(role, folder), str(path))
 
 
 def _not_of(role: str, folder: Path) -> pd.Series:
-    """Cases of another role in a run."""
+    """The cases of a run with another role."""
     splits = pd.read_csv(folder / "splits.csv", dtype=str, keep_default_na=False)
     return splits.loc[splits["role"] != role, "case_id"]
 
 
 def read_all(p: Params, wanted: dict[Run, dict[str, Any]], role: str = "test") -> pd.DataFrame:
-    """`read_predictions` of all runs in `wanted`, given with their protocols, one under the other."""
+    """`read_predictions` of all runs in `wanted` ({run: protocol}), in one table."""
     frames = [read_predictions(folder_of(p, run), protocol, role) for run, protocol in wanted.items()]
     return pd.concat(frames or [metrics.none()], ignore_index=True)
 
@@ -247,8 +247,8 @@ def read_all(p: Params, wanted: dict[Run, dict[str, Any]], role: str = "test") -
 def predictions(p: Params, task: str) -> pd.DataFrame:
     """The test predictions of all runs of a task, one row per case and epoch, checked (`metrics.check`).
 
-    Trained runs, then scored ones (`grid.scored`); empty if there are neither. Raises FileNotFoundError
-    naming the first run that is not finished, PredictionsError naming a bad row.
+    Trained runs, then scored ones (`grid.scored`). Raises FileNotFoundError naming the first unfinished run,
+    PredictionsError naming an invalid row.
     """
     frame = read_all(p, protocols(p, task) | scored(p, task))
     return metrics.check(frame, source=f"{p.folder / 'runs' / task}, all runs")
@@ -262,7 +262,7 @@ def validation(p: Params, task: str) -> pd.DataFrame:
 
 
 def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`predictions` and `validation` of every task whose runs are all finished, one under the other.
+    """`predictions` and `validation` of all tasks whose runs are all finished.
 
     Raises FileNotFoundError if no task is finished.
     """
@@ -277,12 +277,12 @@ def finished_predictions(p: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def histories(p: Params, task: str) -> pd.DataFrame:
-    """Training loss, test accuracy and test AUC of every epoch of all runs of a task, which are finished."""
+    """Training loss, test accuracy and test AUC of every epoch of all runs of a task."""
     return _of_runs(p, task, "history")
 
 
 def seconds(p: Params, task: str) -> pd.DataFrame:
-    """What each run took on its machine: modality, arm, fold, seconds, and those of an epoch or round."""
+    """Time of each run on its machine: modality, arm, fold, seconds, per_epoch (per epoch or round)."""
     rows = []
     for run, protocol in protocols(p, task).items():
         record = json.loads((whole(folder_of(p, run), protocol) / "run.json").read_text())
@@ -292,15 +292,15 @@ def seconds(p: Params, task: str) -> pd.DataFrame:
 
 
 def updates(p: Params) -> pd.DataFrame:
-    """Inner products of the clients' updates in every round: modality, arm, fold and those in `COLUMNS`."""
+    """Inner products of the clients' updates in every round: modality, arm, fold, and those in `COLUMNS`."""
     return _of_runs(p, "binary", "updates")
 
 
 def cross(p: Params) -> pd.DataFrame:
     """Test predictions of every `local_only` model at every center, last epoch, checked.
 
-    The columns of `predictions` and `model_center`, where the model was trained. Raises FileNotFoundError for
-    a run that is not finished or that lacks them, PredictionsError naming a bad row.
+    The columns of `predictions`, and `model_center`, where the model was trained. Raises FileNotFoundError
+    for an unfinished run or one without these predictions, PredictionsError naming an invalid row.
     """
     frames = []
     for run, protocol in protocols(p, "binary").items() if LOCAL_ONLY in p.arms else ():
@@ -308,7 +308,7 @@ def cross(p: Params) -> pd.DataFrame:
             continue
         path = whole(folder_of(p, run), protocol) / "cross.parquet"
         if not path.exists():
-            raise FileNotFoundError(f"{path}: not written by this version; delete its folder, repeat the run")
+            raise FileNotFoundError(f"{path}: from an older version; delete its folder and repeat the run")
         rows = pd.read_parquet(path)
         if "model_center" not in rows:
             raise metrics.PredictionsError(f"{path}: no column model_center; {metrics.REPEAT}")
@@ -324,9 +324,9 @@ def left_out(p: Params) -> pd.DataFrame:
 
 
 def _of_runs(p: Params, task: str, name: str) -> pd.DataFrame:
-    """A CSV file of all runs of a task that have it, with each run's modality, arm and fold.
+    """The CSV file `name` of all runs of a task that have it, with each run's modality, arm and fold.
 
-    Raises FileNotFoundError naming the first run that is not finished.
+    Raises FileNotFoundError naming the first unfinished run.
     """
     columns = ["modality", "arm", "fold", *COLUMNS[name]]
     frames = []

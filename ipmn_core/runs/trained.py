@@ -34,7 +34,7 @@ class PredictError(ValueError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network on disk: its weights and what its run says about it, None where unknown."""
+    """A trained network on disk: its weights and the facts of its run, None where unknown."""
 
     weights: Path
     network: str
@@ -44,14 +44,14 @@ class Trained:
     modality: str | None = None
     arm: str | None = None
     fold: int | None = None
-    centers: tuple[str, ...] = ()  # of a personal arm: whose networks these are, in order
-    outputs: int = 0  # 1: the positive class alone, through a sigmoid; 0: one per class
+    centers: tuple[str, ...] = ()  # the clients, in the order of a personal arm's networks
+    outputs: int = 0  # 1: only the positive class, through a sigmoid; 0: one per class
     data: str = ""  # key of the cohort it was trained on
-    splits: Path | None = None  # the role of each case that the run knew
+    splits: Path | None = None  # the file with the role of each case
 
     @property
     def name(self) -> str:
-        """Display name: `fedavg fold 0`, or the file's with its folder."""
+        """Display name: `fedavg fold 0`, or the names of folder and file."""
         return "/".join(self.weights.parts[-2:]) if self.arm is None else f"{self.arm} fold {self.fold}"
 
     @property
@@ -65,12 +65,12 @@ def find(
     how: Preprocessing | None = None,
     network: str | None = None,
 ) -> list[Trained]:
-    """Trained networks in run folders `.../fold<k>`, in folders that hold such (arms), bundles, or files.
+    """Trained networks in run folders `.../fold<k>`, folders of an arm, bundles, or files.
 
     A file is a state dict of `network` (default: densenet121) with one, two or three outputs, for scans
-    preprocessed as `how` says, by default as in the paper; one output is the positive class, through a
-    sigmoid, as the data set's authors release them. Raises PredictError naming what is absent, unfinished,
-    damaged or, in a bundle, changed, and a run of another `network`, or of scans preprocessed in another way.
+    preprocessed as `how` says (default: as in the paper). One output is the positive class, through a
+    sigmoid, as the data set's authors release them. Raises PredictError for what is absent, unfinished,
+    damaged or, in a bundle, changed, and for a run with another `network` or preprocessing.
     """
     found = {}
     for path in map(Path, [folders] if isinstance(folders, str | Path) else folders):
@@ -89,7 +89,7 @@ def find(
             text = f"{path} was trained with {in_words(of[0].how)}, not {in_words(how)}"
             raise PredictError(f"{text}; leave out --size, --spacing, --intensity and --orientation")
         if network and any(one.network != network for one in of):
-            raise PredictError(f"{path} is of {of[0].network}, not {network}; leave out --network")
+            raise PredictError(f"{path} has the network {of[0].network}, not {network}; leave out --network")
         found |= {one.weights.resolve(): one for one in of}  # once, even if given twice
     return list(found.values())
 
@@ -105,26 +105,26 @@ def _of_run(folder: Path) -> Trained:
         more |= {"data": record.get("data", ""), "splits": folder / "splits.csv"}
         found = Trained(folder / "model.pt", **_known(record), **more)
     if fusion(found.modality)[1]:
-        raise PredictError(f"{folder} takes two scans of a patient ({found.modality}); give another run's")
+        raise PredictError(f"{folder} needs two scans of a patient ({found.modality}); give another run")
     if not record.get("trained_here", True):
         files = ", ".join(one["file"] for one in record["weights"])
-        raise PredictError(f"{folder} is a test of weights from elsewhere; give these: {files}")
+        raise PredictError(f"{folder} is a test of weights from elsewhere; give those weights: {files}")
     return found
 
 
 def _is_ours(metadata: Path) -> bool:
-    """Whether a bundle's metadata is that of an export, not of another's bundle."""
+    """Whether a bundle's metadata comes from `ipmn export`."""
     return metadata.is_file() and '"ipmn": {' in metadata.read_text(encoding="utf-8")
 
 
 def seal_of(record: dict[str, Any]) -> str:
-    """SHA-256 of a bundle's record without its checksums, of which the card lets people delete one."""
+    """SHA-256 of a bundle's record without its checksums; the model card allows deleting one of these."""
     kept = {key: value for key, value in record.items() if key not in ("sha256", "seal")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _of_bundle(root: Path) -> list[Trained]:
-    """The networks of a bundle. Raises PredictError for a file that is not the one its metadata names."""
+    """The networks of a bundle. Raises PredictError for a file that differs from its metadata."""
     with _read(root / METADATA) as metadata:
         record = metadata["ipmn"]
         more = {"data": record["settings"]["data"], "splits": root / "docs" / "splits.csv"}
@@ -142,7 +142,7 @@ def _of_bundle(root: Path) -> list[Trained]:
 
 @contextlib.contextmanager
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a record; raise PredictError naming its file for what is wrong with it."""
+    """Yield a record; raise PredictError naming its file if the record is invalid."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as error:
@@ -174,23 +174,23 @@ def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict in `path` without running code that a pickle may hold, or raise PredictError.
+    """Read the state dict in `path` without running code of a pickle, or raise PredictError.
 
-    It may be in a trainer's checkpoint, its keys wrapped, its numbers of half or double precision.
+    It may be part of a trainer's checkpoint, with wrapped keys and in half or double precision.
     """
     if not path.is_file():
         raise PredictError(f"{path}: no such file; fetch the weights, or repeat the run with them kept")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch, zip and pickle each raise their own kinds
-        text = f"is refused: {_unreadable(path, error)}, and nothing in it was run"
+        text = f"is refused: {_unreadable(path, error)}; no code in it was run"
         raise PredictError(f"{path} {text}; fetch the file again, or ask for a plain state dict") from error
     if isinstance(state, dict):
         state = next((state[key] for key in NESTED if isinstance(state.get(key), dict)), state)
     entries = state.items() if isinstance(state, dict) else [(type(state).__name__, state)]
     for key, value in entries:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            text = f"holds more than tensors by name: {key!r} is of type {type(value).__name__}"
+            text = f"holds more than named tensors: {key!r} is of type {type(value).__name__}"
             raise PredictError(f"{path} {text}; ask for a plain state dict")
     if all(re.match(WRAPPED, key) for key in state):
         state = {re.sub(f"^{WRAPPED}", "", key): value for key, value in state.items()}
@@ -198,7 +198,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Why a file cannot be loaded. Torch's own words tell people to load it in the unsafe way."""
+    """Why a file cannot be loaded; torch's message recommends loading it in an unsafe way."""
     with open(path, "rb") as file:
         head = file.read(len(POINTER))
     if not head or head == POINTER:
@@ -213,7 +213,7 @@ def hashed(case_id: str) -> str:
 
 
 def roles(trained: Trained) -> pd.DataFrame:
-    """Hashed case, center and role of each case that the network's run knew; empty where that is unknown."""
+    """Hashed case, center and role of each case of the network's run; empty if unknown."""
     if not trained.splits or not trained.splits.exists():
         return pd.DataFrame(columns=["case", "center", "role"])
     table = pd.read_csv(trained.splits, dtype=str, keep_default_na=False)
@@ -223,7 +223,7 @@ def roles(trained: Trained) -> pd.DataFrame:
 
 
 def load(trained: Trained, center: str | None = None) -> nn.Module:
-    """The network with its weights, in evaluation mode; of a personal arm the one of `center`.
+    """The network with its weights, in evaluation mode; for a personal arm the network of `center`.
 
     Raises PredictError naming file and key.
     """
@@ -243,7 +243,7 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
         others = [name for name in models.MODELS if name != trained.network]
         fitting = [name for name in others if not _odd_keys(state, _unfilled(name, outputs).state_dict())]
         remedy = f"; they fit {fitting[0]}: name that network" if fitting else ": fetch or train others"
-        of = f"no weights of {trained.network} with {outputs} output(s)"
+        of = f"these are not weights of {trained.network} with {outputs} output(s)"
         raise PredictError(f"{source}: {reason}; {of}{remedy}")
     network.load_state_dict({key: state[key] for key in wanted if key in state}, assign=True)
     return network.eval()
@@ -256,7 +256,7 @@ def _unfilled(name: str, outputs: int) -> nn.Module:
 
 
 def _odd_keys(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
-    """What keys the weights `state` lack and have too many, or ""; batches are counted in training only."""
+    """The keys that the weights `state` lack or have in excess, or ""; batch counters are ignored."""
     said = []
     for what, keys, others in (("lacks", wanted, state), ("has surplus", state, wanted)):
         if odd := [key for key in keys if key not in others and not key.endswith("num_batches_tracked")]:
@@ -265,7 +265,7 @@ def _odd_keys(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
 
 
 def _misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
-    """The first thing that keeps a network from taking the weights `state`, or ""."""
+    """The first reason why a network cannot load the weights `state`, or ""."""
     if odd := _odd_keys(state, wanted):
         return odd
     for key in [key for key in state if key in wanted]:
@@ -280,30 +280,30 @@ def _misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
 
 
 def in_words(how: Preprocessing) -> str:
-    """How scans are preprocessed: `96^3, spacing as stored, minmax, stored axes`."""
+    """The preprocessing in words: `96^3, spacing as stored, intensity minmax, stored axes`."""
     spacing = f"{how.spacing:g} mm" if how.spacing else "spacing as stored"
     return f"{how.size}^3, {spacing}, intensity {how.intensity}, {how.orientation} axes"
 
 
 @torch.inference_mode()
 def probabilities(network: nn.Module, x: torch.Tensor, source: Path) -> np.ndarray:
-    """Class probabilities (N, K) float64 of cubes (N, 1, S, S, S), one by one: the same bits each time.
+    """Class probabilities (N, K) float64 of cubes (N, 1, S, S, S), one by one, so bits are reproducible.
 
-    A network of one output gives (1 - p, p). Raises PredictError naming `source` if one is not a number.
+    A network with one output gives (1 - p, p). Raises PredictError naming `source` for NaN.
     """
     with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
         logits = torch.cat([network(cube[None]).float() for cube in x]).double().cpu()
     p = logits.sigmoid()
     prob = torch.cat([1 - p, p], 1) if logits.shape[1] == 1 else logits.softmax(1)
     if not prob.isfinite().all():
-        raise PredictError(f"{source}: its probabilities are not numbers; its training diverged: repeat it")
+        raise PredictError(f"{source}: its probabilities are NaN because its training diverged; repeat it")
     return prob.numpy()
 
 
 def probabilities_of(
     one: Trained, cubes: Iterable[np.ndarray], device: torch.device, bar: tqdm, center: str | None = None
 ) -> list[np.ndarray]:
-    """`probabilities` (K,) of each cube (S, S, S) by one network, which is in memory until this returns."""
+    """`probabilities` (K,) of each cube (S, S, S) by one network, loaded only during this call."""
     network, prob = load(one, center).to(device), []
     for cube in cubes:
         x = torch.from_numpy(np.float32(cube))[None, None].to(device)  # (1, 1, S, S, S)

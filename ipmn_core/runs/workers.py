@@ -1,4 +1,4 @@
-"""Runs spread over worker processes by joblib, one GPU each, with one display of progress."""
+"""Distribute runs over joblib's worker processes, one GPU each, with one progress bar."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from ipmn_core.runs.run import execute, with_roles
 
 
 class RunsFailedError(RuntimeError):
-    """Some runs failed; the message names each with its reason. All others were finished."""
+    """Some runs failed; the message names each with its reason. All other runs are finished."""
 
 
 def run_grid(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
-    """Train the runs of `task` that are not on disk yet (`train`); return the predictions of all of them."""
+    """Train the runs of `task` that are not on disk (`train`); return the predictions of all of them."""
     train(p, [task], cohort)
     if not (grid(p, task) or scored(p, task)):
         raise ValueError(f"{task}: no arm; list some in the profile, or score weights with `ipmn score`")
@@ -53,12 +53,12 @@ def run_grid(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
 
 
 def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
-    """Train the runs of `tasks` that are not on disk yet, `p.jobs` at a time.
+    """Train the runs of `tasks` that are not on disk, `p.jobs` at a time.
 
-    Workers are joblib's, so that `joblib.parallel_config` chooses another backend. With `p.threads` set the
-    result does not depend on the number of jobs. Raises StaleRunError before any training if a run on disk,
-    finished or not, was made with other settings or data, CohortError for a center that cannot be split,
-    ValueError for a fold that cannot be used (`check_folds`), and RunsFailedError after all others.
+    `joblib.parallel_config` can choose another backend. With `p.threads` set, results do not depend on the
+    number of jobs. Before training, raises StaleRunError if a run on disk, finished or not, has other
+    settings or data, CohortError for a center that cannot be split, and ValueError for a fold that cannot be
+    used (`check_folds`). Raises RunsFailedError after all other runs are finished.
     """
     check_folds(p, tasks, cohort)
     missing, keys = [], {p.preprocessing: cohort.key}
@@ -66,7 +66,7 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
         missing += store.unfinished(p, protocols(p, task), cohort.key)
         for run, protocol in scored(p, task).items():
             how = Preprocessing(**{name: protocol[name] for name in asdict(p.preprocessing)})
-            if how not in keys:  # its cubes are in the cache since it was scored
+            if how not in keys:  # its cubes were cached when it was scored
                 own = validate({**p.model_dump(), **asdict(how)}, "scored weights")
                 keys[how] = data.load_cohort(own).key
             store.finished(folder_of(p, run), protocol, keys[how])
@@ -75,7 +75,7 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
     share = lambda: sum(store.share_done(folder_of(p, run)) for run in missing)  # noqa: E731
     calls = [joblib.delayed(_attempt)(p, run, cohort, os.getpid()) for run in missing]
     with progress(share, len(missing), f"training {', '.join(tasks)}"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A worker stopped")  # joblib renews one that has grown
+        warnings.filterwarnings("ignore", message="A worker stopped")  # joblib replaces workers that grew
         try:
             failed = [reason for reason in joblib.Parallel(min(p.jobs, len(calls)))(calls) if reason]
         except TerminatedWorkerError:
@@ -84,25 +84,25 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
                 f"{named(run)}: a worker process was ended from outside (out of memory?)" for run in lost
             ]
         finally:
-            if p.jobs > 1:  # idle workers would hold memory, and this process at its end
+            if p.jobs > 1:  # idle workers hold memory and delay the end of this process
                 get_reusable_executor().shutdown()
     if failed:
         raise RunsFailedError(
-            f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept, "
-            "the same command repeats only these:\n  " + "\n  ".join(failed)
+            f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept. "
+            "The same command repeats only these:\n  " + "\n  ".join(failed)
         )
 
 
 def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
-    """Raise ValueError for a fold that tests no case, or in which a center has too few to train by itself.
+    """Raise ValueError for a fold without test cases, or with a center that has too few training cases.
 
-    Also for a federation of one center, and for an arm of one model per center where the tested center never
+    Also for a federation of one center, and for an arm with one model per center if the tested center never
     trains. Raises CohortError for a center that cannot be split.
     """
     cohort = replace(cohort, cubes=None)  # roles need none
     unseen = p.fold_rule == data.UNSEEN
     if "binary" in tasks and unseen and (personal := [arm for arm in p.arms if is_personal(arm)]):
-        text = f"{', '.join(personal)}: one model per center, so none for a center that never trains"
+        text = f"{', '.join(personal)}: one model per center, but the tested center never trains"
         raise ValueError(f"{text}; with `fold_rule: {p.fold_rule}` leave them out of `arms`")
     federated_arms = [arm for arm in p.arms if arm not in (CENTRALIZED, LOCAL_ONLY)]
     for modality in p.modalities if federated_arms and "binary" in tasks else ():
@@ -121,7 +121,7 @@ def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
             if not (scans["role"] == "test").any():
                 raise ValueError(f"{where} has no case to test; take fewer folds, or another `fold_rule`")
             if task == "binary" and set(p.arms) != {CENTRALIZED}:
-                scans = scans[scans["role"] != "test"] if unseen else scans  # the tested center is no client
+                scans = scans[scans["role"] != "test"] if unseen else scans  # the tested center never trains
                 n_train = (scans["role"] == "train").groupby(scans["center"], sort=False).sum()
                 federated.check_n_train(n_train.to_dict(), f", {where}")
 
@@ -141,7 +141,7 @@ def _attempt(p: Params, run: Run, cohort: Cohort, parent: int) -> str:
 
 @contextlib.contextmanager
 def own_gpu(p: Params) -> Iterator[str]:
-    """The device of a run: of several GPUs one that no other worker uses, while there are enough."""
+    """The device of a run: with several GPUs, one that no other worker uses while there are enough."""
     n_gpus = torch.cuda.device_count() if p.device == "auto" and p.jobs > 1 else 0
     if n_gpus < 2:
         yield p.device
@@ -159,7 +159,7 @@ def own_gpu(p: Params) -> Iterator[str]:
 
 @contextlib.contextmanager
 def progress(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
-    """Show a bar over `total` runs during a block, renewed every second from `done()`, with the time left."""
+    """Show a progress bar over `total` runs during a block, updated every second from `done()`."""
     style = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
     ended = threading.Event()
     with tqdm(desc=title, total=total, bar_format=style, initial=done(), smoothing=0) as bar:

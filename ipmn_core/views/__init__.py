@@ -1,4 +1,4 @@
-"""What people look at: figures and live views."""
+"""Figures and live views."""
 
 from ipmn_core.views.by_hand import fedprox_by_hand
 from ipmn_core.views.explorer import center_explorer

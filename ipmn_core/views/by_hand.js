@@ -1,4 +1,4 @@
-// FedProx by hand: the walk of two centers in the plane of two weights, for precomputed settings.
+// FedProx by hand: the paths of two centers in the plane of two weights, for precomputed settings.
 // state: { choices: [[name, values]], start, limits, clients, settings: { "0,1,2": paths }, planes: by heterogeneity }
 
 function by_hand(root, { choices, start, limits, clients, settings, planes }) {
@@ -54,7 +54,7 @@ function by_hand(root, { choices, start, limits, clients, settings, planes }) {
     const head = ["client", ...found.drift[clients[0].name].map((_, k) => `round ${k + 1}`)];
     const caption = "Drift: the distance of each client's weights from the server's, by round";
     picture.replaceChildren(plane(found, planes[chosen.heterogeneity]), html("div", {},
-      html("p", {}, "Dots of a color: the local steps of a client. Large dots: the server after each round. ★: optima of each client and, uncolored, of all cases."),
+      html("p", {}, "Colored dots: local steps of a client. Large dots: the server after each round. ★: the optimum of each client (in its color) and of all cases."),
       table(caption, head, rows)));
   }
 

@@ -1,7 +1,7 @@
 """FedProx by hand: two centers, two weights, every local step, drawn in the plane of the weights.
 
-A logistic regression on two findings. The centers' patients are alike, but each center measures on scales of
-its own (two scanners, two protocols), so that each has an optimum of its own. `federated` does the learning.
+A logistic regression on two findings. The centers have the same kind of patients, but each measures on its
+own scales (two scanners, two protocols), so the centers have different optima. `federated` does the learning.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ipmn_core.views.style import BLACK, PALETTE, SMALL, WIDTH
 SERVER = "server"
 WEIGHTS = ["w_0", "w_1"]
 RUN = ["optimizer", "mu"]
-SEED = 1423  # of the first 3000, one whose two centers have nearly one optimum at heterogeneity 0
-TRUE_WEIGHTS = (1.25, 1.25)  # of the log odds from which the labels are drawn, before the scales
+SEED = 1423  # of the first 3000, one whose centers have nearly the same optimum at heterogeneity 0
+TRUE_WEIGHTS = (1.25, 1.25)  # of the log odds from which labels are drawn, before scaling
 COLORS = {"A": PALETTE[0], "B": PALETTE[1]}
-LIMITS = (-0.2, 2.8)  # of both weights, the same for all settings, so that pictures compare
+LIMITS = (-0.2, 2.8)  # of both weights, the same for all settings, so that pictures can be compared
 GRID = np.linspace(*LIMITS, 61)
-RISES = (0.01, 0.03, 0.06, 0.12, 0.25, 0.5)  # of the contours, in nats above an objective's least value
+RISES = (0.01, 0.03, 0.06, 0.12, 0.25, 0.5)  # contour levels, in nats above an objective's minimum
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
@@ -73,18 +73,18 @@ OPTIMIZERS = {"SGD": (PlainLearner, 0.5), "AdamW": (federated.Learner, 0.05)}  #
 
 @dataclass(frozen=True)
 class Centers:
-    """Two centers: cases `data`, x (N, 1, 2, 2, 2) and y (N,); `clients`, case indices (N_k,) by name."""
+    """Two centers: `data` with x (N, 1, 2, 2, 2) and y (N,), and `clients`, case indices (N_k,) by name."""
 
     data: federated.Cases
     clients: dict[str, torch.Tensor]
 
 
 def draw_centers(heterogeneity: float = 1.0, n_k: tuple[int, int] = (60, 20), seed: int = SEED) -> Centers:
-    """Draw centers A and B with `n_k` cases, their optima farther apart the larger `heterogeneity` (0 to 1).
+    """Draw centers A and B with `n_k` cases; more `heterogeneity` (0 to 1) moves their optima apart.
 
-    Findings (x_0, x_1) are standard normal, labels drawn from the logistic of `TRUE_WEIGHTS`, so they overlap
-    and the optima are finite. Then A's are multiplied by (s, 1/s) and B's by (1/s, s), s = 2^heterogeneity:
-    each one's optimum is its own at 0, where both have the same distribution, divided by the scale.
+    Findings (x_0, x_1) are standard normal, and labels follow the logistic of `TRUE_WEIGHTS`, so classes
+    overlap and the optima are finite. A's findings are then multiplied by (s, 1/s) and B's by (1/s, s), with
+    s = 2^heterogeneity. This divides each optimum by the scale.
     """
     rng, s = np.random.default_rng(seed), 2**heterogeneity
     x = rng.standard_normal((sum(n_k), 2))
@@ -97,7 +97,7 @@ def draw_centers(heterogeneity: float = 1.0, n_k: tuple[int, int] = (60, 20), se
 
 
 def protocol(optimizer: str, local_steps: int, rounds: int) -> federated.Settings:
-    """Settings with which an epoch is one step on all of a client's cases, at a constant rate."""
+    """Settings under which an epoch is one step on all of a client's cases, at a constant rate."""
     return federated.Settings(
         epochs=rounds,
         local_epochs=local_steps,
@@ -116,11 +116,11 @@ def protocol(optimizer: str, local_steps: int, rounds: int) -> federated.Setting
 def paths(
     centers: Centers, mu: float = 0.0, local_steps: int = 20, rounds: int = 6, optimizer: str = "SGD"
 ) -> pd.DataFrame:
-    """The weights on their way: one row per local step of each client in each round, and for the server.
+    """The weights after each local step of each client in each round, and those of the server.
 
-    Columns round, client, step, w_0, w_1, optimizer, mu. A client's step 0 is where its round began, the
-    global weights w_t; row "server" of a round holds the weights that the round ended with (Eq. 2), that of
-    round 0 the start, (0, 0). They are those of `federated.fit_federated`, bit for bit.
+    Columns round, client, step, w_0, w_1, optimizer, mu. A client's step 0 is the start of its round, the
+    global weights w_t. The row "server" of a round has the weights at its end (Eq. 2); that of round 0 is the
+    start, (0, 0). All equal those of `federated.fit_federated`, bit for bit.
     """
     n_k = [len(cases) for cases in centers.clients.values()]
     settings, strategy = protocol(optimizer, local_steps, rounds), federated.Strategy(mu=mu)
@@ -144,7 +144,7 @@ def paths(
 
 
 def compare(centers: Centers, mus: Sequence[float] = (0.0, 0.3, 1.0), **settings) -> pd.DataFrame:
-    """The `paths` of several mu in one table."""
+    """The `paths` for several mu in one table."""
     return pd.concat([paths(centers, mu, **settings) for mu in mus], ignore_index=True)
 
 
@@ -156,9 +156,9 @@ def drift(paths: pd.DataFrame) -> pd.DataFrame:
 
 
 def optima(centers: Centers) -> pd.DataFrame:
-    """Weights at which Eq. (1) is least for A's cases, for B's and for all, the federation's aim.
+    """Weights that minimize Eq. (1) for A's cases, for B's and for all cases, the federation's aim.
 
-    Columns client ("A", "B", "all"), w_0, w_1, and `loss`, the mean over these cases there.
+    Columns client ("A", "B", "all"), w_0, w_1, and `loss`, the mean over these cases at the minimum.
     """
     rows = []
     for name, cases in {**centers.clients, "all": torch.cat(list(centers.clients.values()))}.items():
@@ -170,7 +170,7 @@ def optima(centers: Centers) -> pd.DataFrame:
 
 @federated.one_thread()
 def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> np.ndarray:
-    """Eq. (1), F_k(w), of a client on a grid: (len(w_1), len(w_0)), float32, as contour lines want it."""
+    """Eq. (1), F_k(w), of a client on a grid, (len(w_1), len(w_0)) float32, for contour lines."""
     cases, model = centers.clients[client], TwoWeights()
     x, y = centers.data.x[cases], centers.data.y[cases]
     grid = torch.cartesian_prod(*(torch.tensor(w, dtype=x.dtype) for w in (w_1, w_0))).flip(1)
@@ -180,7 +180,7 @@ def surface(centers: Centers, client: str, w_0: np.ndarray, w_1: np.ndarray) -> 
 
 @plt.rc_context({"text.parse_math": True})
 def beside(centers: Centers, paths: pd.DataFrame) -> Figure:
-    """Plane and drift of each mu, side by side on the same axes; `paths` as of `compare`."""
+    """Plane and drift for each mu, side by side on the same axes; `paths` as from `compare`."""
     runs = [rows for _, rows in paths.groupby(RUN, sort=False)]
     rows = {"height_ratios": (3, 1), "sharex": "row", "sharey": "row"}
     figure, axes = plt.subplots(2, len(runs), figsize=(WIDTH, 5.8), squeeze=False, **rows)
@@ -226,7 +226,7 @@ START = {"mu": 2, "local steps": 2, "heterogeneity": 2}  # of CHOICES
 
 
 def fedprox_by_hand() -> LiveView:
-    """The walk of the two centers for each of `CHOICES`, computed beforehand by `paths`, with plain SGD."""
+    """A live view of the two centers' `paths` for all `CHOICES`, computed beforehand with plain SGD."""
     centers = [draw_centers(heterogeneity) for heterogeneity in CHOICES["heterogeneity"]]
     walked = {
         (m, s, h): paths(of, mu, local_steps)
@@ -236,7 +236,7 @@ def fedprox_by_hand() -> LiveView:
     }
     clients = centers[-1].clients.items()
     state = {
-        "choices": list(CHOICES.items()),  # a list: a notebook's file sorts the keys of a dict
+        "choices": list(CHOICES.items()),  # a list, because notebook files sort the keys of a dict
         "start": START,
         "limits": LIMITS,
         "clients": [{"name": name, "color": COLORS[name], "cases": len(cases)} for name, cases in clients],
@@ -248,7 +248,7 @@ def fedprox_by_hand() -> LiveView:
 
 
 def _walks(paths: pd.DataFrame) -> dict:
-    """Walks of each client by round, the server's weights, and drift, for one setting."""
+    """The paths of each client by round, the server's weights, and the drift, for one setting."""
     by_client = dict(list(paths.groupby("client")))
     rounded = {name: rows.groupby("round")[WEIGHTS] for name, rows in by_client.items()}
     walks = {name: [rows.round(3).to_numpy().tolist() for _, rows in of] for name, of in rounded.items()}
@@ -261,7 +261,7 @@ def _walks(paths: pd.DataFrame) -> dict:
 
 
 def _of_plane(centers: Centers) -> dict:
-    """Contours of each client's objective, Eq. (1), and the optima, of one heterogeneity."""
+    """Contours of each client's objective, Eq. (1), and the optima, for one heterogeneity."""
     best, ax = optima(centers), Figure().subplots()
     contours = {}
     for row in best[best["client"] != "all"].itertuples():

@@ -1,4 +1,4 @@
-// What all views share: elements, fields, numbers from the page or the kernel, and how a view comes to life.
+// Shared by all views: elements, fields, numbers from the page or the kernel, and starting a view.
 // No library, no request. Names come from files: they reach the page as text and attribute values, never as HTML.
 const SVG = "http://www.w3.org/2000/svg";
 let fields = 0;
@@ -73,7 +73,7 @@ async function numbers(arrays, buffers = []) {
   return Object.fromEntries(await Promise.all(arrays.map(read)));
 }
 
-// ---- Life: on a page, beside a picture and its data; in JupyterLab, with a kernel to ask for what is not here
+// ---- Start: on a page, from a picture and its data; in JupyterLab, with a kernel that sends further data
 
 const VIEWS = {}; // name: (element, state, ask), which shows the view in the element
 
@@ -91,14 +91,14 @@ function asking(model) { // a question to the kernel, which answers { number, ab
 }
 
 function render({ model, el }) {
-  const keydown = (event) => event.stopPropagation(); // else JupyterLab takes arrow keys to move between cells
+  const keydown = (event) => event.stopPropagation(); // otherwise arrow keys move between JupyterLab's cells
   const view = html("div", { class: "ipmn-view", "data-view": model.get("view"), keydown,
     "data-lm-suppress-shortcuts": "true" });
   el.append(view);
   VIEWS[model.get("view")](view, model.get("state"), asking(model));
 }
 
-async function enliven(view) { // the picture goes when the live view is there; it stays if that fails
+async function enliven(view) { // replaces the picture by the live view; keeps the picture if that fails
   const live = html("div");
   try {
     await VIEWS[view.dataset.view](live, JSON.parse(view.querySelector("script").textContent));

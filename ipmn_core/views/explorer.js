@@ -1,5 +1,5 @@
-// The per-center explorer: intervals of all centers; of one the ROC, confusions, scores and most wrong cases.
-// An arm is its place in view.arms, a center its place in view.centers, of which the last is all together.
+// The per-center explorer: intervals of all centers; ROC, confusions, scores and worst cases of one center.
+// Arms and centers are indices into view.arms and view.centers; the last center is all together.
 
 const three = (value) => value.toFixed(3);
 const argmax = (p) => p.indexOf(Math.max(...p)); // a tie goes to the lower class
@@ -139,10 +139,10 @@ function worst(cases, view, show) { // those with the lowest probability of thei
   const rows = cases.toSorted((a, b) => a.p[a.y] - b.p[b.y]).slice(0, 8).map((one) =>
     [...cells(one).map((words) => html("td", {}, words)), html("td", {}, ...(show.known(one.id, modality) ? [button(one.id)] : []))]);
   const head = ["case", "center", "true class", "predicted class", "probability of the true class", "scan"];
-  return table("The 8 cases most wrong", head, rows);
+  return table("The 8 worst predictions", head, rows);
 }
 
-function opening(below, scans, ask) { // show(case, modality): in a viewer of the page, or in one of its own
+function opening(below, scans, ask) { // show(case, modality): in a viewer of the page, or in a new one
   const holds = (one, name) => placeOf(one.cases, ...name) >= 0;
   const show = (...name) => {
     const found = viewers.find((one) => holds(one, name));
@@ -179,7 +179,7 @@ function explorer(root, { rules, metrics, views, scans }, ask) {
     draw();
   }
 
-  function open(view) { // another task or modality; the center stays where it can
+  function open(view) { // another task or modality; keeps the center if possible
     const center = view.centers.indexOf(state.view.centers[state.center]);
     options(lists.task, [...new Map(views.map((v) => [v.task, v.taskName]))], view.task);
     const same = views.filter((v) => v.task === view.task);
@@ -232,9 +232,9 @@ function explorer(root, { rules, metrics, views, scans }, ask) {
       html("td", {}, curve ? three(curve.auc) : why(a)), html("td", {}, mean(a))]);
     const lines = found.filter(([, curve]) => curve).map(([arm, curve]) => [arm, curve.points]);
     const title = `ROC, ${place()}: ${view.classes.at(-1)} against the rest`;
-    const caption = "The curve pools the test folds; the last column is that of the plot above.";
+    const caption = "The curve pools the test folds; the last column repeats the plot above.";
     const own = shown.filter(mixed).map((a) => view.arms[a].label).join(", ");
-    const note = own && `${own}: one model per center, whose scores share no scale, so there is no ROC of all.`;
+    const note = own && `${own}: one model per center. Their scores share no scale, so there is no ROC of all centers.`;
     return [html("h4", {}, title), curves(title, lines), html("p", { class: "note" }, note),
       table(caption, ["method", "AUC of the curve", `${metric} [95 %]`], rows, { class: "legend" })];
   }

@@ -1,4 +1,4 @@
-"""The per-center explorer: results center by center, down to single cases, as a live view."""
+"""The per-center explorer: a live view of results center by center, down to single cases."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def center_explorer(
     how: Preprocessing,
     seed: int = 0,
 ) -> LiveView:
-    """Results by center: intervals of all, and of one the ROC, confusions, scores, most wrong cases.
+    """Results by center: intervals of all centers; ROC, confusions, scores and worst cases of one center.
 
-    `predictions` of one or both tasks, every epoch; `validation` those of the inner split, if any. A case
-    chosen from the most wrong opens in a viewer: on a page in the page's, live in one of the cohort. Raises
-    ValueError as `explorer_state`.
+    `predictions` of one or both tasks, every epoch; `validation`: those of the inner split, if any. A chosen
+    case opens in a viewer of the cohort, or on a page in the page's viewer. Raises ValueError as
+    `explorer_state`.
     """
     selected = centers.by_rules(predictions, validation)
     summary = centers.summary(selected, seed=seed)
@@ -47,9 +47,9 @@ def center_explorer(
 
 
 def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict[str, Any]:
-    """What the explorer shows, from the two tables of `centers`.
+    """The state of the explorer, from the two tables of `centers`.
 
-    `selected`: rows of predictions, one epoch per run and rule (`centers.by_rules`); `summary`: intervals
+    `selected`: predictions, one epoch per run and rule (`centers.by_rules`); `summary`: intervals
     (`centers.summary`). Raises ValueError without rows, if a probability is not finite, or if a case has two
     labels or centers, or is given twice in one arm and rule.
     """
@@ -64,7 +64,7 @@ def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort
 
 
 def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
-    """Data of one task and modality for the explorer; arms, centers and cases by their place in a list."""
+    """Data of one task and modality for the explorer; arms, centers and cases are indices into lists."""
     task, modality = rows[["task", "modality"]].iloc[0]
     arms, cases, classes = in_order(rows["arm"]), _cases(rows), cohort.names(task)
     centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
@@ -87,7 +87,7 @@ def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
 
 
 def _arm(name: str) -> dict:
-    """How an arm is shown: a reference (trains no network) dashed; a personal arm has a model per center."""
+    """Name, label and color of an arm, and whether it is a reference (dashed) or personal."""
     look = {"name": name, "label": display_name(name), "color": to_hex(color(name))}
     return look | {"reference": name in REFERENCES, "personal": is_personal(name)}
 
@@ -106,9 +106,9 @@ def _cases(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(rows: pd.DataFrame, arms: list[str], cases: pd.DataFrame) -> list[dict]:
-    """Probabilities (N, K) of every arm and rule, float32 as the networks gave them: rounding would tie some.
+    """Probabilities (N, K) of every arm and rule, in the networks' float32; rounding would create ties.
 
-    NaN marks a case that was not tested. `epochs` are those chosen, by fold.
+    NaN marks a case that was not tested. `epochs` are the chosen ones, by fold.
     """
     place = pd.Series(cases.index, cases["case_id"])
     scored = []

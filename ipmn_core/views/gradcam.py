@@ -1,7 +1,7 @@
 """Where a network looks: Grad-CAM over a run's cubes, and how much of it is on the phantom's lesion.
 
-Grad-CAM: Selvaraju et al., ICCV 2017, arXiv 1610.02391. Its control, a network that has learned nothing:
-Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018, arXiv 1810.03292.
+Grad-CAM: Selvaraju et al., ICCV 2017, arXiv 1610.02391. The control is an untrained network: Adebayo et al.,
+"Sanity checks for saliency maps", NeurIPS 2018, arXiv 1810.03292.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ipmn_core.runs import Run, store, trained
 from ipmn_core.views.scans import HEAT, OPACITY, pairs, section, show_slice
 from ipmn_core.views.style import PALETTE, SMALL, short
 
-EDGE = 4  # voxels: the coarsest map that still has a middle and sides; of one voxel Grad-CAM is constant
-# Modules that the whole image passes through (in one of two branches, Grad-CAM misses what the other knows):
-# the outermost, and in MobileNet, EfficientNet and DenseNet also the last ones before each reduction.
+EDGE = 4  # voxels per edge of the coarsest useful map; with one voxel Grad-CAM is constant
+# Modules that the whole image passes through (in one of two branches, Grad-CAM misses the other branch): the
+# outermost ones, and in MobileNet, EfficientNet and DenseNet also the last ones before each reduction.
 LAYERS = re.compile(r"[^.]+|\d+\.body\.0|_blocks\.\d\.\d+\._bn0|features\.transition\d\.conv")
 COLUMNS = ["case_id", "center", "label", "prob", "in_pancreas", "expected", "share", "ratio"]
 
 
 @dataclass(frozen=True)
 class Look:
-    """One case and where a network looked in it, all in the cube's stored axes.
+    """One case and where a network looked in it, in the cube's stored axes.
 
-    `heat` is Grad-CAM in [0, 1] for the last of the network's `classes`, whose probability is `prob`;
-    `lesion` the share of each voxel that is lesion, None if unknown (real data). `mm` is a voxel's size,
-    `turn` (`nib.io_orientation`) turns the axes to those of radiologists.
+    `heat` is Grad-CAM in [0, 1] for the last of the network's `classes`; `prob` is that class's probability.
+    `lesion` is the share of each voxel that is lesion, None if unknown (real data). `mm` is a voxel's size;
+    `turn` (`nib.io_orientation`) turns the axes to canonical ones.
     """
 
     case_id: str
@@ -64,17 +64,17 @@ class Look:
 
     @property
     def asked_name(self) -> str:
-        """Name of the class that the map is of."""
+        """Name of the class that the map shows."""
         return self.classes[-1]
 
     @property
     def in_pancreas(self) -> float:
-        """Share of all attention that is on the pancreas, not on padding; NaN without attention."""
+        """Share of all attention on the pancreas, not on padding; NaN without attention."""
         return _ratio(self.heat.sum(where=self.cube != 0), self.heat.sum())
 
     @property
     def share(self) -> float:
-        """Share of the attention on the pancreas that is on the lesion; NaN without either."""
+        """Share of the pancreas's attention that is on the lesion; NaN without attention or known lesion."""
         return self.share_of(self.heat)
 
     @property
@@ -99,9 +99,9 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def layer_of(network: nn.Module, size: int) -> str:
-    """Name of the last of LAYERS, as executed, whose map of a size^3 cube has `EDGE` voxels an edge.
+    """Name of the last executed module of LAYERS with a map of at least `EDGE` voxels per edge at size^3.
 
-    Of a network without such a module the last one of all. Computes shapes alone (meta device).
+    Without such a module, the last of all modules with such a map. Computes only shapes (meta device).
     """
     shapes, maps = copy.deepcopy(network).to("meta").eval(), []
     for name, module in shapes.named_modules():
@@ -114,17 +114,17 @@ def layer_of(network: nn.Module, size: int) -> str:
 def grad_cam(network: nn.Module, cubes: torch.Tensor, label: int, layer: str) -> np.ndarray:
     """Grad-CAM of class `label` at `layer` over cubes (N, 1, S, S, S): (N, S, S, S) in [0, 1], float32.
 
-    Selvaraju et al. 2017, Eq. (1) and (2): the maps of `layer`, each weighted by the mean gradient of the
-    class's logit over it, summed, negative values set to 0, stretched to the cube trilinearly (MONAI); then
-    divided by the maximum (all zero where nothing speaks for the class). Leaves the network unchanged.
+    Selvaraju et al. 2017, Eq. (1) and (2): the sum of the maps of `layer`, each weighted by the mean gradient
+    of the class's logit over it, with negative values set to 0. The sum is resized to the cube trilinearly
+    (MONAI) and divided by its maximum (0 if nothing supports the class). Leaves the network unchanged.
     """
     from monai.visualize import GradCAM
 
     network = copy.deepcopy(network)  # MONAI's hooks would stay on it
     for module in network.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False  # or it would overwrite the map that a hook has kept
-    camera = GradCAM(network.eval(), layer, postprocessing=lambda heat: heat)  # its own turns it upside down
+            module.inplace = False  # otherwise it overwrites the map that a hook has kept
+    camera = GradCAM(network.eval(), layer, postprocessing=lambda heat: heat)  # MONAI's inverts the map
     with torch.enable_grad():
         heat = camera(cubes, class_idx=label)[:, 0].detach().cpu().numpy()
     peak = heat.max(axis=(1, 2, 3), keepdims=True)
@@ -132,11 +132,11 @@ def grad_cam(network: nn.Module, cubes: torch.Tensor, label: int, layer: str) ->
 
 
 def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list[Look]:
-    """Where the network of a finished run looks in `case_ids` when asked for its last class, in float32.
+    """Where the network of a finished run looks in `case_ids` for its last class, in float32.
 
-    Of a personal arm each case is shown to its own center's network. The lesion is the phantom's truth.
-    Raises FileNotFoundError or StaleRunError without such a run, KeyError for an unknown case, ValueError for
-    a phantom of another seed.
+    In a personal arm each case goes to its own center's network. The lesion is the phantom's truth. Raises
+    FileNotFoundError or StaleRunError without such a run, KeyError for an unknown case, ValueError for a
+    phantom with another seed.
     """
     folder = store.whole(runs.folder_of(p, run), runs.run_settings(p, run).protocol())
     (one,) = trained.find(folder)
@@ -165,7 +165,7 @@ def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
     """The same cases with the network's probability and Grad-CAM, in batches."""
     cube, device, done = looks[0].cube, next(network.parameters()).device, []
     layer = layer_of(network, len(cube))
-    n = max(1, 2**20 // cube.size)  # 32 cubes of 32^3, one of 96^3, for a backward pass keeps every map
+    n = max(1, 2**20 // cube.size)  # 32 cubes of 32^3, one of 96^3: a backward pass keeps every map
     for start in tqdm(range(0, len(looks), n), "Grad-CAM", unit="batch", delay=2):
         some = looks[start : start + n]
         x = torch.from_numpy(np.stack([look.cube for look in some])).unsqueeze(1).to(device)
@@ -177,18 +177,18 @@ def _seen(network: nn.Module, looks: Sequence[Look]) -> list[Look]:
 
 
 def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed: int, how: Preprocessing):
-    """The lesion (`phantom.lesion`) brought to the cube as the image is: share of each voxel, (S, S, S).
+    """The lesion (`phantom.lesion`) resampled to the cube like the image: share of each voxel, (S, S, S).
 
     `patient` is the scan's row of truth.csv, `roi` its clean ROI. Raises ValueError for another seed.
     """
     lesion = phantom.lesion(patient, seed, scan["modality"])
     lesion = nib.as_closest_canonical(lesion) if how.orientation == "canonical" else lesion
     lesion = data.resample(lesion, None, how.spacing)[0] if how.spacing else lesion
-    place = np.linalg.solve(lesion.affine, roi.affine)  # of the ROI's voxels among the lesion's
+    place = np.linalg.solve(lesion.affine, roi.affine)  # from the ROI's voxels to the lesion's
     first = place[:3, 3].round().astype(int)
     part = lesion.dataobj[tuple(map(slice, first, first + roi.shape))]
     if part.shape != roi.shape or not np.allclose(place, from_matvec(np.eye(3), first), atol=1e-2):
-        raise ValueError(f"{scan['case_id']}: set `phantom_seed` to that of the phantom, it is not {seed}")
+        raise ValueError(f"{scan['case_id']}: set `phantom_seed` to the phantom's seed; it is not {seed}")
     part = part * (np.asanyarray(roi.dataobj) != 0)
     for length in part.shape:  # as `data.to_cube`
         part = np.tensordot(part, data.area_weights(length, how.size), ([0], [1]))
@@ -196,16 +196,16 @@ def lesion_cube(scan: pd.Series, roi: nib.Nifti1Image, patient: pd.Series, seed:
 
 
 def untrained(looks: Sequence[Look], seed: int = 0, device: str | torch.device = "cpu") -> list[Look]:
-    """The control (Adebayo et al.): the same cases as seen by an untrained network, weights from `seed`."""
+    """The control (Adebayo et al.): the same cases seen by an untrained network, with weights from `seed`."""
     network = models.build(looks[0].network, len(looks[0].classes), seed).eval()
     return _seen(network.to(device), looks)
 
 
 def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
-    """One row per case: COLUMNS (of `Look`), in_pancreas_even (of an even map), ratio_image (of the cube).
+    """One row per case: COLUMNS of `Look`, in_pancreas_even (for an even map), ratio_image (for the cube).
 
-    With `controls`, each an `untrained` of the same cases, also ratio_untrained, their mean. NaN without a
-    lesion or attention.
+    With `controls` (each from `untrained`, same cases) also ratio_untrained, their mean. NaN without a lesion
+    or attention.
     """
     frame = pd.DataFrame([[getattr(look, key) for key in COLUMNS] for look in looks], columns=COLUMNS)
     frame["in_pancreas_even"] = [(look.cube != 0).mean() for look in looks]
@@ -216,17 +216,17 @@ def table(looks: Sequence[Look], *controls: Sequence[Look]) -> pd.DataFrame:
 
 
 def canonical(look: Look) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """Cube, heat map, lesion (or None), each (S, S, S) in RAS+ orientation, and a voxel's size (3,) in mm."""
+    """Cube, heat map and lesion (or None), each (S, S, S) in RAS+ orientation, and voxel size (3,) in mm."""
     volumes = look.cube, look.heat, look.lesion
     turned = [v if v is None else nib.apply_orientation(v, look.turn) for v in volumes]
     return (*turned, look.mm[look.turn[:, 0].argsort()])
 
 
 def by_class(looks: Sequence[Look]) -> Figure:
-    """One case of each class: the axial slice as the network sees it, and below it with Grad-CAM.
+    """One case per class: an axial slice as the network sees it, and below it the same with Grad-CAM.
 
-    Of each class the case whose lesion is of median size: chosen by what is there, not by where the network
-    looks. The slice with most lesion or, without one, with most attention on the pancreas; lesion outlined.
+    The case is the one with the lesion of median size in its class; where the network looks plays no role.
+    The slice has most of the lesion or, without one, most attention on the pancreas. The lesion is outlined.
     """
     labels = sorted({look.label for look in looks})
     figure, axes = pairs(len(labels), 3, 2.85, (2.0, 1.8))

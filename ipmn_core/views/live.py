@@ -1,7 +1,7 @@
 """Live views: ES modules that show the same in JupyterLab and, without a kernel, on the report's page.
 
 A cell's output holds the widget, a still picture (PNG) and, as `MIME`, the state from which a page makes the
-view live. Names come from files: JSON is escaped so that none of them ends a script.
+view live. Names come from files, so JSON is escaped: no name can end a script.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ MIME = "application/vnd.ipmn.view+json"
 PARTS = ("elements", "viewer", "explorer", "by_hand")
 LAB = "export default { render };"
 PAGE = 'for (const view of document.querySelectorAll(".ipmn-view")) await enliven(view);'
-ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # what HTML reads as its own
+ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # HTML's special characters
 
-VOXELS = 2**18  # of an image on a page, at most: about 0.25 MB once packed
-MARGIN = 10  # mm around the pancreas that stay where an image is cut
+VOXELS = 2**18  # limit for an image on a page: about 0.25 MB packed
+MARGIN = 10  # mm kept around the pancreas when an image is cut
 STORED = ("uint8", "int16", "uint16", "float32")  # types that the modules read; others become float32
 
 Arrays = dict[str, np.ndarray]
 
 
 def module(last: str = PAGE) -> str:
-    """The ES module of all views, which at its end makes those of a page live."""
+    """The ES module of all views; its end makes the views of a page live."""
     return "\n".join([*((files(__package__) / f"{part}.js").read_text("utf-8") for part in PARTS), last])
 
 
@@ -52,10 +52,10 @@ def css() -> str:
 
 
 class LiveView(anywidget.AnyWidget):
-    """A view, one of `PARTS`, of a `state` for the kernel and one for a page (default: the same).
+    """A view (one of `PARTS`) with a `state` for the kernel and one for a page (default: the same).
 
-    `still` draws the picture that stands for the view where nothing runs, `alt` says what it shows. `answer`
-    returns what the view asks for while it is live: JSON and arrays.
+    `still` draws the picture shown where no script runs; `alt` is its description. `answer` returns what a
+    live view requests: JSON and arrays.
     """
 
     _esm = module(LAB)
@@ -92,8 +92,8 @@ class LiveView(anywidget.AnyWidget):
 def packed(arrays: Arrays) -> list[list[str]]:
     """Arrays for a page: name, type, and bytes (first axis fastest), deflated (zlib) and in base64.
 
-    Measured on seven T1 phantoms: 0.78 of the raw bytes, after differences along an axis 1.1. PNG gives 0.70,
-    but a page reads it back through a canvas, whose pixels some browsers change against tracking.
+    Measured on seven T1 phantoms: 0.78 of the raw bytes. PNG gives 0.70, but a page reads it through a
+    canvas, whose pixels some browsers change to prevent tracking.
     """
     deflated = {name: zlib.compress(array.tobytes(order="F"), 9) for name, array in arrays.items()}
     return [
@@ -102,9 +102,9 @@ def packed(arrays: Arrays) -> list[list[str]]:
 
 
 def as_html(data: dict[str, Any], png: str) -> str:
-    """The view of an output for a page: its picture (PNG in base64) and its data, which `module` makes live.
+    """HTML of an output's view for a page: its picture (PNG in base64) and the data for `module`.
 
-    Raises ValueError if the state holds NaN, which is not JSON.
+    Raises ValueError if the state holds NaN, which JSON lacks.
     """
     state = json.dumps(data["state"], separators=(",", ":"), allow_nan=False).translate(ESCAPES)
     return (
@@ -118,9 +118,9 @@ def as_html(data: dict[str, Any], png: str) -> str:
 
 
 def roi_viewer(scans: pd.DataFrame, how: Preprocessing) -> LiveView:
-    """A viewer of the cases of `scans` in three planes, beside the cube that a network gets, made as `how`.
+    """A viewer of the cases of `scans` in three planes, with the cube that a network gets (made as `how`).
 
-    On a page: one case of each center, of the highest class it has, of the last modality.
+    A page has one case per center, of the center's highest class and the last modality.
     """
     last = scans[scans["modality"] == scans["modality"].iloc[-1]]
     first = last.sort_values("label", ascending=False, kind="stable").groupby("center").head(1)
@@ -128,9 +128,9 @@ def roi_viewer(scans: pd.DataFrame, how: Preprocessing) -> LiveView:
 
 
 def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
-    """The same for the cases of `looks` (`gradcam.of_run`), with the heat map over the cube.
+    """The viewer for the cases of `looks` (`gradcam.of_run`), with the heat map over the cube.
 
-    On a page: the first case of each class.
+    A page has the first case of each class.
     """
     names = {look.case_id: look.label for look in looks}
     mine = scans[scans["case_id"].isin(names) & (scans["modality"] == looks[0].modality)]
@@ -139,7 +139,7 @@ def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
 
 
 def _viewer(scans, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Look] | None = None):
-    """The viewer of `scans`, of which a page holds those `shown`."""
+    """The viewer of `scans`; a page has only the cases in `shown`."""
 
     def page() -> dict[str, Any]:
         held = [on_page(scan, how, (looks or {}).get(scan["case_id"])) for _, scan in shown.iterrows()]
@@ -155,7 +155,7 @@ def _viewer(scans, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Loo
 
 
 def viewer_state(scans: pd.DataFrame, how: Preprocessing) -> dict[str, Any]:
-    """Which cases a viewer lists, centers in order of appearance; it asks for each that is not in `held`."""
+    """The state of a viewer: its cases, centers in order of appearance; it requests cases not in `held`."""
     return {
         "size": how.size,
         "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
@@ -174,7 +174,7 @@ def _palette() -> np.ndarray:
 
 
 def answering(scans: pd.DataFrame, how: Preprocessing, looks: dict[str, Look] | None = None):
-    """What a viewer gets for a case, by its place in `scans`: `case_or_reason`."""
+    """A function from a case's row number in `scans` to `case_or_reason`."""
 
     def answer(place: int) -> tuple[dict[str, Any], Arrays]:
         scan = scans.iloc[place]
@@ -184,13 +184,13 @@ def answering(scans: pd.DataFrame, how: Preprocessing, looks: dict[str, Look] | 
 
 
 def on_page(scan: pd.Series, how: Preprocessing, look: Look | None = None) -> dict[str, Any]:
-    """The same for a page, small enough to be part of it."""
+    """`case_or_reason` for a page, cut to `VOXELS` and packed."""
     about, arrays = case_or_reason(scan, how, look, VOXELS)
     return about | {"arrays": packed(arrays)}
 
 
 def case_or_reason(scan, how: Preprocessing, look: Look | None = None, most: int | None = None):
-    """The `case_data` of a cohort row, or why it cannot be read."""
+    """The `case_data` of a cohort row, or the reason why it cannot be read."""
     try:
         return case_data(open_case(scan, how), look, most)
     except ScanError as error:
@@ -200,8 +200,8 @@ def case_or_reason(scan, how: Preprocessing, look: Look | None = None, most: int
 def case_data(case: Case, look: Look | None = None, most: int | None = None) -> tuple[dict[str, Any], Arrays]:
     """A case for the viewer; lists have one entry per axis: to the patient's right, front, head (RAS+).
 
-    The image as stored or, with `most`, as bytes between its percentiles 1 and 99.5; one of more voxels is
-    then cut to the pancreas and MARGIN mm around it and averaged in blocks until it fits. `inside` has a bit
+    The image is as stored. With `most`, it is in bytes between its percentiles 1 and 99.5, and an image with
+    more voxels is cut to the pancreas with MARGIN mm around it and averaged in blocks. `inside` has one bit
     per voxel.
     """
     spacing, shape = np.array(case.image.header.get_zooms()[:3], float), case.image.shape
@@ -236,7 +236,7 @@ def case_data(case: Case, look: Look | None = None, most: int | None = None) -> 
 
 
 def _told(look: Look | None) -> dict[str, str]:
-    """What a network says of a case, and where it looks."""
+    """Facts for the viewer: a network's probability for a case, and where it looks."""
     if look is None:
         return {}
     lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
@@ -244,17 +244,17 @@ def _told(look: Look | None) -> dict[str, str]:
 
 
 def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
-    """Of a header's text fields, which may name a patient, none: units are one of NIfTI's own words."""
+    """Units, mask, part shown and doubts; no text fields of the header, which may name a patient."""
     header = headers.header_of(case.scan["image"])
     try:
         units, _ = header.get_xyzt_units()
-    except KeyError:  # a code that is none of NIfTI's
+    except KeyError:  # a code that NIfTI lacks
         units = "unknown"
     doubt = "; ".join(problem for _, problem, _ in headers.place(header)[1])
     whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
     part = "the whole image" if whole else f"the ROI and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
-    mask = "beside the image" if case.scan["mask"] else "none: a clean ROI"
+    mask = "a separate file" if case.scan["mask"] else "none: a clean ROI"
     facts = {"units": units, "mask": mask, "shown": part + means}
     return facts | ({"in doubt": doubt} if doubt else {})
 
@@ -266,10 +266,10 @@ def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def framing(shape, spacing, box, most: float) -> tuple[tuple[slice, ...], tuple[int, ...]]:
-    """The part of a volume to show (one slice per axis) and how many voxels of each axis to average into one.
+    """The part of a volume to show (one slice per axis) and the number of voxels to average along each axis.
 
-    All of it, if it has at most `most` voxels; else `box` and MARGIN mm around it, in blocks as cubic as they
-    can be (spacing in mm) and just large enough.
+    The whole volume if it has at most `most` voxels. Otherwise `box` and MARGIN mm around it, averaged in the
+    smallest sufficient blocks, as cubic as possible (spacing in mm).
     """
     if np.prod(shape) <= most:
         return tuple(slice(0, n) for n in shape), (1, 1, 1)
@@ -287,7 +287,7 @@ def framing(shape, spacing, box, most: float) -> tuple[tuple[slice, ...], tuple[
 
 
 def averaged(volume: np.ndarray, step: tuple[int, ...]) -> np.ndarray:
-    """Means of blocks of `step` voxels, rounded (a half to even), uint8; an incomplete block is left out."""
+    """Means of blocks of `step` voxels, rounded (halves to even), uint8; incomplete blocks are left out."""
     if max(step) == 1:
         return volume
     length = [n // s for n, s in zip(volume.shape, step, strict=True)]

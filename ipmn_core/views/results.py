@@ -21,14 +21,14 @@ from ipmn_core.names import display_name, is_personal
 from ipmn_core.views import style
 from ipmn_core.views.style import BLACK, MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
-ACROSS = 5  # panels in a line, and curves in a panel, of which each can still be read
+ACROSS = 5  # at most this many panels in a line, or curves in a panel, are readable
 
 
 def panels(table: pd.DataFrame, column: str, row: str, height: float, most: int = ACROSS, **share):
-    """Axes (rows, columns), and the axes and rows of the table of each panel that has any.
+    """Axes (rows, columns), and a list of (axes, rows of the table) of each panel with rows.
 
-    One panel per value of `column` (across, at most `most` in a line) and of `row` (down), `height` inches
-    each.
+    One panel per value of `column` (across, at most `most` in a line) and of `row` (down), each `height`
+    inches high.
     """
     down, across = (in_order(table[name]) or [""] for name in (row, column))
     wide = min(len(across), most)
@@ -54,7 +54,7 @@ def panels(table: pd.DataFrame, column: str, row: str, height: float, most: int 
 
 
 def labelled(axes: np.ndarray, xlabel: str, ylabel: str = "", title: str | None = None) -> Figure:
-    """The figure, its outer axes labelled, with a legend right of each row of panels that shows new names."""
+    """Label the outer axes, add a legend right of each row of panels with new names; return the figure."""
     last = []
     for row in axes:
         row[0].set_ylabel(ylabel)
@@ -78,9 +78,9 @@ def forest(
 ) -> Figure:
     """A value with its interval for each arm at each center: a panel per `column` (across) and `row` (down).
 
-    Columns center, arm, value, `column` and `row`; if known also low and high (the interval), undefined (why
-    a value is NaN), line (a grey line in the center's row, such as chance), and paper_value, paper_low and
-    paper_high (drawn hollow below ours). References are square.
+    Columns center, arm, value, `column` and `row`; optional: low and high (the interval), undefined (why a
+    value is NaN), line (a gray line in the center's row, such as chance), and paper_value, paper_low,
+    paper_high (hollow, below ours). References are square.
     """
     table = table.assign(**{name: table.get(name, np.nan) for name in ("low", "high")})
     table = table.assign(undefined=table.get("undefined", ""))
@@ -128,7 +128,7 @@ def _over_folds(table: pd.DataFrame, metric: str, suffix: str = "", side: str = 
 
 
 def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, metric: str = "auc") -> pd.DataFrame:
-    """The table of a forest with the columns of the paper's table 3; its values take the place of reasons."""
+    """The table of a forest with the paper's table 3; where the paper has a value, `undefined` is blank."""
     keys, theirs = ["center", "modality", "arm"], _over_folds(paper, metric, side="paper_")
     paper = paper.rename(columns={"method": "arm"}).assign(**theirs)
     both = table.merge(paper[[*keys, *theirs]], how="left", on=keys)
@@ -136,9 +136,9 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, metric: str = "auc") 
 
 
 def forests(summary: pd.DataFrame, metric: str = "auc", paper: pd.DataFrame | None = None) -> Figure:
-    """Mean ± standard deviation over folds of the binary task, centers by arms, a panel per modality.
+    """Mean ± standard deviation over folds of the binary task, by center and arm: a panel per modality.
 
-    From `metrics.over_folds`; `paper`, its table 3, is drawn hollow.
+    From `metrics.over_folds`; `paper` (its table 3) is drawn hollow.
     """
     table = summary[summary["task"] == "binary"]
     table = table.assign(**_over_folds(table, metric), line=0.5 if metric == "auc" else np.nan)
@@ -148,7 +148,7 @@ def forests(summary: pd.DataFrame, metric: str = "auc", paper: pd.DataFrame | No
 
 
 def benchmark(table: pd.DataFrame, metric: str = "auc") -> Figure:
-    """Table 2 as a picture: a metric in percent for each model; the paper's, if in the table, hollow."""
+    """Table 2 as a figure: a metric in percent for each model; the paper's values, if present, are hollow."""
     sides = _over_folds(table, metric)
     if f"{metric}_mean_paper" in table:
         sides |= _over_folds(table, metric, "_paper", "paper_")
@@ -159,15 +159,15 @@ def benchmark(table: pd.DataFrame, metric: str = "auc") -> Figure:
 
 
 def overview(summary: pd.DataFrame) -> Figure:
-    """Means and 95 % intervals of all arms at all centers: one rule and metric of `centers.summary`."""
+    """Means and 95 % intervals of all arms at all centers, from one rule and metric of `centers.summary`."""
     metric = summary["metric"].iloc[0]
-    of = "all test cases" if metric == "acc" else "mean over folds"  # as `inference.intervals` has them
+    of = "all test cases" if metric == "acc" else "mean over folds"  # as in `inference.intervals`
     table = summary.assign(value=summary["mean"], line=0.5 if metric == "auc" else np.nan)
     return forest(table, f"{metric.upper()}, {of}, with 95 % interval")
 
 
 def fold_curves(table: pd.DataFrame, x: str, y: str, by: str, row: str, xlabel: str, ylabel: str) -> Figure:
-    """`y` over `x`, a panel per arm and `row`, a color per `by`: a thin line per fold, a thick mean."""
+    """`y` over `x`: a panel per arm and `row`, a color per `by`, a thin line per fold, a thick mean."""
     axes, shown = panels(table, "arm", row, 2.3, sharex="col", sharey=True)
     shades = {n: style.hue(k) if by == "client" else color(n) for k, n in enumerate(in_order(table[by]))}
     for ax, rows in shown:
@@ -177,22 +177,22 @@ def fold_curves(table: pd.DataFrame, x: str, y: str, by: str, row: str, xlabel: 
             ax.plot(folds.index, folds, alpha=0.35, linewidth=0.8, markersize=3, **look)
             look["label"] = style.short(display_name(name))
             ax.plot(folds.index, folds.mean(axis=1), linewidth=2, markersize=8, **look)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)  # also of one epoch
+        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)  # 1: for one epoch
         ax.set_xlim(rows[x].min() - 0.5, rows[x].max() + 0.5)
-    return labelled(axes, xlabel, ylabel, "thin: a fold\nthick: mean")
+    return labelled(axes, xlabel, ylabel, "thin: one fold\nthick: mean")
 
 
 def training_curves(
     histories: pd.DataFrame, column: str, ylabel: str, xlabel: str, reference: float | None = None
 ) -> Figure:
-    """`column` of the histories by epoch: a panel per arm, a thin line per fold, a thick one their mean."""
+    """`column` of the histories by epoch: a panel per arm, a thin line per fold, a thick mean."""
     table, values = histories.assign(task=""), histories[column]
     figure = fold_curves(table, "epoch", column, "modality", "task", xlabel, ylabel)
     for ax in figure.axes if reference is not None and len(table) else ():
         if ax.axison:
             ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
     if values.min() > 0 and values.max() > max(1, 5 * values.min()):
-        _by_factors(figure.axes[0])  # a loss that one arm begins high; an AUC is never above 1
+        _by_factors(figure.axes[0])  # for a loss that starts high; an AUC is never above 1
     return figure
 
 
@@ -219,16 +219,16 @@ def scanners(facts: pd.DataFrame) -> Figure:
             ax.scatter(x, rows[column], s=7, alpha=0.5, **look)
         style.name_ticks(ax.xaxis, names)
     _by_factors(axes[0, 2])
-    figure = labelled(axes, "center", title="a point: a scan")
+    figure = labelled(axes, "center", title="one point per scan")
     for ax, (title, unit) in zip(axes[0], shown.values(), strict=True):
         ax.set(title=title, ylabel=unit)
     return figure
 
 
 def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
-    """ROC of each arm on cases of the binary task and one modality, the test folds' scores pooled.
+    """ROC of each arm on cases of the binary task and one modality, with the test folds' scores pooled.
 
-    The legend has the AUCs. Cases of one class have no curve, and the panel says so.
+    The legend has the AUCs. Without cases of both classes, the panel says so.
     """
     for arm, part in selected.groupby("arm", sort=False):
         y, prob = metrics.y_and_prob(part)
@@ -249,8 +249,8 @@ def roc(selected: pd.DataFrame, ax: Axes, title: str) -> Axes:
 def roc_by_center(selected: pd.DataFrame) -> Figure:
     """A ROC panel for all centers together and for each center, one modality of the binary task.
 
-    Of many centers the largest, of many arms the first. The AUCs are right of each panel, the arms' names
-    once below. All centers together lack the personal arms: scores of several models share no scale to pool.
+    Shows the largest centers and the first arms, if there are many. The AUCs are right of each panel, the
+    arms' names below. The panel of all centers leaves out personal arms, whose models share no scale.
     """
     arms = list(selected["arm"].unique())[:ACROSS]
     selected = selected[selected["arm"].isin(arms)]
@@ -271,7 +271,7 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
 
 
 def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
-    """The image of a matrix, a number in each cell, n/a for NaN, names at rows and columns."""
+    """The image of a matrix with a number in each cell (n/a for NaN) and names at rows and columns."""
     image = ax.imshow(cells, **look)
     for (i, j), number in np.ndenumerate(cells if len(names) <= MANY else cells[:0]):
         text = f"{number:z.2f}" if isinstance(number, float) else str(number)  # z: no -0.00
@@ -285,7 +285,7 @@ def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
 def confusions(selected: pd.DataFrame, center: str, classes: Sequence[str]) -> Figure:
     """Cases of one center (or "global") by true and most probable class: a panel per arm.
 
-    `selected` are rows of one task and modality, one epoch per run; `classes` the names of its classes.
+    `selected` has one task and modality, one epoch per run; `classes` are the names of its classes.
     """
     here = centers.at(selected, center).assign(center=center)
     height = 2.1 if len(classes) < 4 else 1.8 + 0.3 * len(classes)

@@ -1,6 +1,6 @@
-"""Figures of the review (chapter 4): one figure from one table, a panel per modality, task or arm.
+"""Figures of the review (chapter 4): one figure per table, with a panel per modality, task or arm.
 
-An arm has one color in all figures; references, which train no network, are dashed or square.
+An arm has the same color in all figures. References, which train no network, are dashed or square.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _line(arm: str) -> dict:
 def reliability_diagrams(reliability: pd.DataFrame) -> Figure:
     """Observed against predicted share of positives: a panel per modality, a line per arm, Wilson intervals.
 
-    From `calibration.reliability`. Below the diagonal a forecast claims too much risk.
+    From `calibration.reliability`. Below the diagonal the predicted risk is too high.
     """
     axes, shown = panels(reliability, "modality", "task", 3.6, sharex=True, sharey=True)
     for ax, rows in shown:
@@ -37,14 +37,14 @@ def reliability_diagrams(reliability: pd.DataFrame) -> Figure:
             ax.vlines(x, curve["low"], curve["high"], color=hue, alpha=0.35, linewidth=1)
             ax.scatter(x, y, s=90 * curve["n"] / reliability["n"].max(), color=hue, alpha=0.7, zorder=3)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
-    legend = "marker area: cases\nbar: 95 % interval"
+    legend = "marker area: number of cases\nbar: 95 % interval"
     return labelled(axes, "mean predicted probability", "observed share of positives", legend)
 
 
 def decision_curves(curve: pd.DataFrame) -> Figure:
     """Net benefit over the threshold probability: a panel per modality, a line per arm.
 
-    From `calibration.decision_curve`. An arm is of use where it is above both grey lines.
+    From `calibration.decision_curve`. An arm is useful where it is above both gray lines.
     """
     axes, shown = panels(curve, "modality", "task", 3.2, sharex=True, sharey=True)
     top = max(curve["net_benefit"].max(), 0.01)
@@ -52,20 +52,20 @@ def decision_curves(curve: pd.DataFrame) -> Figure:
         for arm, line in rows.groupby("arm", sort=False):
             below = {"linewidth": 3, "zorder": 1} if arm in DEFAULTS else {"linewidth": 1.3}
             ax.plot(line["threshold"], line["net_benefit"], **_line(arm), **below)
-        ax.set_ylim(-0.25 * top, 1.1 * top)  # treating all goes far below, where nobody would act
+        ax.set_ylim(-0.25 * top, 1.1 * top)  # treating all goes far below
     return labelled(
         axes, "threshold probability of the positive class", "net benefit (true positives per case)"
     )
 
 
 def majority(audit_table: pd.DataFrame) -> Figure:
-    """ACC of each method at each center against always answering the commonest class (grey line).
+    """ACC of each method at each center against always answering the most common class (gray line).
 
-    From `audit.majority_class`. A method left of the line does not beat an answer without an image.
+    From `audit.majority_class`. A method left of the line is worse than an answer without an image.
     """
     keys = ["center", "modality", "n", "high_risk", "majority", "beaten_by"]
     table = audit_table.melt(keys, var_name="arm").assign(task="binary")
-    return forest(table.rename(columns={"majority": "line"}), "accuracy (ACC); grey line: majority class")
+    return forest(table.rename(columns={"majority": "line"}), "accuracy (ACC); gray line: majority class")
 
 
 def auc_intervals(table: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
@@ -75,14 +75,14 @@ def auc_intervals(table: pd.DataFrame, paper: pd.DataFrame | None = None) -> Fig
     """
     table = table.assign(value=table["auc"], low=table["auc_low"], high=table["auc_high"], line=0.5)
     if paper is not None:
-        table = beside_paper(table, paper.assign(auc_std=np.nan))  # a deviation over folds is no interval
+        table = beside_paper(table, paper.assign(auc_std=np.nan))  # a deviation over folds is not an interval
     return forest(table, "AUC, 95 % interval")
 
 
 def gain(table: pd.DataFrame) -> Figure:
-    """Gain of each arm over a reference at each center: a panel per reference (across) and modality (down).
+    """Gain of each arm over a reference at each center, from `heterogeneity.gain`.
 
-    From `heterogeneity.gain`.
+    A panel per reference (across) and modality (down).
     """
     over = [f"gain over {display_name(name)}" for name in table["over"]]
     table = table.assign(value=table["difference"], line=0, over=over)
@@ -92,7 +92,7 @@ def gain(table: pd.DataFrame) -> Figure:
 def cross_site(table: pd.DataFrame) -> Figure:
     """AUC of each center's own model (rows) at each center (columns), common models below the gap.
 
-    From `centers.cross_site`. A panel per modality.
+    From `centers.cross_site`: a panel per modality.
     """
     sites = centers_in(table["center"])
     common = in_order(table.loc[table["trained_at"] == GLOBAL, "arm"])
@@ -125,7 +125,7 @@ def fusion(table: pd.DataFrame) -> Figure:
 
 
 def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> Figure:
-    """The forest of columns of one table, a row per arm, without a column that has no number."""
+    """The forest of columns of one table, with one row per arm and without empty columns."""
     keys = ["task", "modality", "center", "undefined"]
     table = table.assign(undefined=table.get("undefined", ""))
     table = table.rename(columns={"arm": "center", **columns})[[*keys, *columns.values()]]
@@ -134,9 +134,9 @@ def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> 
 
 
 def within_and_between(table: pd.DataFrame) -> Figure:
-    """Pooled AUC of each arm beside that of pairs from one center and of pairs from two.
+    """AUC of each arm over all pairs, over pairs within a center, and over pairs between centers.
 
-    From `centers.decompose`. Pooled well above within: the arm knows the center.
+    From `centers.decompose`. If pooled is well above within, the arm recognizes the center.
     """
     return _side_by_side(table, PAIRS, "AUC")
 
@@ -144,7 +144,7 @@ def within_and_between(table: pd.DataFrame) -> Figure:
 def dial(table: pd.DataFrame) -> Figure:
     """AUC within centers against the phantom's shift: a panel per intensity (across) and modality (down).
 
-    From `dial.table`. A color per arm: a point per fold, a line through their mean; the oracle is dashed.
+    From `dial.table`. One color per arm, one point per fold, a line through the means; the oracle is dashed.
     """
     axes, shown = panels(table, "intensity", "modality", 3.4, sharex=True, sharey=True)
     for ax, rows in shown:
@@ -168,9 +168,9 @@ def strategies(table: pd.DataFrame) -> Figure:
 
 
 def optimism(table: pd.DataFrame) -> Figure:
-    """Global AUC of each arm under three rules of choosing the epoch: a panel per task and modality.
+    """Global AUC of each arm under three rules for choosing the epoch: a panel per task and modality.
 
-    From `metrics.optimism`; without an inner split there are two rules.
+    From `metrics.optimism`. Without an inner split there are two rules.
     """
     return _side_by_side(table, RULES, "global AUC, mean over folds")
 
@@ -178,8 +178,8 @@ def optimism(table: pd.DataFrame) -> Figure:
 def drift(table: pd.DataFrame) -> Figure:
     """Distance of each client from the global model by round: a panel per arm (across) and modality (down).
 
-    From `heterogeneity.drift`. A color per client, a thin line per fold, a thick one their mean. Of many
-    clients those that move most; the others are one line, their mean.
+    From `heterogeneity.drift`. One color per client, a thin line per fold, a thick mean. With many clients,
+    those that move most, and one line for the mean of the others.
     """
     moved = table.groupby("client")["distance"].mean()
     if len(moved) > MANY:

@@ -1,4 +1,4 @@
-"""Figures of scans: slices as radiologists see them, the ROI, the cube; a prediction beside its ROI."""
+"""Figures of scans: slices as radiologists see them, the ROI, the cube, a prediction with its ROI."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.views.style import PALETTE, SMALL, centers_in, short
 
-AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # what a plane is perpendicular to, in RAS+
-HEAT = plt.get_cmap("magma")  # perceptually ordered, and nowhere as blue as the lesion's outline
-OPACITY = 0.75  # of a heat map where it is 1; where it is 0 the image shows as it is
+AXES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis perpendicular to a plane, in RAS+
+HEAT = plt.get_cmap("magma")  # perceptually ordered, and unlike the blue outline of the lesion
+OPACITY = 0.75  # of a heat map at 1; at 0 it is transparent
 EDGES = {"axial": "RLAP", "coronal": "RLHF", "sagittal": "APHF"}  # left, right, top, bottom
 
 
 def scan_volumes(scan, how: Preprocessing | None = None):
     """Whole image, mask (X, Y, Z) bool and clean ROI of a cohort row, in canonical (RAS+) orientation.
 
-    A clean ROI has no whole image: it is both, and the mask is None. Only the ROI is resampled, if `how` says
-    so. Raises ScanError as `data.read_scan`.
+    Without a mask the clean ROI is also the image. Only the ROI is resampled, if `how` says so. Raises
+    ScanError as `data.read_scan`.
     """
     found = read_scan(scan["image"], scan["mask"], scan["case_id"], how)
     image, roi = map(nib.as_closest_canonical, (found.image, found.roi))
@@ -39,9 +39,9 @@ def scan_volumes(scan, how: Preprocessing | None = None):
 
 @dataclass(frozen=True)
 class Case:
-    """One scan opened for looking, in canonical (RAS+) orientation.
+    """One scan to show, in canonical (RAS+) orientation.
 
-    `roi` fills `box` of `image`; `cube` (S, S, S) is what a network gets of it.
+    `roi` fills `box` of `image`; `cube` (S, S, S) is the network's input.
     """
 
     scan: pd.Series
@@ -53,14 +53,14 @@ class Case:
 
     @property
     def window(self) -> tuple[float, float]:
-        """Stored values to show black and white: percentiles 1 and 99.5 of at most 2^18 of the image."""
+        """Stored values shown black and white: percentiles 1 and 99.5 of about 2^18 voxels of the image."""
         voxels = np.asanyarray(self.image.dataobj).ravel("K")
         low, high = np.percentile(voxels[:: max(1, voxels.size // 2**18)], (1, 99.5))
         return float(low), float(high)
 
     @property
     def cube_window(self) -> tuple[float, float]:
-        """Values of the cube to show black and white: 0 and 1, or all if some are beyond."""
+        """Values of the cube shown black and white: 0 and 1, or the cube's limits if they are beyond."""
         return min(0.0, float(self.cube.min())), max(1.0, float(self.cube.max()))
 
 
@@ -72,8 +72,8 @@ def open_case(scan: pd.Series, how: Preprocessing) -> Case:
 
 
 def middle(inside: np.ndarray) -> list[int]:
-    """The voxel to show first: in the widest axial slice, of those inside the one nearest to their middle."""
-    inside = inside if inside.any() else np.ones_like(inside)  # means of a thin mask may all be below a half
+    """The voxel to show first: in the widest axial slice, the inside voxel nearest to the center."""
+    inside = inside if inside.any() else np.ones_like(inside)  # averaging may empty a thin mask
     k = widest_slice(inside)
     plane = np.argwhere(inside[:, :, k])
     i, j = plane[np.square(plane - plane.mean(axis=0)).sum(axis=1).argmin()]
@@ -94,9 +94,9 @@ def show_slice(
     window: tuple[float, float] | None = None,
     color: str = PALETTE[1],
 ) -> Axes:
-    """Slice `k` of a canonical image as radiologists see it, in mm aspect, where `mask` >= 0.5 outlined.
+    """Slice `k` of a canonical image as radiologists see it, in mm aspect, with `mask` >= 0.5 outlined.
 
-    `window` gives the stored values shown black and white, by default the image's percentiles 1 and 99.5.
+    `window` gives the stored values shown black and white (default: the image's percentiles 1 and 99.5).
     """
     data, spacing = np.asanyarray(image.dataobj), image.header.get_zooms()
     across, up = (axis for axis in range(3) if axis != AXES[plane])
@@ -110,7 +110,7 @@ def show_slice(
 
 
 def widest_slice(mask: np.ndarray) -> int:
-    """Index of the axial slice in which the mask (X, Y, Z) has most voxels."""
+    """Index of the axial slice with the most voxels of the mask (X, Y, Z)."""
     return int((np.asarray(mask) != 0).sum(axis=(0, 1)).argmax())
 
 
@@ -128,7 +128,7 @@ def pairs(n: int, most: int, width: float, heights: tuple[float, float]):
 def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None = None) -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
-    Of each center the first case of class `label` (None: the last class), or its first case without one.
+    Shows each center's first case of class `label` (None: the last class), or else its first case.
     """
     chosen = scans[scans["modality"] == modality]
     label = scans["label"].max() if label is None else label
@@ -161,7 +161,7 @@ def slices(scan) -> Figure:
 
 
 def roi_and_cube(scan, cube: np.ndarray, how: Preprocessing | None = None) -> Figure:
-    """The clean ROI of a cohort row (left, mm aspect) beside its cube (S, S, S) for a network."""
+    """The clean ROI of a cohort row (left, mm aspect) and its cube (S, S, S) for a network (right)."""
     stored = read_scan(scan["image"], scan["mask"], scan["case_id"], how).roi
     roi, turn = nib.as_closest_canonical(stored), nib.io_orientation(stored.affine)
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6))
@@ -174,11 +174,11 @@ def roi_and_cube(scan, cube: np.ndarray, how: Preprocessing | None = None) -> Fi
 
 
 def three_planes(case: Case, position: Sequence[int]) -> Figure:
-    """The image through voxel `position` in three planes and, below, the same place in the cube."""
+    """The image at voxel `position` in three planes and, below, the same place in the cube."""
     cube, size = nib.Nifti1Image(case.cube.astype(np.float32), np.eye(4)), len(case.cube)
     start, length = np.array([(side.start, side.stop - side.start) for side in case.box]).T
     within = (np.array(position) - start + 0.5) * size / length
-    within = np.clip(within, 0, size - 1).astype(int)  # the cube's nearest voxel, if it is outside
+    within = np.clip(within, 0, size - 1).astype(int)  # the nearest voxel for a place outside the cube
     rows = [
         ("image", case.image, case.mask, case.window, position),
         ("cube", cube, None, case.cube_window, within),
@@ -193,7 +193,7 @@ def three_planes(case: Case, position: Sequence[int]) -> Figure:
 
 
 def _cross_hair(ax: Axes, shape: Sequence[int], plane: str, position: Sequence[int]) -> None:
-    """Draw the other two planes as lines, and what is left, right, front, back, head and foot as letters."""
+    """Draw the other two planes as lines, and letters for left, right, front, back, head and foot."""
     across, up = (axis for axis in range(3) if axis != AXES[plane])
     line = {"color": PALETTE[5], "linewidth": 0.7}
     ax.axvline(shape[across] - 1 - position[across], **line)
@@ -206,7 +206,7 @@ def _cross_hair(ax: Axes, shape: Sequence[int], plane: str, position: Sequence[i
 def prediction(result, roi: nib.Nifti1Image) -> Figure:
     """The widest slice of an ROI (`data.load_roi`) and, for each class, a bar (mean) and one dot per model.
 
-    `result` is a `predict.Prediction`: `case`, `task` and `folds`, a row per model, a column per class.
+    `result` is a `predict.Prediction`; its `folds` have one row per model and one column per class.
     """
     classes = [name for name in result.folds if name not in ("model", "weights")]
     roi = nib.as_closest_canonical(roi)
@@ -223,7 +223,7 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
 
 
 def header_facts(case: Case) -> dict[str, str]:
-    """Facts of the file's header: name -> text."""
+    """Facts of the file's header, {name: text}."""
     stored, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
     spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
     return {

@@ -1,4 +1,4 @@
-"""How everything looks: palette, sizes, one color per name; a figure as a file, a table in a notebook."""
+"""The style of figures and tables: palette, sizes, one color per name; save figures, show tables."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ipmn_core.disk import atomic
 from ipmn_core.metrics import GLOBAL, RULES
 from ipmn_core.names import ARMS, MODELS, REFERENCES
 
-# Okabe and Ito's palette: told apart with any common color vision
+# Okabe and Ito's palette, which is safe for the common forms of color blindness
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6F6F6F")
 BLACK = "#000000"
 PAIRS = {"pooled": "all pairs (pooled)", "within": "within a center", "between": "between centers"}
 GROUPS = (ARMS, MODELS, tuple(RULES.values()), tuple(PAIRS.values()))
 COLORS = {name: PALETTE[k] for names in GROUPS for k, name in enumerate(names)}
 COLORS |= dict(zip(REFERENCES, (*PALETTE[5:], PALETTE[2], BLACK, PALETTE[3]), strict=True))
-COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color: T1 and T2 are drawn beside each other in an arm
+COLORS |= {"t1": PALETTE[5], "t2": BLACK}  # no arm's color, because T1 and T2 share an arm's panel
 _others: list[str] = []  # names that COLORS lacks, in order of first appearance
 
-WIDTH = 9  # inches: a page that shows a figure 900 pixels wide shows letters of 8 points 11 pixels high
-MANY = 12  # of more centers a figure shows some, or names some
+WIDTH = 9  # inches; at 900 pixels letters of 8 points are 11 pixels high
+MANY = 12  # with more centers, a figure shows or names only some
 SMALL = 8  # points, the smallest letters
 STYLE = {
     "figure.dpi": 100,
@@ -43,37 +43,37 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a name with two dollars is no formula
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
 }
 
 
 def hue(k: int) -> str:
-    """Color number `k`: the palette's, then dark ones unlike it, which never repeat (the golden angle)."""
+    """Color number `k`: those of the palette, then dark colors that never repeat (golden angle)."""
     if k < len(PALETTE):
         return PALETTE[k]
     return to_hex(hsv_to_rgb(((0.08 + 0.381966 * (k - len(PALETTE))) % 1, 0.9, 0.5)))
 
 
 def color(name: str) -> str:
-    """Color of an arm, model or modality, one in all figures; a name that COLORS lacks gets its own `hue`."""
+    """Color of an arm, model or modality, the same in all figures; other names get their own `hue`."""
     if name not in COLORS and name not in _others:
         _others.append(name)
     return COLORS.get(name) or hue(len(PALETTE) + _others.index(name))
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """Distinct arms or models in the order of COLORS, those it lacks last, as they come."""
+    """Distinct arms or models in the order of COLORS, then the others as they appear."""
     places = {name: k for k, name in enumerate(COLORS)}
     return sorted(dict.fromkeys(arms), key=lambda name: places.get(name, len(places)))
 
 
 def centers_in(names: Iterable[str]) -> list[str]:
-    """Distinct centers as they come, "global" last."""
+    """Distinct centers as they appear, "global" last."""
     return sorted(dict.fromkeys(names), key=lambda name: name == GLOBAL)
 
 
 def name_ticks(axis: Axis, names: Sequence[str]) -> None:
-    """Write names, some of many, at the ticks of an axis, upright along x if they would meet."""
+    """Write names at the ticks of an axis: only some if there are many, and rotated if they would overlap."""
     step, names = -(-len(names) // MANY), [short(name) for name in names]
     axis.set_ticks(range(0, len(names), step), names[::step], fontsize=SMALL)
     if axis.axis_name == "x" and len(names) * max(map(len, names), default=0) > 40:
@@ -81,7 +81,7 @@ def name_ticks(axis: Axis, names: Sequence[str]) -> None:
 
 
 def short(name: str) -> str:
-    """A name cut to what a title or tick has room for."""
+    """A name shortened for a title or tick."""
     return name if len(name) <= 22 else f"{name[:13]} … {name[-6:]}"
 
 
@@ -108,10 +108,9 @@ def png(figure: Figure) -> bytes:
 
 
 def show(table: pd.DataFrame, precision: int = 3, **kwargs) -> Styler:
-    """A table as a notebook shows it: numbers to `precision` digits, "n/a" for NaN, names as text, not HTML.
+    """A table for a notebook: numbers with `precision` decimals, "n/a" for NaN, names as text, not HTML.
 
-    The index is hidden if it only counts rows. `kwargs` go to `Styler.format`, for instance a format per
-    column.
+    Hides an index that only counts rows. `kwargs` go to `Styler.format`, for instance a format per column.
     """
     styler = table.style.format(**{"precision": precision, "na_rep": "n/a", "escape": "html", **kwargs})
     counts = table.index.name is None and is_integer_dtype(table.index)

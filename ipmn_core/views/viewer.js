@@ -1,4 +1,4 @@
-// The ROI viewer: a case in three planes, the cube that a network gets, perhaps where the network looks.
+// The ROI viewer: a case in three planes, the network's input cube, and optionally where the network looks.
 // A volume is { shape, mm, voxels }; indices run to the patient's right, front, head, the first fastest.
 
 const PLANES = [ // as radiologists see them: against the indices, so right, front and head come first
@@ -68,7 +68,7 @@ function color(context, { columns, rows, first, right, below }, values, pixel) {
   }
   Object.assign(scratch, { width: columns, height: rows });
   scratch.getContext("2d").putImageData(picture, 0, 0);
-  context.imageSmoothingEnabled = false; // a voxel is a box: nothing is made up between two
+  context.imageSmoothingEnabled = false; // a voxel is a box: no interpolation
   context.drawImage(scratch, 0, 0, context.canvas.width, context.canvas.height);
 }
 
@@ -218,7 +218,7 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask, 
       drawCube(cubes[i].getContext("2d"), plane, net);
       moves[i].show(at[plane.normal], where(plane.normal));
     });
-    note.textContent = net.outside ? "The cross-hair lies outside; the nearest slices are shown." : "";
+    note.textContent = net.outside ? "The cross-hair is outside the cube; the nearest slices are shown." : "";
     for (const [key, control] of [["width", width], ["level", level]]) {
       control.show(state[key], String(Number(state[key].toPrecision(3))));
     }
@@ -243,13 +243,13 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask, 
     return found.length ? open(k ?? found[0][0]) : say("no such case");
   }
 
-  function say(why) { // in place of any picture: another patient's would be beside this case's name
+  function say(why) { // hides the pictures: they may belong to another patient
     delete state.item;
     body.hidden = true;
     wrong.textContent = why;
   }
 
-  const ahead = new Map(); // the next case of the list, asked for while nobody waits
+  const ahead = new Map(); // the next case of the list, fetched in advance
 
   function fetched(k) {
     const found = ahead.get(k) ?? (held[k] ? [held[k]] : ask(k));
@@ -263,10 +263,10 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask, 
   }
 
   async function open(k) {
-    body.style.visibility = "hidden"; // never another patient's picture beside this name
+    body.style.visibility = "hidden"; // never show another patient's picture with this name
     wrong.textContent = "loading";
     const [about, buffers] = await fetched(k);
-    if (Number(chosen.value) !== k) return; // another was chosen meanwhile
+    if (Number(chosen.value) !== k) return; // another case was chosen meanwhile
     if (about.wrong) return say(about.wrong);
     const item = opened(about, await numbers(about.arrays, buffers), size);
     if (Number(chosen.value) !== k) return;

@@ -92,5 +92,5 @@ def test_a_missing_folder_and_a_profile_without_a_scan_left_say_what_to_do(tmp_p
     with pytest.raises(data.CohortError, match=rf"{tmp_path / 'nowhere'}.*a manifest.*phantom"):
         data.open_cohort(profile(tmp_path / "nowhere"))
     second_release(tmp_path, [("nyu_1", None, 1)])
-    with pytest.raises(data.CohortError, match=r"no labelled scan of t2, but of t1: set `modalities: "):
+    with pytest.raises(data.CohortError, match=r"no labeled scan of t2; found: t1: set `modalities: "):
         data.open_cohort(profile(tmp_path, modalities=("t2",)))

@@ -142,7 +142,7 @@ def test_given_folds_are_taken_in_the_order_of_their_names(tmp_path, given, fold
     rows = [(f"c_{k}", "ab"[k % 2], "A", "", "", fold) for k, fold in enumerate(given.split())]
     cohort = data.read(manifest(tmp_path, rows, FOLDS))
     assert data.assign_folds(cohort, len(set(folds)), "given").tolist() == folds
-    with pytest.raises(data.CohortError, match=f"7 are asked for: set `binary_folds: {len(set(folds))}`"):
+    with pytest.raises(data.CohortError, match=f"profile sets 7: set `binary_folds: {len(set(folds))}`"):
         data.assign_folds(cohort, 7, "given", "binary")
 
 

@@ -93,7 +93,7 @@ UNKNOWN = "spacing unknown: its header has an affine that cannot be inverted"
 @pytest.mark.parametrize(
     ("raw", "doubt"),
     [
-        (content(LOST), "spacing unknown: its header has voxels of 1 x 1 x 1 mm without turn and origin"),
+        (content(LOST), "spacing unknown: its header has voxels of 1 x 1 x 1 mm without rotation and origin"),
         (content(LOST + np.array([[0, 0, 0, 80]] + [[0] * 4] * 3)), ""),  # one millimeter with an origin
         (without_sform(with_zooms(content(), 0, 1.2, 6)), UNKNOWN),
         (without_sform(with_zooms(content(), 1.4, 1.2, np.nan)), UNKNOWN),

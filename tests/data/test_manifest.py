@@ -60,7 +60,7 @@ def test_a_profile_orders_merges_and_chooses_classes_and_names_centers(tmp_path)
     assert cohort.classes == ("benign", "malignant") and cohort.positive == ("benign",)
     assert cohort.scans["case_id"].tolist() == ["b_1", "a_1", "a_2", "b_2", "b_3"]
     assert cohort.centers == ("J", "N") and cohort.scans["label"].tolist() == [1, 0, 1, 0, 1]
-    assert "no scan is of W" in problems["problem"].tolist() and "error" not in set(problems["severity"])
+    assert "no scan belongs to W" in problems["problem"].tolist() and "error" not in set(problems["severity"])
 
 
 def test_blank_labels_are_left_out_and_counted_and_a_word_for_missing_is_problems_of(tmp_path):
@@ -68,7 +68,7 @@ def test_blank_labels_are_left_out_and_counted_and_a_word_for_missing_is_problem
     assert len(data.read(path)) == 3
     assert any("2 mri scans have no label" in note for note in problems_of(path, "note"))
     (warning,) = [text for text in problems_of(path, "warning") if "split" not in text]
-    assert "label None is taken for a missing one" in warning and "`classes`" in warning
+    assert "label None is read as missing" in warning and "`classes`" in warning
 
 
 def test_paths_are_relative_to_the_manifest_absolute_or_from_home(tmp_path, monkeypatch):
@@ -97,13 +97,13 @@ def test_cases_named_by_their_modality_are_one_patient_by_default(tmp_path):
     [
         ("gone,benign,A", ["scans.csv row 4", "no image", "gone.nii.gz", "relative to the manifest"]),
         ("b_1,benign,", ["scans.csv row 4", "`center` of b_1 is blank", "fill it in"]),
-        ("b_1,benign,NA", ["row 4", "`center`", "a word that says missing"]),
+        ("b_1,benign,NA", ["row 4", "`center`", "blank or says missing"]),
         ("b_1,benign,GLOBAL", ["a center is called global", "`center_names`"]),
         ("b_1,benign,A,t1/t2", ["row 4", "modality 't1/t2'", "digits"]),
         ("b_1,benign,A,,A_1", ["row 2 and scans.csv row 4", "mri case 'a_1' is given 2 times"]),
         ("a_1,benign,A,,x", ["row 2 and scans.csv row 4", "all have the image", "patient_id"]),
-        ("b_1,total,A", ["'malignant', 'total'", "rename them by `classes`"]),
-        ("b_1,Benign,A", ["'Benign', 'benign', 'malignant'", "too much alike"]),
+        ("b_1,total,A", ["'malignant', 'total'", "rename them with `classes`"]),
+        ("b_1,Benign,A", ["'Benign', 'benign', 'malignant'", "too similar"]),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_with_a_remedy(tmp_path, row, parts):

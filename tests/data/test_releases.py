@@ -141,7 +141,7 @@ def test_a_copy_of_one_modality_is_read_without_an_error(tmp_path, release, othe
     for folder in (f"{other}_clean_ROI", f"IPMN_images_masks/{other}", f"IPMN_Classification/{other}"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
     assert data.read(tmp_path).scans["modality"].tolist() == [{"t1": "t2", "t2": "t1"}[other]]
-    assert any(f"1 labelled {other} scans are left out" in note for note in problems_of(tmp_path, "note"))
+    assert any(f"1 labeled {other} scans are left out" in note for note in problems_of(tmp_path, "note"))
 
 
 # Columns
@@ -194,7 +194,7 @@ def empty(sheet):
         (lambda root: shutil.rmtree(root), ["no such file or folder", "a release, or a manifest"]),
         (lambda root: (root / T1_SHEET).unlink(), ["no label sheet for the t1 scans", T1_SHEET]),
         (lambda root: empty(root / T1_SHEET), [T1_SHEET, "none"]),
-        (lambda root: (root / ROI).rename(root / "x"), ["no labelled scan has its files"]),
+        (lambda root: (root / ROI).rename(root / "x"), ["no labeled scan has its files"]),
         (lambda root: (root / ROI / "nyu_2.nii.gz").unlink(), [f"{T1_SHEET} row 3", "nyu_2.nii.gz", ROI]),
         (lambda root: save_volume(root / ROI / "nyu_2_0000.nii.gz"), ["row 3", "nyu_2_0000", "keep one"]),
     ],

@@ -27,20 +27,20 @@ BROKEN = {  # kind: (changed image and mask, message)
     "blank": (lambda i, m: (i * 0, m), "inside the mask its values are 0 to 0"),
     "constant": (lambda i, m: (i * 0 + 7, m), "inside the mask its values are 7 to 7"),
     "constant inside": (lambda i, m: (np.where(m, 7, i), m), "inside the mask its values are 7 to 7"),
-    "the mask": (lambda i, m: (m, m), "inside the mask its values are 1 to 1; see that it is an image"),
-    "two values": (lambda i, m: (np.float32(i > 200), m), "it has the values 0 and 1 alone; give the image"),
+    "the mask": (lambda i, m: (m, m), "inside the mask its values are 1 to 1; check that it is this"),
+    "two values": (lambda i, m: (np.float32(i > 200), m), "it has only the values 0 and 1; give the image"),
     "blank roi": (lambda i, m: (m * 0, None), "in its non-zero voxels its values are 0 to 0"),
     "silhouette": (lambda i, m: (m * np.int16(40), None), "in its non-zero voxels its values are 40 to 40"),
-    "two labels": (lambda i, m: (m + (i > 200), None), "the values 1 and 2 alone"),
+    "two labels": (lambda i, m: (m + (i > 200), None), "only the values 1 and 2"),
     "4d": (lambda i, m: (np.stack([i, i], -1), m), r"has shape \(24, 20, 8, 2\) .* one 3D volume"),
     "2d": (lambda i, m: (i[:, :, 4], m), "one 3D volume"),
     "one slice": (lambda i, m: (i[:, :, :1], m[:, :, :1]), "two slices or more"),
     "other shape": (lambda i, m: (i, m[:, :, :-1]), r"m.nii.gz .*\(24, 20, 7\).*\(24, 20, 8\); draw it on"),
     "half resolution": (lambda i, m: (i, m[::2, ::2]), "resample it to the image's grid"),
     "empty": (lambda i, m: (i, m * 0), "is an empty mask; draw the pancreas"),
-    "two organs": (lambda i, m: (i, m + (i == i[0, 0, 0]) * np.uint8(2)), "values other than 0 and one"),
-    "soft mask": (lambda i, m: (i, m * np.linspace(0.1, 1, 8, dtype="f4")), "values other than 0 and one"),
-    "negative mask": (lambda i, m: (i, -np.int16(m)), "values other than 0 and one"),
+    "two organs": (lambda i, m: (i, m + (i == i[0, 0, 0]) * np.uint8(2)), "several values besides 0"),
+    "soft mask": (lambda i, m: (i, m * np.linspace(0.1, 1, 8, dtype="f4")), "several values besides 0"),
+    "negative mask": (lambda i, m: (i, -np.int16(m)), "several values besides 0"),
     "complex": (lambda i, m: (i * 1j, m), "complex64; export one 3D volume of real numbers"),
     "color": (lambda i, m: (np.zeros(i.shape, [(c, "u1") for c in "RGB"]), m), "of real numbers"),
     "beyond float32": (lambda i, m: (i * np.float64(1e300), m), r"values are .*e\+30"),
@@ -90,7 +90,7 @@ DOUBTFUL = {  # kind: (changed image and mask, affines, remarks)
     "mm as m": (lambda i, m: (i, m), scaled(1e-3), ["size of the ROI"]),
     "mm as um": (lambda i, m: (i, m), scaled(1e3), ["size of the ROI"]),
     "negative": (lambda i, m: (i - 1000, m), {}, ["negative values inside the mask: min-max makes"]),
-    "z-scored": (lambda i, m: ((i - 200) * m, None), {}, ["scaled already: an ROI with negative values"]),
+    "z-scored": (lambda i, m: ((i - 200) * m, None), {}, ["already scaled: an ROI with negative values"]),
     "whole, negative": (lambda i, m: (i - 1000, None), {}, []),
 }
 
@@ -117,7 +117,7 @@ def test_values_that_an_intensity_cannot_scale_are_refused_with_those_that_can(t
     image, mask = volume()
     z = np.where(mask, (image - image[mask == 1].mean()) / image[mask == 1].std(), 0)
     for roi, wrong, told, right in (
-        (z, "minmax", "scaled already: .*; set `intensity` to none, or to zscore", ("none", "zscore")),
+        (z, "minmax", "already scaled: .*; set `intensity` to none, or to zscore", ("none", "zscore")),
         (image * 1000, "none", "too large .*; set `intensity` to minmax or zscore", ("minmax", "zscore")),
     ):
         path = save(tmp_path, "roi", roi)

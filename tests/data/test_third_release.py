@@ -45,14 +45,14 @@ def test_few_cases_of_the_third_release_are_one_warning_and_half_a_case_is_an_er
             (folder / f"nyu_{i}.nii.gz").unlink()
     assert data.read(tmp_path).scans["case_id"].tolist() == ["nyu_0", "nyu_1", "nyu_2"]
     (warning,) = [w for w in problems_of(tmp_path, "warning") if "no file" in w]
-    assert "17 of 20 labelled t1 scans" in warning and "nyu_3, nyu_4" in warning and "nyu_19" not in warning
+    assert "17 of 20 labeled t1 scans" in warning and "nyu_3, nyu_4" in warning and "nyu_19" not in warning
     (folders[1] / "nyu_2.nii.gz").unlink()
     only_error(tmp_path, "row 4", "no mask of 'nyu_2'", folders[1])
     for folder in folders:
         for i in range(3):
             (folder / f"nyu_{i}.nii.gz").unlink(missing_ok=True)
         save_volume(folder / "nyu_99.nii.gz")
-    only_error(tmp_path, "20 of 20 labelled t1 scans", "download")
+    only_error(tmp_path, "20 of 20 labeled t1 scans", "download")
 
 
 def test_images_of_the_third_release_without_a_sheet_or_masks_are_an_error(tmp_path):

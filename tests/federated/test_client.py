@@ -57,7 +57,7 @@ def test_a_batch_of_one_is_trained_on_where_batch_norm_can():
 
 
 def test_one_training_case_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); more folds"):
+    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); use more folds"):
         Learner("AHN", small_net(), torch.arange(1), settings())
 
 
@@ -141,7 +141,7 @@ def test_the_setting_bfloat16_reaches_the_forward_pass():
 
 
 def test_a_step_reads_nothing_back_from_the_device():
-    # a tensor on the meta device has no values: whatever the host would wait for on a GPU raises here
+    # a tensor on the meta device has no values: each read that waits for a GPU raises here
     model, steps = small_net().to("meta"), []
     data = Cases(torch.empty(12, 1, 8, 8, 8, device="meta"), torch.empty(12, device="meta").long())
     learner = Learner("AHN", small_net(), torch.arange(12), settings())

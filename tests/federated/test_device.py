@@ -43,7 +43,7 @@ def caught_convolutions(model):
 
 
 def steps(x):
-    """The strides of all axes that have more than one place: how a tensor lies in memory."""
+    """The strides of all axes that have more than one place: the layout of a tensor in memory."""
     return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
 
 
@@ -74,7 +74,7 @@ def test_every_convolution_gives_the_gradients_of_float32_to_the_precision_of_bf
             # every factor is rounded by up to 2^-9 of itself; the largest difference measured was 0.004 by
             # oneDNN on AVX512-BF16, 0.021 by torch's own kernels, which serve a CPU without it
             assert (mine.float() - exact).norm() <= 0.04 * exact.norm(), (layer, tuple(x.shape))
-        # on a CPU the fused AdamW pairs weight and gradient as they lie in memory, whatever their strides
+        # on a CPU the fused AdamW pairs weight and gradient in memory order, ignoring their strides
         assert steps(layer.weight.grad) == steps(layer.weight) or layer.kernel_size == (1, 1, 1), layer
 
 
@@ -147,7 +147,7 @@ def test_bfloat16_is_used_as_set_or_where_it_pays(monkeypatch, device, model, pa
 def test_an_absent_gpu_is_refused_and_auto_takes_what_there_is(monkeypatch, n, auto, absent):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     assert devices.device_of(Params(device="auto")) == auto
-    with pytest.raises(ValueError, match=rf"{absent} was asked for, torch sees {n} GPU.*`cpu`"):
+    with pytest.raises(ValueError, match=rf"{absent} is set, but torch sees {n} GPU.*`cpu`"):
         devices.device_of(Params(device=absent))
 
 

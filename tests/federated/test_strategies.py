@@ -117,7 +117,7 @@ def test_scaffold_begins_as_fedavg_since_control_variates_begin_at_0():
 
 
 def test_scaffold_on_sgd_is_algorithm_1_of_its_reference(monkeypatch):
-    """Option II, c_k' = c_k - c + (w_t - w_k) / (K lr), in a loop of its own; clients weighted by cases."""
+    """Option II, c_k' = c_k - c + (w_t - w_k) / (K lr), in a separate loop; clients weighted by cases."""
     sgd = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)  # noqa: E731
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
     how, data, lr = {"epochs": 4, "lr": 0.05, "augment_prob": 0.0}, cases(), 0.05

@@ -76,9 +76,9 @@ def changed(rows, place, values):
 
 OTHERS = {
     "label 'mild' of 42_hospital_1 is none of malignant, benign": (2, ["benign", "mild"] * 2),
-    "holds scans of CT 1, CT 2, this is the site 42_hospital": (3, ["CT 1", "CT 2"] * 2),
-    "holds scans of Radiology.North, this is the site 42_hospital": (3, ["Radiology.North"] * 4),
-    "no labelled scan of CT + Größe, but of MR": (4, ["MR"] * 4),
+    "holds scans of CT 1, CT 2, but this is the site 42_hospital": (3, ["CT 1", "CT 2"] * 2),
+    "holds scans of Radiology.North, but this is the site 42_hospital": (3, ["Radiology.North"] * 4),
+    "no labeled scan of CT + Größe; found: MR": (4, ["MR"] * 4),
 }
 
 

@@ -90,9 +90,9 @@ NAMES = ["", ".", "..", ".hidden", "-x", "a b", "a/b", "Köln", "a\n", "a'b", "g
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sites": ("NYU",)}, "sites: name two or more, once each"),
-        ({"sites": ("NYU", "nyu")}, "sites: name two or more, once each, which differ in more than case"),
-        ({"changes": {"arms": ["fedavg", "local_only"]}}, "arms: local_only do not federate; use fedavg"),
+        ({"sites": ("NYU",)}, "sites: give two or more names"),
+        ({"sites": ("NYU", "nyu")}, "sites: give two or more names that differ in more than case"),
+        ({"changes": {"arms": ["fedavg", "local_only"]}}, "arms: local_only cannot be federated; use fedavg"),
         ({"changes": {"inner_validation": 0.2}}, "inner_validation: .* set it to 0.0"),
         (
             {"changes": {"modalities": ["t1+t2_siamese", "t2"]}},

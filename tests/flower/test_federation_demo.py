@@ -51,7 +51,7 @@ def running(text):
 
 
 def intruder(federation):
-    """A process that knows where the server is and has the CA's certificate, but a key of its own."""
+    """A process that knows where the server is and has the CA's certificate, but another key."""
     sites, data = federation.folder / "sites", federation.folder.parent / "data"
     shutil.copytree(sites / "NYU", sites / "intruder")
     shutil.copy(data / "NYU.csv", data / "intruder.csv")

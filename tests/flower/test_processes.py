@@ -53,7 +53,7 @@ def test_a_site_verifies_the_server_and_shows_its_key(federation, tmp_path):
     assert value_of(command, "--auth-supernode-private-key") == str(place / "key")
     told = {"site": "NU", "data": str(data), "outputs": str(tmp_path / "work"), "share": "metrics"}
     assert parse_config_args([value_of(command, "--node-config")]) == told
-    with pytest.raises(FederationError, match="cannot be passed on"):
+    with pytest.raises(FederationError, match="must not contain a quote"):
         processes.site_command(place, data, tmp_path / "a' site='MCF", "scores")
     with pytest.raises(FederationError, match=r"nowhere: no such file or folder; --data names"):
         processes.site_command(place, tmp_path / "nowhere", tmp_path, "scores")

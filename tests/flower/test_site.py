@@ -42,7 +42,7 @@ def test_the_folders_are_the_sites_own_as_seen_from_where_it_was_started(at, nod
 def test_another_sites_cases_are_not_trained_on(at):
     with pytest.raises(FederationError, match="are not what the sites agreed on") as refused:
         introduce(at(site="NU"))
-    assert "holds scans of NYU, this is the site NU" in str(refused.value.__cause__)
+    assert "holds scans of NYU, but this is the site NU" in str(refused.value.__cause__)
 
 
 def test_a_site_judges_its_scans_as_any_cohort(at, nodes, tmp_path):

@@ -258,8 +258,8 @@ def test_folds_without_a_class_are_left_out_of_the_comparison_and_named():
 def test_arms_tested_on_other_cases_folds_or_labels_are_refused_by_the_first_case():
     reference, arm = run(), run(seed=1, arm="fedavg")
     for parts, message in [
-        ((reference, arm.drop(index=[7, 9])), r"case_7 of .* \(fold 1, label 1\).*by centralized alone"),
-        ((reference.drop(index=7), arm), r"case_7 .*by fedavg alone"),
+        ((reference, arm.drop(index=[7, 9])), r"case_7 of .* \(fold 1, label 1\).*only by centralized"),
+        ((reference.drop(index=7), arm), r"case_7 .*only by fedavg"),
         ((reference, arm.assign(fold=arm["fold"].where(arm.index != 0, 2))), "case_0 "),
         ((reference, arm.assign(y_true=arm["y_true"].where(arm.index != 4, 1))), "case_4 "),
     ]:

@@ -125,5 +125,5 @@ def test_a_shortcut_outside_0_to_1_and_centers_that_cannot_be_told_apart_are_ref
         with pytest.raises(ValueError, match=r"from 0 \(off\) to 1"):
             phantom.patients(0, shortcut=q)
     for names in (["a", " A"], [""], ["Global", "b"]):
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="give each its own name"):
             phantom.patients_of(names, 0)

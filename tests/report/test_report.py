@@ -271,7 +271,7 @@ def test_the_same_files_give_the_same_bytes(small):
 def test_a_broken_or_missing_notebook_is_named_and_no_page_is_written(tmp_path):
     p = profile(tmp_path)
     paths(p)[2].write_text("{")
-    with pytest.raises(pipeline.NotebookError, match=r"03_.*ipynb: not a whole notebook.*`ipmn run`"):
+    with pytest.raises(pipeline.NotebookError, match=r"03_.*ipynb: not a complete notebook.*`ipmn run`"):
         pipeline.write_report(p)
     paths(p)[2].unlink()
     with pytest.raises(pipeline.NotebookError, match=r"03_.*ipynb: no such notebook; `ipmn run` executes it"):

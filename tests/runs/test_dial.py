@@ -1,4 +1,4 @@
-"""The dial: the same arms at other points, each a profile of its own; the oracle is the same at all."""
+"""The dial: the same arms at other points, each a separate profile; the oracle is the same everywhere."""
 
 import numpy as np
 import pandas as pd

@@ -81,7 +81,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(smoke, pr
 def test_a_second_run_is_refused_while_the_first_works(project, capsys):
     with pipeline.locked(params.load(PROFILE)):
         assert cli.main(["run", PROFILE]) == 1
-    assert f"ipmn: another `ipmn run` is at work in {project.folder}" in capsys.readouterr().err
+    assert f"ipmn: another `ipmn run` uses {project.folder}" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(project, capsys):
@@ -92,5 +92,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(project, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"cache/cubes32_\w+\.npy cannot be written .*make room, or choose another folder", said)
+    assert re.search(
+        r"cache/cubes32_\w+\.npy cannot be written .*free disk space, or choose another folder", said
+    )
     assert not list(project.root.rglob("*.partial")) and not list(project.folder.rglob("run.json"))

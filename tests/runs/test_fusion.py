@@ -124,7 +124,7 @@ def test_no_patient_with_both_is_named_with_a_remedy():
         ({"paired": False}, "paired: true"),
         ({"fold_rule": "center"}, "fold_rule: patient"),
         ({"binary_model": "resnet34"}, "densenet121, not resnet34"),
-        ({"modalities": ["t1", "t2", FUSED[0]]}, "put a single one last"),
+        ({"modalities": ["t1", "t2", FUSED[0]]}, "chapters show the last"),
     ],
 )
 def test_what_cannot_be_fused_is_refused_before_training(tmp_path, change, remedy):
@@ -153,7 +153,7 @@ def test_fused_runs_train_and_are_compared_by_patient(tmp_path, monkeypatch):
     assert {*predictions["modality"]} == {*FUSED, "t2"}
     folder = runs.folder_of(p, runs.Run("binary", FUSED[1], "fedavg", 0))
     assert json.loads((folder / "run.json").read_text())["settings"]["modality"] == FUSED[1]
-    with pytest.raises(trained.PredictError, match="takes two scans of a patient"):
+    with pytest.raises(trained.PredictError, match="needs two scans of a patient"):
         trained.find(folder)
     # as if T1 alone had been trained: its cases have other names
     t1 = predictions[predictions["modality"] == "t2"].assign(modality="t1")

@@ -72,7 +72,7 @@ def test_center_only_gives_each_center_its_prevalence_in_training():
     rng = np.random.default_rng(1)
     scans = scans_of(rng.choice(CENTERS, 400))
     y = rng.random(400) * 2.9 * np.array([*np.linspace(0.4, 1, 6), 0.3])[scans["center"].map(CENTERS.index)]
-    y = y.astype(int)  # nobody at EMC is of class 1 or 2: a probability that a logistic model only approaches
+    y = y.astype(int)  # EMC has no case of class 1 or 2: a probability that a logistic model only approaches
     test = np.arange(400) >= 300
     prob = probes.predict("center_only", features("center_only", scans), y, test, 3, 0)
     for center in CENTERS:

@@ -114,7 +114,7 @@ def test_a_cross_table_that_is_absent_or_wrong_is_refused(copied):
         with pytest.raises(metrics.PredictionsError, match=match):
             runs.cross(copied)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"fold1.cross.parquet: not written .* repeat the run"):
+    with pytest.raises(FileNotFoundError, match=r"fold1.cross.parquet: from an older .* repeat the run"):
         runs.cross(copied)
 
 

@@ -101,7 +101,7 @@ def test_scored_runs_give_the_predictions_that_they_stored(trained, there, task,
 def test_bare_files_test_the_fold_of_their_folder_or_the_one_that_is_asked_for(there, tmp_path):
     files = bare(tmp_path)
     result = given(there, files[::-1])  # as the folders' names say, not the order
-    assert "what bare files were trained on is not known" in result.remarks[0]
+    assert "the training cases of bare files are unknown" in result.remarks[0]
     assert '"trained_on": "unknown"' in (result.arm / "fold1" / "run.json").read_text()
     given(there, files, arm="swapped", folds=[1, 0])
     tested = runs.predictions(there, "binary").set_index("case_id").groupby(["arm", "fold"])["prob_1"]
@@ -132,7 +132,7 @@ def test_a_case_that_was_trained_on_is_refused_by_name_or_said_where_only_its_na
         score(there, [home], whole=True)
     assert not there.folder.exists()
     (remark,) = score(there.model_copy(update={"max_per_cell": 3}), [home], whole=True).remarks
-    assert remark.startswith("18 tested cases have names that were trained on: no test")
+    assert remark.startswith("18 tested cases have the names of training cases: no test")
 
 
 OTHERS = {"classes": {"0": "low", "1": "low", "2": "high"}}
@@ -141,7 +141,7 @@ REFUSED = [  # outputs or arms, settings of the profile, options, message
         1,
         {},
         {"folds": [0, 2]},
-        r"2 weights for the folds \[0, 2\], known are \[0, 1\]; give each file a fold",
+        r"2 weights for the folds \[0, 2\]; the cohort has the folds \[0, 1\]; give each file its own fold",
     ),
     (1, {}, {"folds": [0, 1, 1]}, r"2 weights for the folds \[0, 1, 1\]"),
     (1, {"arms": ["centralized"]}, {"arm": "centralized"}, "'centralized' is trained by the profile"),
@@ -161,7 +161,7 @@ REFUSED = [  # outputs or arms, settings of the profile, options, message
         {},
         "tells not high risk, high risk apart, this cohort has not high,",
     ),
-    (["binary/t2/centralized"], {}, {"folds": [1, 0]}, "runs have theirs"),
+    (["binary/t2/centralized"], {}, {"folds": [1, 0]}, "runs keep theirs"),
     (["binary/t2/centralized", "multiclass/t2/quick"], {}, {}, "several kinds: binary, quick, t2, .*multi"),
 ]
 
@@ -186,7 +186,7 @@ def test_all_weights_are_tried_and_their_folds_known_before_a_scan_is_scored(the
     elsewhere = tmp_path / "third.pth"
     shutil.copy(files[0], elsewhere)
     for some in ([elsewhere], [files[0], elsewhere]):
-        with pytest.raises(PredictError, match="say by `--folds` which fold each file tests"):
+        with pytest.raises(PredictError, match="say with `--folds` which fold each file tests"):
             given(there, some)
     assert not there.folder.exists()
     scored = given(there, [elsewhere], folds=[1])
@@ -264,6 +264,6 @@ def test_the_command_says_what_was_tested_and_what_is_in_doubt(there, tmp_path, 
     assert cli.main([*asked, "--models", *map(str, bare(tmp_path))]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\|\s+fold \|\s+n \|", printed) and "fold1/model_auc.pth" in printed
-    assert "note: what bare files were trained on is not known" in printed and "released/" in printed
+    assert "note: the training cases of bare files are unknown" in printed and "released/" in printed
     assert cli.main([*asked, "--models", "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("ipmn: nowhere: no such folder or file")

@@ -204,7 +204,7 @@ def test_the_lesion_comes_to_the_cube_as_the_image_does(setting, phantom_root, m
             brought = gradcam.lesion_cube(scan, roi, patient, 0, HOW)
         top = np.asanyarray(roi.dataobj).max()
         np.testing.assert_allclose(brought / top, cohort.cubes[k], atol=1e-3)  # float16 has 11 bits
-        with pytest.raises(ValueError, match="set `phantom_seed` to that of the phantom"):
+        with pytest.raises(ValueError, match="set `phantom_seed` to the phantom"):
             gradcam.lesion_cube(scan, roi, patient, 1, HOW)
 
 

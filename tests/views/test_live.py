@@ -216,7 +216,7 @@ def shown(tmp_path_factory, phantom_scans, tables, walks):
 
 @pytest.fixture
 def page(chromium, shown):
-    """The page in a window of its own, live; at the end it has logged no error and asked for nothing."""
+    """The live page in a separate window; at the end it has logged no error and requested nothing."""
     with chromium.new_context(viewport={"width": 900, "height": 900}, offline=True) as context:
         noise, page = browser.listen(context), context.new_page()
         page.goto(shown[2].as_uri())
@@ -310,9 +310,9 @@ def test_a_click_moves_the_cross_hair_in_image_and_cube(page):
     assert sliders(page) == [17, 3, 4]
     click(page, "axial", 4.5 / SIZE, 11.5 / SIZE, kind="cube")  # cells 11 and 4 from the left and the back
     assert sliders(page)[:2] == [4 + int(11.5 / SIZE * 14), 3 + int(4.5 / SIZE * 11)]  # in the ROI's box
-    assert not page.get_by_text("lies outside").is_visible()
+    assert not page.get_by_text("is outside the cube").is_visible()
     page.get_by_label("axial", exact=True).fill("0")
-    assert page.get_by_text("lies outside").is_visible()
+    assert page.get_by_text("is outside the cube").is_visible()
 
 
 def test_the_outline_runs_round_the_mask(page, shown):
@@ -423,7 +423,7 @@ def test_the_most_wrong_cases_are_those_of_the_table_and_one_opens_in_the_viewer
         wrong = most_wrong(rows_of(tables[0], **here, **where))
         names = COHORT.names("binary")
         expected = [[w.case_id, w.center, names[w.y_true], names[w.predicted]] for w in wrong.itertuples()]
-        found = cells(page, "cases most wrong")
+        found = cells(page, "worst predictions")
         assert [row[:4] for row in found] == expected
         np.testing.assert_allclose([float(row[4]) for row in found], wrong["probability"], atol=5.01e-4)
     open_case_of = page.get_by_role("button", name="show")
