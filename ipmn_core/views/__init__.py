@@ -7,11 +7,9 @@ from ipmn_core.views.live import attention_viewer, roi_viewer
 from ipmn_core.views.results import benchmark, confusions, forests, roc_by_center, scanners, training_curves
 from ipmn_core.views.review import (
     auc_intervals,
-    cosines,
     cross_site,
     decision_curves,
     dial,
-    drift,
     fusion,
     gain,
     majority,

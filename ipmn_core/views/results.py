@@ -127,24 +127,22 @@ def _over_folds(table: pd.DataFrame, metric: str, suffix: str = "", side: str = 
     return {f"{side}value": mean, f"{side}low": mean - std, f"{side}high": mean + std}
 
 
-def beside_paper(table: pd.DataFrame, paper: pd.DataFrame, metric: str = "auc") -> pd.DataFrame:
+def beside_paper(table: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """The table of a forest with the paper's table 3; where the paper has a value, `undefined` is blank."""
-    keys, theirs = ["center", "modality", "arm"], _over_folds(paper, metric, side="paper_")
+    keys, theirs = ["center", "modality", "arm"], _over_folds(paper, "auc", side="paper_")
     paper = paper.rename(columns={"method": "arm"}).assign(**theirs)
     both = table.merge(paper[[*keys, *theirs]], how="left", on=keys)
     return both.assign(undefined=both["undefined"].where(both["paper_value"].isna(), ""))
 
 
-def forests(summary: pd.DataFrame, metric: str = "auc", paper: pd.DataFrame | None = None) -> Figure:
-    """Mean ± standard deviation over folds of the binary task, by center and arm: a panel per modality.
+def forests(summary: pd.DataFrame) -> Figure:
+    """AUC, mean ± standard deviation over folds, of the binary task by center and arm: a panel per modality.
 
-    From `metrics.over_folds`; `paper` (its table 3) is drawn hollow.
+    From `metrics.over_folds`.
     """
     table = summary[summary["task"] == "binary"]
-    table = table.assign(**_over_folds(table, metric), line=0.5 if metric == "auc" else np.nan)
-    if paper is not None:
-        table = beside_paper(table, paper, metric)
-    return forest(table, f"{metric.upper()}, mean ± standard deviation over folds")
+    table = table.assign(**_over_folds(table, "auc"), line=0.5)
+    return forest(table, "AUC, mean ± standard deviation over folds")
 
 
 def benchmark(table: pd.DataFrame, metric: str = "auc") -> Figure:
@@ -169,7 +167,7 @@ def overview(summary: pd.DataFrame) -> Figure:
 def fold_curves(table: pd.DataFrame, x: str, y: str, by: str, row: str, xlabel: str, ylabel: str) -> Figure:
     """`y` over `x`: a panel per arm and `row`, a color per `by`, a thin line per fold, a thick mean."""
     axes, shown = panels(table, "arm", row, 2.3, sharex="col", sharey=True)
-    shades = {n: style.hue(k) if by == "client" else color(n) for k, n in enumerate(in_order(table[by]))}
+    shades = {n: color(n) for n in in_order(table[by])}
     for ax, rows in shown:
         for name in in_order(rows[by]):
             folds = rows[rows[by] == name].pivot_table(y, x, "fold", dropna=False)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ipmn_core.metrics import GLOBAL, RULES
 from ipmn_core.metrics.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.names import display_name
-from ipmn_core.views.results import beside_paper, fold_curves, forest, labelled, numbered, panels
+from ipmn_core.views.results import beside_paper, forest, labelled, numbered, panels
 from ipmn_core.views.style import MANY, PAIRS, REFERENCES, SMALL, centers_in, color, in_order, short
 
 DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
@@ -173,34 +173,3 @@ def optimism(table: pd.DataFrame) -> Figure:
     From `metrics.optimism`. Without an inner split there are two rules.
     """
     return _side_by_side(table, RULES, "global AUC, mean over folds")
-
-
-def drift(table: pd.DataFrame) -> Figure:
-    """Distance of each client from the global model by round: a panel per arm (across) and modality (down).
-
-    From `heterogeneity.drift`. One color per client, a thin line per fold, a thick mean. With many clients,
-    those that move most, and one line for the mean of the others.
-    """
-    moved = table.groupby("client")["distance"].mean()
-    if len(moved) > MANY:
-        others = ~table["client"].isin(moved.nlargest(MANY - 1).index)
-        table = pd.concat([table[~others], table[others].assign(client="mean of the others")])
-    ylabel = "distance from the\nglobal model (no unit)"
-    return fold_curves(table, "round", "distance", "client", "modality", "round", ylabel)
-
-
-def cosines(matrices: pd.DataFrame) -> Figure:
-    """Cosine between the updates of every two clients: a panel per arm (across) and modality (down).
-
-    From `heterogeneity.cosines`. The colors run from -1 to 1.
-    """
-    clients = centers_in(matrices["client"])
-    height = 2.8 if len(clients) <= MANY else 3.6
-    axes, shown = panels(matrices, "arm", "modality", height, most=4, sharex=True, sharey=True)
-    for ax, rows in shown:
-        cells = rows.pivot(index="client", columns="other", values="cosine")
-        cells = cells.reindex(index=clients, columns=clients)
-        image = numbered(ax, cells, clients, cmap="RdBu_r", vmin=-1, vmax=1)
-    if shown:
-        axes[0, 0].figure.colorbar(image, ax=axes, label="cosine between updates", shrink=0.7)
-    return labelled(axes, "client", "client")

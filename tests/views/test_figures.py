@@ -93,15 +93,6 @@ def test_a_forest_has_each_center_at_its_mean_and_na_where_there_is_none(summary
     known = rows.dropna(subset=["auc_mean"])
     ends = np.column_stack([known["auc_mean"] + sign * known["auc_std"] for sign in (-1, 1)])
     np.testing.assert_allclose(np.sort(segments[level, :, 0], axis=0), np.sort(ends, axis=0))
-    accuracies = views.forests(summary, "acc").axes[1]
-    assert not accuracies.texts and accuracies.get_xlabel().startswith("ACC")
-
-
-def test_the_papers_values_are_hollow_and_take_the_place_of_a_reason(summary):
-    figure = views.forests(summary, paper=tables.paper(3))
-    ours, theirs = figure.axes[0].lines[:2]
-    assert theirs.get_markerfacecolor() == "white" != ours.get_markerfacecolor() == theirs.get_color()
-    assert {text.get_text() for text in figure.axes[1].texts} == {"n/a"} and is_clean(figure)
 
 
 def test_table_2_is_drawn_with_ours_filled_and_the_papers_hollow():
