@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-all lint lab bench reference clean
+.PHONY: demo test test-all lint lab bench reference ship clean
 
 demo: .venv/installed          ## tables 1-3, figures and report.html on the embedded cohort
 	$(BIN)/ipmn run params/demo.yaml
@@ -30,6 +30,9 @@ bench: .venv/installed         ## speed beside the plain pipeline, twenty minute
 
 reference: .venv/installed     ## renew outputs/reference/PROFILE (demo: without runs, so that it trains)
 	$(BIN)/ipmn run params/$(PROFILE).yaml
+	$(MAKE) ship
+
+ship:                          ## copy what PROFILE has finished so far to outputs/reference, without weights
 	cd outputs && tar cf - --exclude='*.pt' --exclude='share_done' --exclude='.*' --exclude='notebooks' \
 		--exclude='*.md' --exclude='*.tex' --exclude='demo/runs' $(PROFILE) $$(ls -d $(PROFILE)_* 2>/dev/null) | tar xf - -C reference
 
