@@ -196,8 +196,9 @@ def _foreign(p: Params) -> set[str]:
 
     `paper` (its numbers), `phantom` (its truth), `strategies` (those that the paper lacks), `unseen`
     (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities), `dial`,
-    `seeds` (`more_seeds`); `multiclass` and `binary` if the task has no arm; `multiclass-trained` and
-    `binary-trained` if no arm was trained here (`ipmn score`).
+    `seeds` (`more_seeds`), `weights` (of the networks that chapter 3 shows) or `no-weights`; `multiclass` and
+    `binary` if the task has no arm; `multiclass-trained` and `binary-trained` if no arm was trained here
+    (`ipmn score`).
     """
     from ipmn_core import data, runs
 
@@ -206,6 +207,8 @@ def _foreign(p: Params) -> set[str]:
     applies["strategies"] = any(run.arm not in ARMS for run in runs.grid(p, "binary"))
     applies |= {"dial": bool(p.dial_shifts), "seeds": bool(p.more_seeds and p.arms)}
     applies["fusion"] = any(fusion(modality)[1] for modality in p.modalities) and bool(p.arms)
+    weights = all((runs.folder_of(p, run) / "model.pt").exists() for run in runs.shown(p))
+    applies |= {"weights": weights, "no-weights": not weights}
     for task in TASKS:
         trained, scored = bool(runs.grid(p, task)), bool(runs.scored(p, task))
         applies |= {task: trained or scored, f"{task}-trained": trained}

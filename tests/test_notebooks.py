@@ -122,7 +122,8 @@ def tags_of(cell):
 
 @every_notebook
 @pytest.mark.parametrize(
-    "without", [THEIRS | {"seeds"}, TRAINED, {"multiclass"} | TRAINED, {"binary"} | TRAINED | THEIRS]
+    "without",
+    [THEIRS | {"seeds"}, TRAINED, {"weights"}, {"multiclass"} | TRAINED, {"binary"} | TRAINED | THEIRS],
 )
 def test_what_remains_without_the_cells_of_some_tags_stands_on_its_own(path, without):
     own = [cell for cell in cells(path) if not without & set(cell.metadata.get("tags", []))]

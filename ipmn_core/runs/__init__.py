@@ -13,6 +13,7 @@ from ipmn_core.runs.grid import (
     protocols,
     run_settings,
     scored,
+    shown,
 )
 from ipmn_core.runs.run import (
     build,

@@ -100,11 +100,15 @@ def folder_of(p: Params, run: Run) -> Path:
     return p.folder / "runs" / run.task / run.modality / run.arm / f"fold{run.fold}"
 
 
+def shown(p: Params) -> list[Run]:
+    """The runs whose networks chapter 3 shows: the first and the last arm on the last modality, fold 0."""
+    return [Run("binary", p.modalities[-1], arm, 0) for arm in (*p.arms[:1], *p.arms[-1:])]
+
+
 def keeps_model(p: Params, run: Run) -> bool:
     """Whether a run keeps its weights: `keep_models` matches it, or chapter 3 shows it."""
-    shown = [Run("binary", p.modalities[-1], arm, 0) for arm in (*p.arms[:1], *p.arms[-1:])]
     path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
-    return run in shown or any(fnmatch(path, pattern) for pattern in p.keep_models)
+    return run in shown(p) or any(fnmatch(path, pattern) for pattern in p.keep_models)
 
 
 def run_settings(p: Params, run: Run) -> RunSettings:
@@ -117,9 +121,8 @@ def run_settings(p: Params, run: Run) -> RunSettings:
     elif run.arm != CENTRALIZED:
         epochs, strategy = p.rounds, federated.strategy(run.arm, p.clients_per_round)
     finetune_epochs = p.finetune_epochs if strategy and strategy.finetune else 0
-    same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size")
-    same += ("batches_per_epoch", "lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob")
-    same += ("batch_norm_momentum",)
+    same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size", "batches_per_epoch")
+    same += ("lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob", "batch_norm_momentum")
     return RunSettings(
         **asdict(run),
         **{key: getattr(p, key) for key in same},

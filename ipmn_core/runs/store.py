@@ -89,21 +89,22 @@ def whole(folder: Path, protocol: dict[str, Any]) -> Path:
 
 
 def unfinished(p: Params, wanted: dict[Run, dict[str, Any]], key: str) -> list[Run]:
-    """The runs in `wanted` ({run: protocol}) that are neither on disk nor shipped.
-
-    A shipped run, in `outputs/reference/<profile>/runs`, is copied if its settings and data are the same. It
-    has no weights. Raises StaleRunError.
-    """
+    """The runs in `wanted` ({run: protocol}) that are neither on disk nor shipped. Raises StaleRunError."""
     for run, protocol in wanted.items():
-        folder = folder_of(p, run)
-        shipped = project_root() / "outputs" / "reference" / folder.relative_to(p.folder.parent)
-        if not (folder.exists() or (p.folder / "runs" / TRAINED_HERE).exists()):
-            with contextlib.suppress(StaleRunError):
-                if finished(shipped, protocol, key):
-                    arriving = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-                    shutil.copytree(shipped, arriving)
-                    arriving.replace(folder)
+        _take_shipped(p, folder_of(p, run), protocol, key)
     return [run for run, protocol in wanted.items() if not finished(folder_of(p, run), protocol, key)]
+
+
+def _take_shipped(p: Params, folder: Path, protocol: dict[str, Any], key: str) -> None:
+    """Copy a run, without weights, from `outputs/reference/` if its settings and data are the same."""
+    shipped = project_root() / "outputs" / "reference" / folder.relative_to(p.folder.parent)
+    if folder.exists() or (p.folder / "runs" / TRAINED_HERE).exists():
+        return
+    with contextlib.suppress(StaleRunError):
+        if finished(shipped, protocol, key):
+            arriving = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+            shutil.copytree(shipped, arriving)
+            arriving.replace(folder)
 
 
 def discard(p: Params) -> None:

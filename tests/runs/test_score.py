@@ -223,7 +223,7 @@ def test_a_scored_arm_of_other_folds_cases_or_data_is_stale(there, tmp_path):
     with pytest.raises(ValueError, match="multiclass: no arm; list some in the profile, or score weights"):
         runs.run_grid(there, "multiclass", cohort)
     left_out = {"multiclass", "multiclass-trained", "binary-trained", "paper", "phantom", "unseen", "cross"}
-    left_out |= {"strategies", "fusion", "dial", "seeds"}
+    left_out |= {"strategies", "fusion", "dial", "seeds", "no-weights"}
     assert pipeline._foreign(there) == left_out and runs.predictions(there, "multiclass").empty
 
 
