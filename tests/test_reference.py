@@ -1,62 +1,50 @@
-"""The tables in `outputs/reference/` are functions of the predictions that are shipped beside them."""
+"""README's and the docs' numbers are those of `outputs/reference/`, and shipped runs count and repeat."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ipmn_core import data, metrics, models, params, runs
-from ipmn_core.metrics import centers, tables
+from ipmn_core import data, metrics, params, runs
+from ipmn_core.metrics import centers
 from ipmn_core.names import display_name
-from ipmn_core.runs import dial, seeds, store
+from ipmn_core.runs import dial, store
 from ipmn_core.runs.grid import protocols
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
-SHIPPED = sorted(path.parent for path in REFERENCE.glob("*/params.yaml") if (path.parent / "runs").is_dir())
 
 
 def profile(folder):
     return params.load(folder / "params.yaml").model_copy(update={"outputs": str(REFERENCE)})
 
 
-def table2(p):
-    selected = metrics.select(runs.predictions(p, "multiclass"))
-    counted = {name: models.complexity(name) for name in p.multiclass_models}
-    return tables.table2(metrics.over_folds(metrics.by_fold(selected)), counted)
+def readme(start):
+    """Cells of the rows of README's table that begin so, by what follows."""
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {start}: ")]
+    return {row[0].removeprefix(f"{start}: "): row[1:3] for row in rows}
 
 
-def table3(p):
-    return tables.table3(metrics.over_folds(metrics.by_fold(metrics.select(runs.predictions(p, "binary")))))
+def test_readmes_table_is_that_of_the_demo_s_reference():
+    tables_of = {n: pd.read_csv(REFERENCE / "demo" / "tables" / f"table{n}.csv") for n in (2, 3)}
+    high, three = readme("high risk"), readme("three classes")
+    ours = tables_of[3].query("center == 'global'").set_index(["method", "modality"])
+    for method in ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"):
+        name = (
+            display_name(method).replace("Centralized", "centralized").replace(" (μ=", ", μ = ").rstrip(")")
+        )
+        of = [ours.loc[(method, modality)] for modality in ("t1", "t2")]
+        agree(high[f"DenseNet-121, {name}"], of, 1)
+    ours = tables_of[2].set_index(["model", "modality"])
+    for model in tables_of[2]["model"].unique():
+        agree(three[display_name(model)], [ours.loc[(model, modality)] for modality in ("t1", "t2")], 100)
 
 
-def unseen(p):
-    table = centers.unseen(runs.predictions(p, "binary"), runs.validation(p, "binary"))
-    return table.drop(columns="task").rename(columns={"arm": "method"})
-
-
-def cross_site(p):
-    return centers.cross_site(runs.cross(p), runs.predictions(p, "binary"))
-
-
-def strategies(p):
-    last = metrics.select(runs.predictions(p, "binary"), "last")
-    return centers.by_strategy(centers.tuned(last, runs.validation(p, "binary")))
-
-
-TABLES = {
-    **{"table2": table2, "table3": table3, "unseen": unseen, "cross_site": cross_site},
-    **{"strategies": strategies, "seeds": seeds.table},
-}
-
-
-def test_every_shipped_table_is_that_of_the_shipped_predictions():
-    found = [(f, n) for f in SHIPPED for n in TABLES if (f / "tables" / f"{n}.csv").exists()]
-    for folder, name in found:
-        kept = pd.read_csv(folder / "tables" / f"{name}.csv", keep_default_na=False, na_values="n/a")
-        fresh = TABLES[name](profile(folder))
-        pd.testing.assert_frame_equal(fresh[list(kept)], kept, check_dtype=False, atol=1e-9, rtol=0)
-    assert {folder.name for folder in SHIPPED} >= {"dial"}
+def agree(printed, rows, unit):
+    for text, row in zip(printed, rows, strict=True):
+        mean, std = map(float, text.split(" ± "))
+        assert abs(mean - row["auc_mean"] / unit) < 0.00056 and abs(std - row["auc_std"] / unit) < 0.00056
 
 
 def test_the_dial_in_the_docs_is_that_of_the_shipped_predictions():
