@@ -28,13 +28,17 @@ lab: .venv/installed           ## the notebooks, live
 bench: .venv/installed         ## speed beside the plain pipeline, twenty minutes
 	$(BIN)/python benchmarks/bench.py
 
-reference: .venv/installed     ## renew outputs/reference/PROFILE (demo: without runs, so that it trains)
+reference: .venv/installed     ## renew outputs/reference/PROFILE
 	$(BIN)/ipmn run params/$(PROFILE).yaml
 	$(MAKE) ship
 
+OWN := $(addprefix outputs/$(PROFILE)/,params.yaml tables $(if $(filter demo,$(PROFILE)),,runs))
+OWN += $(addprefix outputs/$(PROFILE)/figures/,forest.png cross_site.png strategies.png unseen.png fusion.png dial.png)
+OWN += $(if $(filter demo study,$(PROFILE)),outputs/$(PROFILE)/report.html outputs/$(PROFILE)/figures/figure1.png)
+
 ship:                          ## copy what PROFILE has finished so far to outputs/reference, without weights
-	cd outputs && tar cf - --exclude='*.pt' --exclude='share_done' --exclude='.*' --exclude='notebooks' \
-		--exclude='*.md' --exclude='*.tex' --exclude='demo/runs' $(PROFILE) $$(ls -d $(PROFILE)_* 2>/dev/null) | tar xf - -C reference
+	tar cf - --exclude='*.pt' --exclude=share_done --exclude=trained_here --exclude='.*' --exclude='*.md' \
+		--exclude='*.tex' $(wildcard $(OWN) outputs/$(PROFILE)_*/runs) | tar xf - -C outputs/reference --strip-components 1
 
 clean:                         ## remove the environment and all outputs except outputs/reference
 	rm -rf .venv $(filter-out outputs/README.md outputs/reference, $(wildcard outputs/*))

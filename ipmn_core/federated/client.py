@@ -273,7 +273,7 @@ def forward(model: nn.Module, x: torch.Tensor, settings: Settings) -> torch.Tens
     """Logits (N, K) in float32 of cubes (N, 1, S, S, S), under bfloat16 autocast if set."""
     if settings.channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
-    with device.autocast(x.device, settings.bfloat16):
+    with device.autocast(x.device, settings.bfloat16, settings.channels_last):
         return model(x).float()
 
 

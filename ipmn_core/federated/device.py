@@ -87,24 +87,28 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
 
 
 class _Workarounds(TorchFunctionMode):
-    """Keep type and layout in average pooling; pad short volumes explicitly under bfloat16.
+    """Keep type and layout in average pooling; replace two kinds of bfloat16 convolutions.
 
     A CPU pools channels-last volumes into contiguous ones and, under autocast, into float32; all later
     concatenations of a DenseNet would do the same. oneDNN 3.12 (torch 2.13) silently returns wrong weight
     gradients for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
-    voxels, which occurs in four of the networks at 32^3.
+    voxels, which occurs in four of the networks at 32^3. It takes a third of a DenseNet's step for the first
+    layer, whose input has one channel (`_by_slices`).
     """
 
-    def __init__(self, bfloat16: bool):
+    def __init__(self, bfloat16: bool, by_slices: bool):
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.bfloat16, self.by_slices = bfloat16, by_slices
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv3d and self.bfloat16 and min(args[0].shape[2:]) < max(args[1].shape[2:]):
+        if func is F.conv3d and self.bfloat16:
             x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
-            return func(
-                F.pad(x, [n for n in reversed(padding) for _ in "ab"]), weight, bias, stride, 0, *rest
-            )
+            few = self.by_slices and x.shape[1] <= 2 and rest == [(1, 1, 1), 1]  # one cube, or two fused ones
+            if few or min(x.shape[2:]) < max(weight.shape[2:]):
+                x, padding = F.pad(x, [n for n in reversed(padding) for _ in "ab"]), 0
+            if few:
+                return _by_slices(x.bfloat16(), weight, bias, stride)
+            return func(x, weight, bias, stride, padding, *rest)
         result = func(*args, **(kwargs or {}))
         if func is F.avg_pool3d:
             last = args[0].is_contiguous(memory_format=torch.channels_last_3d)
@@ -113,9 +117,22 @@ class _Workarounds(TorchFunctionMode):
         return result
 
 
+def _by_slices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride) -> torch.Tensor:
+    """A 3D convolution of a padded volume (N, C, D, H, W) as a 2D one, channels-last.
+
+    The slices under the kernel's depth k become C x k channels. oneDNN is slow if there is one channel: on a
+    CPU with AMX, 64 kernels of 7x7x7 on 16 cubes of 32^3 take a fifth of the time this way.
+    """
+    slices = x.unfold(2, weight.shape[2], stride[0])  # (N, C, D', H, W, k)
+    n, c, depth, h, w, k = slices.shape
+    slices = slices.permute(0, 2, 3, 4, 1, 5).reshape(n * depth, h, w, c * k).permute(0, 3, 1, 2)
+    y = F.conv2d(slices, weight.flatten(1, 2), bias, stride[1:])
+    return y.contiguous(memory_format=torch.channels_last).unflatten(0, (n, depth)).transpose(1, 2)
+
+
 @contextlib.contextmanager
-def autocast(device: torch.device, bfloat16: bool):
+def autocast(device: torch.device, bfloat16: bool, channels_last: bool = False):
     """Run a forward pass with CPU workarounds, under `bfloat16` autocast if set."""
     lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    with lower, _Workarounds(bfloat16):
+    with lower, _Workarounds(bfloat16, channels_last and device.type == "cpu"):
         yield

@@ -58,7 +58,7 @@ def test_every_convolution_gives_the_gradients_of_float32_to_the_precision_of_bf
         model = model.to(memory_format=torch.channels_last_3d)
     caught = caught_convolutions(model)
     torch.manual_seed(0)  # of dropout
-    with devices.autocast(CPU, True):
+    with devices.autocast(CPU, True, channels_last):
         logits = model(x)
     F.cross_entropy(logits.float(), torch.tensor([0, 2])).backward()
     assert len(caught) == sum(isinstance(layer, nn.Conv3d) for layer in model.modules())
@@ -92,6 +92,22 @@ def test_a_network_in_bfloat16_answers_nearly_as_in_float32(name):
     assert 0 < (rough.float() - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride"), [(1, 7, 2), (1, 7, 1), (2, 7, 2), (1, 3, (1, 2, 2))]
+)
+def test_a_first_layer_by_slices_is_the_convolution(channels, kernel, stride):
+    layer = nn.Conv3d(channels, 8, kernel, stride, kernel // 2).to(memory_format=torch.channels_last_3d)
+    x = torch.rand(3, channels, 9, 12, 11, requires_grad=True)
+    with devices.autocast(CPU, True, channels_last=True):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last_3d)
+    gradient = torch.rand(y.shape)
+    mine = torch.autograd.grad(y, (layer.weight, layer.bias, x), gradient.bfloat16())
+    exact = torch.autograd.grad(layer(x), (layer.weight, layer.bias, x), gradient)
+    for a, b in zip((y, *mine), (layer(x), *exact), strict=True):
+        assert (a.float() - b).norm() <= 0.04 * b.norm()  # as above
+
+
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 
 
@@ -112,7 +128,7 @@ def test_a_densenet_concatenates_in_bfloat16_in_the_layout_given(layout):
     for name, layer in model.named_modules():
         if re.search(r"denseblock[2-4].*norm1$", name):  # what meets the concatenations after the pooling
             layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    with torch.inference_mode(), devices.autocast(CPU, True):
+    with torch.inference_mode(), devices.autocast(CPU, True, layout == torch.channels_last_3d):
         model(cubes().contiguous(memory_format=layout))
     assert len(seen) == 12 + 24 + 16
     assert {x.dtype for x in seen} == {torch.bfloat16}  # under torch.autocast alone: float32, contiguous
