@@ -131,7 +131,8 @@ def test_what_remains_without_the_cells_of_some_tags_stands_on_its_own(path, wit
     names = [node for node in nodes if isinstance(node, ast.Name)]
     imports = [node.names for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {alias.asname or alias.name for aliases in imports for alias in aliases}
-    known = imported | {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    known = imported | stored | {*dir(builtins), "display"}
     assert {name.id for name in names} <= known
     every = nbformat.read(path, 4).cells
     text = "".join(
