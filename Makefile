@@ -38,7 +38,7 @@ OWN += $(if $(filter demo study,$(PROFILE)),outputs/$(PROFILE)/report.html outpu
 
 ship:                          ## copy what PROFILE has finished so far to outputs/reference, without weights
 	tar cf - --exclude='*.pt' --exclude=share_done --exclude=trained_here --exclude='.*' --exclude='*.md' \
-		--exclude='*.tex' $(wildcard $(OWN) outputs/$(PROFILE)_*/runs) | tar xf - -C outputs/reference --strip-components 1
+		--exclude='*.tex' --exclude='*_beside_paper.csv' $(wildcard $(OWN) outputs/$(PROFILE)_*/runs) | tar xf - -C outputs/reference --strip-components 1
 
 clean:                         ## remove the environment and all outputs except outputs/reference
 	rm -rf .venv $(filter-out outputs/README.md outputs/reference, $(wildcard outputs/*))
