@@ -65,11 +65,6 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
     return _in_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
 
 
-def _order(table: pd.DataFrame, n: int) -> pd.MultiIndex:
-    """Keys of the paper's table `n` in its order, then the other keys of `table`."""
-    return paper(n).set_index(KEYS[n]).index.union(table.set_index(KEYS[n]).index, sort=False)
-
-
 def _in_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """The rows of `table` sorted by its keys: the paper's names in its order, then others as they appear.
 
@@ -87,10 +82,10 @@ def _in_order(table: pd.DataFrame, n: int) -> pd.DataFrame:
 def beside_paper(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """Table `n` with the paper's numbers in columns with the suffix `_paper`.
 
-    A row that one side lacks is NaN there. Rows keep the paper's order; rows only in `table` come last.
+    A row that one side lacks is NaN there. Names are in the paper's order, then others.
     """
-    ours, theirs, order = table.set_index(KEYS[n]), paper(n).set_index(KEYS[n]), _order(table, n)
-    both = ours.reindex(order).join(theirs[list(ours)].reindex(order).add_suffix(PAPER)).reset_index()
+    ours, theirs = table.set_index(KEYS[n]), paper(n).set_index(KEYS[n])
+    both = _in_order(ours.join(theirs[list(ours)].add_suffix(PAPER), how="outer").reset_index(), n)
     return both.astype({column: "Int64" for column in both if n == 1 and column not in KEYS[1]})
 
 
