@@ -129,6 +129,16 @@ def test_the_strategies_in_the_docs_are_the_shipped_ones():
     assert documented("Measured") == printed
 
 
+def test_the_fusion_in_the_docs_is_the_shipped_one():
+    kept = pd.read_csv(REFERENCE / "fusion" / "tables" / "fusion.csv")
+    printed = [
+        [display_name(row.arm), display_name(row.modality), f"{row.fold_difference:.3f}"]
+        + [f"{row.difference:.3f} ({row.low:.3f} to {row.high:.3f})"]
+        for row in kept.itertuples()
+    ]
+    assert documented("T1 and T2 together, measured") == printed
+
+
 def documented(section):
     """Rows of the first table of a section of docs/strategies.md, without its header."""
     text = (
