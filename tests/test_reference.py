@@ -139,6 +139,18 @@ def test_the_fusion_in_the_docs_is_the_shipped_one():
     assert documented("T1 and T2 together, measured") == printed
 
 
+def test_the_unseen_centers_in_the_docs_are_the_shipped_ones():
+    kept = pd.read_csv(REFERENCE / "unseen" / "tables" / "unseen.csv")
+    cells = kept.assign(
+        cell=[f"{row.auc:.3f} ({row.auc_low:.3f} to {row.auc_high:.3f})" for row in kept.itertuples()]
+    )
+    printed = {
+        row[0].replace("All centers", metrics.GLOBAL): row[2:]
+        for row in documented("A hospital never seen, measured")
+    }
+    assert printed == {center: [*rows["cell"]] for center, rows in cells.groupby("center")}
+
+
 def documented(section):
     """Rows of the first table of a section of docs/strategies.md, without its header."""
     text = (

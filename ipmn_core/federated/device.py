@@ -92,8 +92,8 @@ class _Workarounds(TorchFunctionMode):
     A CPU pools channels-last volumes into contiguous ones and, under autocast, into float32; all later
     concatenations of a DenseNet would do the same. oneDNN 3.12 (torch 2.13) silently returns wrong weight
     gradients for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
-    voxels, which occurs in four of the networks at 32^3. It takes a third of a DenseNet's step for the first
-    layer, whose input has one channel (`_by_slices`).
+    voxels, which occurs in four of the networks at 32^3. It is slow in the first layer, whose input has
+    one channel (`_by_slices`).
     """
 
     def __init__(self, bfloat16: bool, by_slices: bool):
@@ -120,8 +120,8 @@ class _Workarounds(TorchFunctionMode):
 def _by_slices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride) -> torch.Tensor:
     """A 3D convolution of a padded volume (N, C, D, H, W) as a 2D one, channels-last.
 
-    The slices under the kernel's depth k become C x k channels. oneDNN is slow if there is one channel: on a
-    CPU with AMX, 64 kernels of 7x7x7 on 16 cubes of 32^3 take a fifth of the time this way.
+    The slices under the kernel's depth k become C x k channels; oneDNN is slow if there is one (see
+    docs/performance.md).
     """
     slices = x.unfold(2, weight.shape[2], stride[0])  # (N, C, D', H, W, k)
     n, c, depth, h, w, k = slices.shape
