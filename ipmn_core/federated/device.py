@@ -102,13 +102,17 @@ class _Workarounds(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.conv3d and self.bfloat16:
-            x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
-            few = self.by_slices and x.shape[1] <= 2 and rest == [(1, 1, 1), 1]  # one cube, or two fused ones
-            if few or min(x.shape[2:]) < max(weight.shape[2:]):
-                x, padding = F.pad(x, [n for n in reversed(padding) for _ in "ab"]), 0
-            if few:
-                return _by_slices(x.bfloat16(), weight, bias, stride)
-            return func(x, weight, bias, stride, padding, *rest)
+            short = min(args[0].shape[2:]) < max(args[1].shape[2:])
+            few = self.by_slices and args[0].shape[1] <= 2  # channels: one cube, or two fused ones
+            few = (
+                few and args[5:] == ((1, 1, 1), 1) and isinstance(args[4], tuple)
+            )  # dilation, groups; padding
+            if short or few:
+                x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
+                x = F.pad(x, [n for n in reversed(padding) for _ in "ab"])
+                if few:
+                    return _by_slices(x.bfloat16(), weight, bias, stride)
+                return func(x, weight, bias, stride, 0, *rest)
         result = func(*args, **(kwargs or {}))
         if func is F.avg_pool3d:
             last = args[0].is_contiguous(memory_format=torch.channels_last_3d)

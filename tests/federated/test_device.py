@@ -108,6 +108,12 @@ def test_a_first_layer_by_slices_is_the_convolution(channels, kernel, stride):
         assert (a.float() - b).norm() <= 0.04 * b.norm()  # as above
 
 
+def test_a_first_layer_called_otherwise_is_left_to_torch():
+    x, layer = torch.rand(1, 1, 8, 8, 8), nn.Conv3d(1, 4, 3, padding="same")
+    with devices.autocast(CPU, True, channels_last=True):
+        assert layer(x).shape == F.conv3d(x, layer.weight, padding=1).shape == (1, 4, 8, 8, 8)
+
+
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 
 
