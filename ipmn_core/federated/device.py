@@ -103,10 +103,8 @@ class _Workarounds(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.conv3d and self.bfloat16:
             short = min(args[0].shape[2:]) < max(args[1].shape[2:])
-            few = self.by_slices and args[0].shape[1] <= 2  # channels: one cube, or two fused ones
-            few = (
-                few and args[5:] == ((1, 1, 1), 1) and isinstance(args[4], tuple)
-            )  # dilation, groups; padding
+            plain = args[5:] == ((1, 1, 1), 1) and isinstance(args[4], tuple)  # dilation, groups; padding
+            few = self.by_slices and plain and args[0].shape[1] <= 2  # one cube, or two fused ones
             if short or few:
                 x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
                 x = F.pad(x, [n for n in reversed(padding) for _ in "ab"])

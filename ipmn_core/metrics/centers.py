@@ -89,7 +89,6 @@ def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
     chosen = values.groupby(ARM).agg(", ".join).rename("chosen")
     table = table.join(chosen, on=ARM)
     table["chosen"] = table["chosen"].where(table["arm"].isin(several), "")
-    table.loc[table["arm"].map(is_personal), ["auc_mean", "auc_std"]] = np.nan
     return table[["modality", "arm", "chosen", "acc_mean", "acc_std", "auc_mean", "auc_std", "within"]]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from ipmn_core.names import is_personal
+
 ARM = ["task", "modality", "arm"]  # columns that identify an arm
 RUN = [*ARM, "fold"]  # columns that identify a run
 GLOBAL = "global"  # the paper's name for all centers together
@@ -240,14 +242,18 @@ def over_folds(folds: pd.DataFrame) -> pd.DataFrame:
     Columns task, modality, arm, center, acc_mean, acc_std, auc_mean, auc_std, folds, auc_folds, undefined.
     Standard deviations divide by the number of folds (ddof = 0): only this gives the paper's AHN
     0.8750 +/- 0.1250 over 4 folds of 4 cases. The AUC leaves out folds in which it is undefined: `auc_folds`
-    counts the others, `undefined` says which and why.
+    counts the others, `undefined` says which and why. A personal arm has no global AUC (NaN), because its
+    models share no scale.
     """
     groups = folds.groupby([*ARM, "center"], sort=False)
     mean, std = groups[["acc", "auc"]].mean(), groups[["acc", "auc"]].std(ddof=0)
     columns = {f"{m}_{name}": of[m] for m in ("acc", "auc") for name, of in (("mean", mean), ("std", std))}
     columns |= {"folds": groups.size(), "auc_folds": groups["auc"].count()}
     columns["undefined"] = pd.Series([in_folds(rows) for _, rows in groups], groups.size().index)
-    return pd.DataFrame(columns).reset_index()
+    table = pd.DataFrame(columns).reset_index()
+    pooled = table["arm"].map(is_personal) & (table["center"] == GLOBAL)
+    table.loc[pooled, ["auc_mean", "auc_std", "undefined"]] = np.nan, np.nan, "one model per center"
+    return table
 
 
 def in_folds(rows: pd.DataFrame) -> str:

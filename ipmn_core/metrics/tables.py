@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ipmn_core import data, disk
-from ipmn_core.names import display_name, is_personal
+from ipmn_core.names import display_name
 
 KEYS = {1: ["center", "modality"], 2: ["model", "modality"], 3: ["center", "method", "modality"]}
 NUMBERS = ["acc_mean", "acc_std", "auc_mean", "auc_std"]
@@ -56,12 +56,10 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
 
     Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
     `metrics.over_folds` (only its binary rows are used). `local_only` is left out, because the paper lacks
-    it. Other personal arms have no global AUC (NaN), because their models share no scale.
+    it.
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
-    pooled = table["method"].map(is_personal) & (table["center"] == "global")
-    table.loc[pooled, ["auc_mean", "auc_std"]] = float("nan")
     return _in_order(table[[*KEYS[3], *NUMBERS]].round(4), 3)
 
 

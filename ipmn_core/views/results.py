@@ -138,13 +138,10 @@ def beside_paper(table: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 def forests(summary: pd.DataFrame) -> Figure:
     """AUC, mean ± standard deviation over folds, of the binary task by center and arm: a panel per modality.
 
-    From `metrics.over_folds`. A personal arm has no global AUC, because its models share no scale.
+    From `metrics.over_folds`.
     """
     table = summary[summary["task"] == "binary"]
     table = table.assign(**_over_folds(table, "auc"), line=0.5)
-    pooled = table["arm"].map(is_personal) & (table["center"] == metrics.GLOBAL)
-    table.loc[pooled, ["value", "low", "high"]] = np.nan
-    table.loc[pooled, "undefined"] = "one model per center"
     return forest(table, "AUC, mean ± standard deviation over folds")
 
 
