@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
@@ -87,30 +87,22 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
 
 
 class _Workarounds(TorchFunctionMode):
-    """Keep type and layout in average pooling; replace two kinds of bfloat16 convolutions.
+    """Keep type and layout in a CPU's average pooling; replace three kinds of its convolutions.
 
     A CPU pools channels-last volumes into contiguous ones and, under autocast, into float32; all later
     concatenations of a DenseNet would do the same. oneDNN 3.12 (torch 2.13) silently returns wrong weight
     gradients for bfloat16 convolutions whose input has a side shorter than the kernel: 3x3x3 at 2x2x2
     voxels, which occurs in four of the networks at 32^3. It is slow in the first layer, whose input has
-    one channel (`_by_slices`).
+    one channel (`_by_slices`), and in the gradients of depthwise layers (`_depthwise`).
     """
 
-    def __init__(self, bfloat16: bool, by_slices: bool):
+    def __init__(self, bfloat16: bool, channels_last: bool):
         super().__init__()
-        self.bfloat16, self.by_slices = bfloat16, by_slices
+        self.bfloat16, self.channels_last = bfloat16, channels_last
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv3d and self.bfloat16:
-            short = min(args[0].shape[2:]) < max(args[1].shape[2:])
-            plain = args[5:] == ((1, 1, 1), 1) and isinstance(args[4], tuple)  # dilation, groups; padding
-            few = self.by_slices and plain and args[0].shape[1] <= 2  # one cube, or two fused ones
-            if short or few:
-                x, weight, bias, stride, padding, *rest = args  # as torch.nn.Conv3d calls it
-                x = F.pad(x, [n for n in reversed(padding) for _ in "ab"])
-                if few:
-                    return _by_slices(x.bfloat16(), weight, bias, stride)
-                return func(x, weight, bias, stride, 0, *rest)
+        if func is F.conv3d and len(args) == 7 and isinstance(args[4], tuple):  # as nn.Conv3d calls it
+            func = self._convolution(*args)
         result = func(*args, **(kwargs or {}))
         if func is F.avg_pool3d:
             last = args[0].is_contiguous(memory_format=torch.channels_last_3d)
@@ -118,13 +110,32 @@ class _Workarounds(TorchFunctionMode):
             return result.to(args[0].dtype, memory_format=layout)
         return result
 
+    def _convolution(self, x, weight, bias, stride, padding, dilation, groups) -> Callable[..., torch.Tensor]:
+        """The form of F.conv3d that is right and fast for these arguments."""
+        plain = dilation == (1, 1, 1)
+        if self.bfloat16:
+            if self.channels_last and plain and groups == 1 and x.shape[1] <= 2:  # a cube, or two fused
+                return _by_slices
+            return _padded if min(x.shape[2:]) < max(weight.shape[2:]) else F.conv3d
+        single = plain and bias is None and len(weight) == x.shape[1] == groups > 1
+        return _depthwise if single and torch.is_grad_enabled() else F.conv3d
 
-def _by_slices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride) -> torch.Tensor:
-    """A 3D convolution of a padded volume (N, C, D, H, W) as a 2D one, channels-last.
+
+def _pad(x: torch.Tensor, padding: tuple[int, int, int]) -> torch.Tensor:
+    return F.pad(x, [n for n in reversed(padding) for _ in "ab"])
+
+
+def _padded(x, weight, bias, stride, padding, dilation, groups) -> torch.Tensor:
+    return F.conv3d(_pad(x, padding), weight, bias, stride, 0, dilation, groups)
+
+
+def _by_slices(x, weight, bias, stride, padding, *_) -> torch.Tensor:
+    """A 3D convolution as a 2D one, channels-last, in bfloat16.
 
     The slices under the kernel's depth k become C x k channels; oneDNN is slow if there is one (see
     docs/performance.md).
     """
+    x = _pad(x.bfloat16(), padding)
     slices = x.unfold(2, weight.shape[2], stride[0])  # (N, C, D', H, W, k)
     n, c, depth, h, w, k = slices.shape
     slices = slices.permute(0, 2, 3, 4, 1, 5).reshape(n * depth, h, w, c * k).permute(0, 3, 1, 2)
@@ -132,9 +143,27 @@ def _by_slices(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return y.contiguous(memory_format=torch.channels_last).unflatten(0, (n, depth)).transpose(1, 2)
 
 
+def _depthwise(x, weight, _, stride, padding, *rest) -> torch.Tensor:
+    """A depthwise convolution as a product, if one voxel is asked, or as 2D ones, if 3x3x3 at stride 1.
+
+    The gradients of oneDNN's own are slow (see docs/performance.md).
+    """
+    one = all(n + 2 * more == k for n, more, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True))
+    if not one and (weight.shape[2:], stride) != ((3, 3, 3), (1, 1, 1)):
+        return F.conv3d(x, weight, None, stride, padding, *rest)
+    x = _pad(x, padding)
+    if one:
+        return (x * weight[:, 0]).sum((2, 3, 4), keepdim=True)
+    n, _, depth = x.shape[:3]
+    slices, kernels = x.transpose(1, 2).flatten(0, 1), weight.unbind(2)
+    each = [F.conv2d(slices, kernel, groups=len(kernel)).unflatten(0, (n, depth)) for kernel in kernels]
+    return sum(y[:, k : depth - 2 + k] for k, y in enumerate(each)).transpose(1, 2)
+
+
 @contextlib.contextmanager
 def autocast(device: torch.device, bfloat16: bool, channels_last: bool = False):
     """Run a forward pass with CPU workarounds, under `bfloat16` autocast if set."""
     lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    with lower, _Workarounds(bfloat16, channels_last and device.type == "cpu"):
+    cpu = device.type == "cpu"
+    with lower, _Workarounds(bfloat16, channels_last) if cpu else contextlib.nullcontext():
         yield

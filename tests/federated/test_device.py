@@ -114,6 +114,25 @@ def test_a_first_layer_called_otherwise_is_left_to_torch():
         assert layer(x).shape == F.conv3d(x, layer.weight, padding=1).shape == (1, 4, 8, 8, 8)
 
 
+@pytest.mark.parametrize("name", sorted(models.DEPTHWISE))
+def test_depthwise_layers_in_another_form_give_float32_the_same(name):
+    model, x = models.build(name, 3).train(), cubes(channels_last := name in models.CHANNELS_LAST)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last_3d)
+    caught = caught_convolutions(model)
+    with devices.autocast(CPU, False, channels_last):
+        model(x.requires_grad_()).square().sum().backward()
+    depthwise = [each for each in caught if each[0].groups > 1]
+    assert len(depthwise) == {"mobilenetv2": 17, "shufflenetv2": 19, "efficientnetb0": 16}[name]
+    for layer, x, y in depthwise:
+        given = x.detach().requires_grad_()
+        exact = F.conv3d(given, layer.weight, None, layer.stride, layer.padding, groups=layer.groups)
+        gradients = torch.autograd.grad(exact, (layer.weight, given), y.grad)
+        for mine, other in zip((y, layer.weight.grad, x.grad), (exact, *gradients), strict=True):
+            assert (mine - other).norm() <= 1e-5 * other.norm(), (layer, tuple(x.shape))
+        assert steps(layer.weight.grad) == steps(layer.weight)  # as above
+
+
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 
 
