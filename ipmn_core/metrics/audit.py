@@ -19,14 +19,6 @@ def ledger() -> pd.DataFrame:
     return pd.read_csv(tables.FOLDER / "ledger.csv")
 
 
-def text_against_table() -> pd.DataFrame:
-    """Three-class AUC in percent: columns model, modality, text, table (2), difference (text - table)."""
-    stated = pd.read_csv(tables.FOLDER / "text.csv").rename(columns={"auc": "text"})
-    printed = tables.paper(2)[["model", "modality", "auc_mean"]].rename(columns={"auc_mean": "table"})
-    both = stated.merge(printed, on=["model", "modality"], validate="one_to_one")
-    return both.assign(difference=(both["text"] - both["table"]).round(2))
-
-
 def _in_folds(count: int) -> np.ndarray:
     """The number of a center's `count` scans in each fold (4,); StratifiedKFold assigns them in turn."""
     return np.array([len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)])
