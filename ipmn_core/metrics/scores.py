@@ -84,12 +84,12 @@ def y_and_prob(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     K counts the `prob_*` columns that are not empty. Raises ValueError if tasks are mixed or a probability is
     not finite.
     """
-    if frame["task"].nunique() > 1:
-        raise ValueError(f"Rows of several tasks {sorted(set(frame['task']))}: pass the rows of one task.")
-    columns = [name for name in frame if name.startswith("prob_") and frame[name].notna().any()]
-    prob = frame[columns].to_numpy(dtype=float)
+    if len(tasks := set(frame["task"])) > 1:
+        raise ValueError(f"Rows of several tasks {sorted(tasks)}: pass the rows of one task.")
+    prob = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(dtype=float)
+    prob = prob[:, ~np.isnan(prob).all(axis=0)]
     bad = ~np.isfinite(prob).all(axis=1)
-    if bad.any() or not columns:
+    if bad.any() or not prob.shape[1]:
         raise ValueError(
             f"{_case(frame.iloc[int(bad.argmax())])}: a probability is not finite, so this training "
             "diverged. Lower the learning rate, delete the run's folder and repeat it."
