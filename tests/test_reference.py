@@ -1,5 +1,6 @@
 """`outputs/reference/`: tables are those of its predictions, README's and the docs' numbers are its own."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,9 +8,9 @@ import pandas as pd
 import pytest
 
 from ipmn_core import data, metrics, params, phantom, runs
-from ipmn_core.metrics import centers, inference, tables
+from ipmn_core.metrics import centers, inference, tables, truth
 from ipmn_core.names import MODALITIES, display_name
-from ipmn_core.runs import dial, store
+from ipmn_core.runs import dial, probes, store
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -71,31 +72,62 @@ def test_a_shipped_table_is_that_of_the_shipped_predictions(table, monkeypatch):
 
 
 def readme(start):
-    """Cells of the rows of README's table that begin so, by what follows."""
+    """Cells of the rows of README's table that begin so, by what follows: study T1 and T2, demo T1 and T2."""
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {start}: ")]
-    return {row[0].removeprefix(f"{start}: "): row[1:3] for row in rows}
+    rows = [line.strip("|").split("|") for line in lines if line.startswith(f"| {start}: ")]
+    return {row[0].strip().removeprefix(f"{start}: "): [cell.strip() for cell in row[1:]] for row in rows}
 
 
-def test_readmes_table_is_that_of_the_demo_s_reference():
-    tables_of = {n: pd.read_csv(REFERENCE / "demo" / "tables" / f"table{n}.csv") for n in (2, 3)}
+@pytest.mark.parametrize(("name", "first"), [("study", 0), ("demo", 2)])
+def test_readmes_table_is_that_of_the_reference(name, first):
     high, three = readme("high risk"), readme("three classes")
-    ours = tables_of[3].query("center == 'global'").set_index(["method", "modality"])
-    for method in ("centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"):
-        name = (
-            display_name(method).replace("Centralized", "centralized").replace(" (μ=", ", μ = ").rstrip(")")
-        )
-        of = [ours.loc[(method, modality)] for modality in ("t1", "t2")]
-        agree(high[f"DenseNet-121, {name}"], of, 1)
-    ours = tables_of[2].set_index(["model", "modality"])
-    for model in tables_of[2]["model"].unique():
-        agree(three[display_name(model)], [ours.loc[(model, modality)] for modality in ("t1", "t2")], 100)
+    ours = pd.read_csv(REFERENCE / name / "tables" / "table3.csv").query("center == 'global'")
+    for method, rows in ours.groupby("method"):
+        arm = display_name(method).replace("Centralized", "centralized").replace(" (μ=", ", μ = ").rstrip(")")
+        agree(high[f"DenseNet-121, {arm}"][first : first + 2], rows, 1)
+    assert set(ours["method"]) == {"centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"}
+    if (path := REFERENCE / name / "tables" / "table2.csv").exists():
+        for model, rows in pd.read_csv(path).groupby("model"):
+            agree(three[display_name(model)][first : first + 2], rows, 100)
+    else:
+        assert not any(any(cells[first : first + 2]) for cells in three.values())
 
 
 def agree(printed, rows, unit):
-    for text, row in zip(printed, rows, strict=True):
+    assert list(rows["modality"]) == ["t1", "t2"]
+    for text, row in zip(printed, rows.itertuples(), strict=True):
         mean, std = map(float, text.split(" ± "))
-        assert abs(mean - row["auc_mean"] / unit) < 0.00056 and abs(std - row["auc_std"] / unit) < 0.00056
+        assert abs(mean - row.auc_mean / unit) < 0.00056 and abs(std - row.auc_std / unit) < 0.00056
+
+
+def test_readme_says_what_the_study_found(monkeypatch):
+    p = profile(REFERENCE / "study")
+    predictions, inner = runs.predictions(p, "binary"), runs.validation(p, "binary")
+    best = metrics.select(predictions, "best_test")
+    cohort = SimpleNamespace(classes=(0, 1, 2), positive=(2,))
+    oracle = truth.reference_arms(best, patients(p), cohort).query("arm == 'oracle'")
+    probed = probes.predictions(p, "binary")
+    table, honest, of_oracle, of_probes = (
+        metrics.over_folds(metrics.by_fold(rows)).query("center == 'global'").set_index(["arm", "modality"])
+        for rows in (best, metrics.select(predictions, "best_inner", inner), oracle, probed)
+    )
+    printed = readme("high risk")
+    agree(printed["oracle, the best possible answer"][:2], of_oracle.loc["oracle"].reset_index(), 1)
+    histogram = of_probes.loc["histogram_only"]
+    agree(printed["a forest on the histogram of gray values"][:2], histogram.reset_index(), 1)
+    t1, t2 = (table["auc_mean"].unstack()[m].dropna() for m in MODALITIES)
+    federated = t1.drop("centralized")
+    gap = of_oracle.loc[("oracle", "t2"), "auc_mean"] - t2
+    within = centers.decompose(best).set_index(["arm", "modality"])["within"]
+    usual = of_probes.loc[("center_only", "t1"), "acc_mean"]
+    assert t2.min() > histogram.loc["t2", "auc_mean"] and t1.max() < histogram.loc["t1", "auc_mean"]
+    assert (table["acc_mean"].unstack()["t1"] < usual).all()
+    found = [t2.max() - t2.min(), gap.min(), gap.max(), within["fedavg", "t2"], within["local_only", "t2"]]
+    found += [t1["centralized"], federated.min(), federated.max(), usual]
+    found += [honest.loc[(arm, m), "auc_mean"] for m in ("t2", "t1") for arm in ("centralized", "fedavg")]
+    text = (ROOT / "README.md").read_text("utf-8").partition("*The study.*")[2].partition("\n")[0]
+    printed = re.findall(r"0\.\d+", text)
+    assert [f"{x:.{len(y) - 2}f}" for x, y in zip(found, printed, strict=True)] == printed
 
 
 def test_the_strategies_in_the_docs_are_the_shipped_ones():
