@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -100,34 +101,71 @@ def agree(printed, rows, unit):
         assert abs(mean - row.auc_mean / unit) < 0.00056 and abs(std - row.auc_std / unit) < 0.00056
 
 
-def test_readme_says_what_the_study_found(monkeypatch):
+@pytest.fixture(scope="module")
+def study():
+    """The study's global numbers by rule and (arm, modality), and the AUCs within centers."""
     p = profile(REFERENCE / "study")
     predictions, inner = runs.predictions(p, "binary"), runs.validation(p, "binary")
     best = metrics.select(predictions, "best_test")
     cohort = SimpleNamespace(classes=(0, 1, 2), positive=(2,))
-    oracle = truth.reference_arms(best, patients(p), cohort).query("arm == 'oracle'")
-    probed = probes.predictions(p, "binary")
-    table, honest, of_oracle, of_probes = (
-        metrics.over_folds(metrics.by_fold(rows)).query("center == 'global'").set_index(["arm", "modality"])
-        for rows in (best, metrics.select(predictions, "best_inner", inner), oracle, probed)
-    )
-    printed = readme("high risk")
-    agree(printed["oracle, the best possible answer"][:2], of_oracle.loc["oracle"].reset_index(), 1)
-    histogram = of_probes.loc["histogram_only"]
-    agree(printed["a forest on the histogram of gray values"][:2], histogram.reset_index(), 1)
-    t1, t2 = (table["auc_mean"].unstack()[m].dropna() for m in MODALITIES)
-    federated = t1.drop("centralized")
-    gap = of_oracle.loc[("oracle", "t2"), "auc_mean"] - t2
-    within = centers.decompose(best).set_index(["arm", "modality"])["within"]
-    usual = of_probes.loc[("center_only", "t1"), "acc_mean"]
-    assert t2.min() > histogram.loc["t2", "auc_mean"] and t1.max() < histogram.loc["t1", "auc_mean"]
-    assert (table["acc_mean"].unstack()["t1"] < usual).all()
-    found = [t2.max() - t2.min(), gap.min(), gap.max(), within["fedavg", "t2"], within["local_only", "t2"]]
-    found += [t1["centralized"], federated.min(), federated.max(), usual]
-    found += [honest.loc[(arm, m), "auc_mean"] for m in ("t2", "t1") for arm in ("centralized", "fedavg")]
-    text = (ROOT / "README.md").read_text("utf-8").partition("*The study.*")[2].partition("\n")[0]
+    of = {"best": best, "inner": metrics.select(predictions, "best_inner", inner)}
+    of |= {
+        "known": truth.reference_arms(best, patients(p), cohort),
+        "probed": probes.predictions(p, "binary"),
+    }
+    numbers = {
+        name: metrics.over_folds(metrics.by_fold(rows))
+        .query("center == 'global'")
+        .set_index(["arm", "modality"])
+        for name, rows in of.items()
+    }
+    return numbers | {"within": centers.decompose(best).set_index(["arm", "modality"])["within"]}
+
+
+def of_binary(study):
+    """What README and chapter 3 say of high risk: T2 and within centers; T1 centralized; T1 federated."""
+    t1, t2 = (study["best"]["auc_mean"].unstack()[m].dropna() for m in MODALITIES)
+    gap, federated = study["known"].loc[("oracle", "t2"), "auc_mean"] - t2, t1.drop("centralized")
+    within = [study["within"][arm, "t2"] for arm in ("fedavg", "local_only")]
+    spread = [t2.max() - t2.min(), gap.min(), gap.max(), *within]
+    return spread, t1["centralized"], [federated.min(), federated.max()]
+
+
+def in_chapter(stem):
+    """The text of the cell that says what the study found."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4)
+    (text,) = [c.source for c in notebook.cells if c.source.startswith("**What the study found")]
+    return text
+
+
+def assert_says(text, numbers):
     printed = re.findall(r"0\.\d+", text)
-    assert [f"{x:.{len(y) - 2}f}" for x, y in zip(found, printed, strict=True)] == printed
+    assert [f"{x:.{len(y) - 2}f}" for x, y in zip(numbers, printed, strict=True)] == printed
+
+
+def test_readme_says_what_the_study_found(study):
+    printed, histogram = readme("high risk"), study["probed"].loc["histogram_only"]
+    oracle = study["known"].loc["oracle"].reset_index()
+    agree(printed["oracle, the best possible answer"][:2], oracle, 1)
+    agree(printed["a forest on the histogram of gray values"][:2], histogram.reset_index(), 1)
+    auc, acc = (study["best"][name].unstack() for name in ("auc_mean", "acc_mean"))
+    usual = study["probed"].loc[("center_only", "t1"), "acc_mean"]
+    assert auc["t2"].min() > histogram.loc["t2", "auc_mean"] and (acc["t1"] < usual).all()
+    assert auc["t1"].max() < histogram.loc["t1", "auc_mean"]
+    spread, centralized, federated = of_binary(study)
+    inner = study["inner"]["auc_mean"]
+    honest = [inner[arm, m] for m in ("t2", "t1") for arm in ("centralized", "fedavg")]
+    text = (ROOT / "README.md").read_text("utf-8").partition("*The study.*")[2].partition("\n")[0]
+    assert_says(text, [*spread, centralized, *federated, usual, *honest])
+
+
+def test_chapters_say_what_the_study_found(study):
+    spread, centralized, federated = of_binary(study)
+    histogram = study["probed"].loc[("histogram_only", "t1"), "auc_mean"]
+    assert_says(in_chapter("03_federated_binary"), [*spread, *federated, centralized, histogram])
+    keys = [(arm, m) for arm in ("centralized", "fedavg") for m in ("t2", "t1")]
+    chosen = [study[rule].loc[key, "auc_mean"] for key in keys for rule in ("inner", "best")]
+    assert_says(in_chapter("04_analysis"), chosen)
 
 
 def test_the_strategies_in_the_docs_are_the_shipped_ones():
