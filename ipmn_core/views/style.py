@@ -87,6 +87,7 @@ def short(name: str) -> str:
 
 def use_style() -> None:
     """Set one font size, palette and layout for all figures that follow."""
+    plt.switch_backend(plt.get_backend())  # loaded in an `rc_context`, Jupyter's shows no more figures
     plt.rcParams.update(STYLE)
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
 
