@@ -32,7 +32,8 @@ reference: .venv/installed     ## renew outputs/reference/PROFILE
 	$(BIN)/ipmn run params/$(PROFILE).yaml
 	$(MAKE) ship
 
-OWN := $(addprefix outputs/$(PROFILE)/,params.yaml tables $(if $(filter demo,$(PROFILE)),,runs$(if $(filter strategies unseen fusion dial,$(PROFILE)),/binary)))
+TASKS := runs$(if $(shell grep "^multiclass_models: \[\]" params/$(PROFILE).yaml),/binary)
+OWN := $(addprefix outputs/$(PROFILE)/,params.yaml tables $(if $(filter demo,$(PROFILE)),,$(TASKS)))
 OWN += $(addprefix outputs/$(PROFILE)/figures/,forest.png cross_site.png strategies.png unseen.png fusion.png dial.png)
 OWN += $(if $(filter demo study,$(PROFILE)),outputs/$(PROFILE)/report.html outputs/$(PROFILE)/figures/figure1.png)
 

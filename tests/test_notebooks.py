@@ -172,10 +172,14 @@ def test_a_run_executes_all_notebooks_and_says_where_its_results_are(smoke):
 
 def test_every_figure_that_is_saved_is_also_in_the_executed_notebook(smoke):
     for path in (smoke.folder / "notebooks").iterdir():
-        for cell in cells(path):
-            data = [out.get("data", {}) for out in cell["outputs"]]
-            drawn = "views.save(" in "".join(cell["source"]) and " if " not in "".join(cell["source"])
-            assert not drawn or any("image/png" in one for one in data), (path.stem, cell["source"])
+        drawn = [
+            cell
+            for cell in cells(path)
+            if "views.save(" in cell.source and "\n    views.save" not in cell.source
+        ]
+        assert drawn, path
+        for cell in drawn:
+            assert any("image/png" in out.get("data", {}) for out in cell.outputs), (path.stem, cell.source)
 
 
 def test_an_executed_notebook_holds_stills_and_states_of_live_views_and_no_widget(smoke):

@@ -87,7 +87,7 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
 
 
 class _Workarounds(TorchFunctionMode):
-    """Keep type and layout in a CPU's average pooling; replace three kinds of its convolutions.
+    """Keep type and layout in average pooling; replace three kinds of a CPU's convolutions.
 
     A CPU pools channels-last volumes into contiguous ones and, under autocast, into float32; all later
     concatenations of a DenseNet would do the same. oneDNN 3.12 (torch 2.13) silently returns wrong weight
@@ -101,7 +101,8 @@ class _Workarounds(TorchFunctionMode):
         self.bfloat16, self.channels_last = bfloat16, channels_last
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.conv3d and len(args) == 7 and isinstance(args[4], tuple):  # as nn.Conv3d calls it
+        as_layer = func is F.conv3d and len(args) == 7 and isinstance(args[4], tuple)  # as nn.Conv3d calls it
+        if as_layer and args[0].device.type == "cpu":
             func = self._convolution(*args)
         result = func(*args, **(kwargs or {}))
         if func is F.avg_pool3d:
@@ -162,8 +163,7 @@ def _depthwise(x, weight, _, stride, padding, *rest) -> torch.Tensor:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, bfloat16: bool, channels_last: bool = False):
-    """Run a forward pass with CPU workarounds, under `bfloat16` autocast if set."""
+    """Run a forward pass with workarounds, under `bfloat16` autocast if set."""
     lower = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    cpu = device.type == "cpu"
-    with lower, _Workarounds(bfloat16, channels_last) if cpu else contextlib.nullcontext():
+    with lower, _Workarounds(bfloat16, channels_last):
         yield
