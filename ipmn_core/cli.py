@@ -20,12 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0 on success, 1 for an explained error, 2 for wrong usage, 130 if interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; finished runs are kept: `ipmn run` resumes from there",
-            file=sys.stderr,
-        )
+        print("\ninterrupted; finished runs are kept: `ipmn run` resumes from there", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError, EOFError) as error:
         if os.environ.get("IPMN_DEBUG"):
@@ -122,26 +119,23 @@ def _add_weights(argument) -> None:
 
 def _how(options: argparse.Namespace):
     """The preprocessing of the options, or None."""
-    from dataclasses import fields
-
     from ipmn_core.params import Preprocessing
 
-    asked = {field.name: getattr(options, field.name) for field in fields(Preprocessing)}
+    asked = {name: getattr(options, name) for name in Preprocessing.__dataclass_fields__}
     asked = {name: value for name, value in asked.items() if value is not None}
     return Preprocessing(**asked) if asked else None
 
 
-def init(options: argparse.Namespace) -> int:
+def init(options: argparse.Namespace) -> None:
     """Copy the notebooks and profiles to a folder to work in."""
     from ipmn_core import pipeline
 
     files = pipeline.init(options.folder)
     print(f"{len(files)} files in {options.folder}/params and {options.folder}/notebooks. There:")
     print("  ipmn run params/demo.yaml    # tables, figures and report, in minutes\n  jupyter lab notebooks")
-    return 0
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Run a profile's four notebooks; write its tables, figures and report."""
     from ipmn_core import params, pipeline
 
@@ -156,17 +150,15 @@ def run(options: argparse.Namespace) -> int:
     for path in [path for path in paths if path.exists()][:1]:
         print(f"\n{path.read_text()}")
     print(f"tables, figures and notebooks are in {p.folder}/, the report is {page}")
-    return 0
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace) -> None:
     """Write a profile's report.html again, from its executed notebooks."""
     from ipmn_core import params, pipeline
 
     p = params.load(options.params)
     with pipeline.locked(p):
         print(f"report in {pipeline.write_report(p)}")
-    return 0
 
 
 def check(options: argparse.Namespace) -> int:
@@ -223,24 +215,16 @@ def predict(options: argparse.Namespace) -> int:
     elif isinstance(results[0], ValueError):
         raise results[0]
     else:
-        said += _of_one(results[0])
+        one, how = results[0], results[0].how
+        about = f"\naxes as stored: {one.axes}; cube: {predict.in_words(how)}\n"
+        said += [predict.table(one).to_markdown(index=False, floatfmt=".3f"), about, *one.warnings]
         if options.picture:
-            roi = data.load_roi(*scans.loc[0, ["image", "mask", "case_id"]], results[0].how)
-            views.prediction(results[0], roi).savefig(options.picture)
+            roi = data.load_roi(*scans.loc[0, ["image", "mask", "case_id"]], how)
+            views.prediction(one, roi).savefig(options.picture)
     said += [f"all rows are in {options.table}"] if options.table else []
     text = "\n".join([*said, predict.NOTICE])
     print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))  # file names may be hostile
     return int(table["error"].any())
-
-
-def _of_one(result) -> list[str]:
-    """The output for one scan: one row per model."""
-    from ipmn_core import predict
-    from ipmn_core.runs.trained import in_words
-
-    shown = predict.table(result).to_markdown(index=False, floatfmt=".3f")
-    about = f"\naxes as stored: {result.axes}; cube: {in_words(result.how)}"
-    return [shown, about, "", *result.warnings]
 
 
 def _of_many(table) -> list[str]:
@@ -257,49 +241,43 @@ def _of_many(table) -> list[str]:
     return [*said, counts]
 
 
-def score(options: argparse.Namespace) -> int:
+def score(options: argparse.Namespace) -> None:
     """Test given weights on a cohort, without training, and write the results as runs."""
-    from ipmn_core import params, pipeline
-    from ipmn_core.runs import score
+    from ipmn_core import params, pipeline, predict
 
     p = params.load(options.params)
     p = p.model_copy(update={"device": options.device or p.device})
-    names = ("arm", "modality", "folds", "whole", "network")
+    asked = {name: getattr(options, name) for name in ("arm", "modality", "folds", "whole", "network")}
     with pipeline.locked(p):
-        of = {name: getattr(options, name) for name in names}
-        scored = score.score(p, options.models, how=_how(options), **of)
+        scored = predict.score(p, options.models, how=_how(options), **asked)
     print(scored.folds.to_markdown(index=False, floatfmt=".4f"))
     print("", *(f"note: {remark}" for remark in scored.remarks), sep="\n")
     print(f"results are in {scored.arm}/; `ipmn run {options.params}` shows them with the others")
-    return 0
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> None:
     """Write an arm's trained networks as a MONAI bundle, with a model card."""
     from ipmn_core import bundle
 
     target = bundle.export(options.arm, options.target, options.center)
     print(f"MONAI bundle in {target}/; its model card is docs/README.md")
-    return 0
 
 
-def phantom(options: argparse.Namespace) -> int:
+def phantom(options: argparse.Namespace) -> None:
     """Write the synthetic cohort."""
     from ipmn_core import phantom
 
     settings = ("seed", "layout", "max_per_cell", "shortcut", "centers", "axes", "jobs")
     root = phantom.write(options.root, **{name: getattr(options, name) for name in settings})
     print(f"phantom cohort in {root}/; its truth in {root / 'truth.csv'}")
-    return 0
 
 
-def params(options: argparse.Namespace) -> int:
+def params(options: argparse.Namespace) -> None:
     """Print every setting, its default (the paper's protocol) and its meaning."""
     from ipmn_core.params import Params
 
     for name, field in Params.model_fields.items():
         print(f"{name}: {json.dumps(field.default)}  # {field.description}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,8 +17,10 @@ from urllib.parse import unquote
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.sha import git_hash
 
 from ipmn_core.data import case_name
+from ipmn_core.disk import digest
 
 REPO, LICENSE = "phy710/Cyst-X", "CC-BY-NC-4.0"
 PAGE = f"https://huggingface.co/datasets/{REPO}"
@@ -124,19 +125,15 @@ def _require_own(root, listing):
 
 
 def _differing(root, files, why):
-    """Paths of files that differ from the hub's size or checksum (sha256 for large files, else git's)."""
-    wrong = []
-    for file in tqdm(files, why, leave=False, disable=None):
+    """Paths of files that differ from the hub's checksum (sha256 for large files, else git's)."""
+
+    def differs(file):
         path = root / file.path
-        if path.is_file() and path.stat().st_size == file.size:
-            digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
-            with open(path, "rb") as content:
-                while piece := content.read(1 << 20):
-                    digest.update(piece)
-            if digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id):
-                continue
-        wrong.append(file.path)
-    return wrong
+        if not path.is_file():
+            return True
+        return digest(path) != file.lfs.sha256 if file.lfs else git_hash(path.read_bytes()) != file.blob_id
+
+    return [file.path for file in tqdm(files, why, leave=False, disable=None) if differs(file)]
 
 
 @contextmanager
@@ -153,10 +150,8 @@ def _explained(root):
         elif status == 404:
             text = f"the hub no longer has {_printable(unquote(response.url.path))}"
         elif getattr(error, "errno", None):
-            text, remedy = (
-                f"{root} cannot be written: {error.strerror}",
-                "free disk space, or choose another folder",
-            )
+            text = f"{root} cannot be written: {error.strerror}"
+            remedy = "free disk space, or choose another folder"
         else:
             text = f"the connection to the hub failed ({type(error).__name__}: {_printable(error)})"
             remedy = "check the network (HTTPS_PROXY names a proxy)"

@@ -29,7 +29,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _naming(values: Any) -> Any:
     """A list of names as {name: name}; YAML's numbers become text."""
-    values = {value: value for value in values} if isinstance(values, (list, tuple)) else values
+    values = dict(zip(values, values, strict=True)) if isinstance(values, (list, tuple)) else values
     if not isinstance(values, dict) or any(
         isinstance(name, bool) for pair in values.items() for name in pair
     ):
@@ -44,11 +44,14 @@ Maybe = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_distinct)]
 Distinct = Annotated[tuple[T, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]
 Plain = Annotated[str, Field(pattern=PLAIN)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Intensity = Literal["minmax", "zscore", "none"]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # "~" is the user's home
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
-    """A field of the schema."""
     return Field(default, description=description, **limits)
 
 
@@ -81,26 +84,17 @@ class Params(BaseModel):
     data: Place = setting("phantom", "phantom, the folder of the real data set, or a manifest (CSV, Excel)")
     classes: Naming | None = setting(None, "classes in order, or {label: class}; null: the data's")
     positive: Distinct[str] | None = setting(None, "positive classes of the binary task; null: the last")
-    center_names: Naming | None = setting(
-        None, "centers in order, or {name in the data: name}; null: the data's"
-    )
+    center_names: Naming | None = setting(None, "centers in order, or {in the data: name}; null: the data's")
     phantom_max_per_cell: Count | None = setting(None, "phantom: cases per center and class; null: table 1's")
-    phantom_shortcut: float = setting(
-        0.0, "phantom: how strongly the scanning protocol follows the label", ge=0, le=1
+    phantom_shortcut: Share = setting(0.0, "phantom: how strongly the scanning protocol follows the label")
+    phantom_shift: Share = setting(
+        0.5, "phantom: 0: one scanner for all centers; 0.5: one per center; 1: opposite contrasts"
     )
-    phantom_shift: float = setting(
-        0.5,
-        "phantom: 0: one scanner for all centers; 0.5: one per center; 1: opposite contrasts",
-        ge=0,
-        le=1,
-    )
-    dial_shifts: Maybe[Annotated[float, Field(ge=0, le=1)]] = setting(
+    dial_shifts: Maybe[Share] = setting(
         (), "phantom: values of phantom_shift at which to train the binary arms, too, for chapter 3's dial"
     )
-    dial_intensities: Maybe[Literal["minmax", "zscore", "none"]] = setting(
-        (), "values of intensity for the dial; [] for the profile's"
-    )
-    phantom_seed: int = setting(0, "phantom: seed of patients and images", ge=0, lt=2**32)
+    dial_intensities: Maybe[Intensity] = setting((), "values of intensity for the dial; [] for the profile's")
+    phantom_seed: Seed = setting(0, "phantom: seed of patients and images")
     cohort: Literal["all", "histology"] = setting(
         "all", "real data set: all cases, or without those that were only followed up"
     )
@@ -113,7 +107,7 @@ class Params(BaseModel):
     spacing: float | None = setting(
         None, "edge of the voxels before masking, mm; null: as stored, as in the paper", ge=0.25, le=10
     )
-    intensity: Literal["minmax", "zscore", "none"] = setting(
+    intensity: Intensity = setting(
         "minmax", "scaling of an ROI: minmax to 0-1 as in the paper, zscore inside the mask, or none"
     )
     orientation: Literal["stored", "canonical"] = setting(
@@ -141,22 +135,17 @@ class Params(BaseModel):
     lr: float = setting(1e-3, "learning rate of AdamW", gt=0)
     weight_decay: float = setting(0.01, "weight decay of AdamW", ge=0)
     lr_step: Count = setting(30, "epochs after which the learning rate is multiplied by lr_gamma")
-    lr_gamma: float = setting(0.1, "factor of the learning rate after lr_step epochs", gt=0, le=1)
-    batch_norm_momentum: float | None = setting(
-        None,
-        "weight of a batch in BatchNorm's running statistics; null: the network's, 0.1 (EfficientNet 0.01)",
-        gt=0,
-        le=1,
+    lr_gamma: Factor = setting(0.1, "factor of the learning rate after lr_step epochs")
+    batch_norm_momentum: Factor | None = setting(
+        None, "weight of a batch in BatchNorm's running statistics; null: 0.1 (EfficientNet: 0.01)"
     )
-    augment_prob: float = setting(0.1, "probability of a random flip, and of a quarter turn", ge=0, le=1)
-    seed: int = setting(0, "seed of weights, batches, augmentation and inner splits", ge=0, lt=2**32)
-    more_seeds: Maybe[Annotated[int, Field(ge=0, lt=2**32)]] = setting(
+    augment_prob: Share = setting(0.1, "probability of a random flip, and of a quarter turn")
+    seed: Seed = setting(0, "seed of weights, batches, augmentation and inner splits")
+    more_seeds: Maybe[Seed] = setting(
         (), "more seeds for training the binary arms on the last modality, for chapter 4's spread"
     )
-    keep_models: tuple[str, ...] = setting(
-        ("*",),
-        "runs that keep weights, besides chapter 3's: patterns of task/modality/arm/fold<k>",
-        strict=False,
+    keep_models: Maybe[str] = setting(
+        ("*",), "runs that keep weights, besides chapter 3's: patterns of task/modality/arm/fold<k>"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)\Z")
     precision: Literal["auto", "float32", "bfloat16"] = setting("float32", "float32, bfloat16 or auto")
@@ -171,7 +160,6 @@ class Params(BaseModel):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The settings of preprocessing."""
         return Preprocessing(self.size, self.spacing, self.intensity, self.orientation)
 
     def folds(self, task: str) -> int:

@@ -66,7 +66,10 @@ def chapters() -> list[Path]:
     mine, own = ([folder / f"{stem}.ipynb" for stem in NOTEBOOKS] for folder in folders)
     paths = mine if any(path.exists() for path in mine) else own
     for path in paths:
-        _check_parameters(path)
+        cells = _cells(path, "`ipmn init` writes all four to another folder")
+        tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+        if len(tagged) != 1:  # papermill would silently keep the notebook's own values
+            raise ParamsError(f"{path.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
     return paths
 
 
@@ -97,7 +100,7 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 def _prepare(p: Params, fresh: bool) -> None:
     from ipmn_core import data, runs
-    from ipmn_core.runs import dial, probes, seeds
+    from ipmn_core.runs import probes, store, sweeps
 
     try_notebooks(p)
     for task in TASKS:
@@ -110,11 +113,11 @@ def _prepare(p: Params, fresh: bool) -> None:
     if fresh:
         runs.discard(p)
     for task in TASKS:
-        probes.unfinished(p, task, cohort)
+        store.unfinished(p, probes.protocols(p, task), cohort.key)
     runs.train(p, ("binary", "multiclass"), cohort)  # longer runs first, so that workers end together
     for task in TASKS:
         probes.fit(p, task, cohort)
-    for q in (*seeds.points(p), *dial.points(p)):
+    for q in (*sweeps.seed_points(p), *sweeps.dial_points(p)):
         runs.train(q, ("binary",), data.load_cohort(q))
 
 
@@ -132,15 +135,12 @@ def try_notebooks(p: Params) -> None:
     try:
         with _own_kernel() as options:
             client = NotebookClient(trial, **options)
-            with client.setup_kernel(
-                cwd=str(project_root())
-            ):  # `execute` would leave its own signal handlers
+            with client.setup_kernel(cwd=str(project_root())):  # `execute` leaves its own signal handlers
                 client.execute_cell(trial.cells[0], 0)
     except Exception as error:
+        text = f"no kernel for the notebooks: {type(error).__name__}: {error}"
         remedy = f"check that `{sys.executable} -m ipykernel_launcher` starts and TMPDIR is a local folder"
-        raise NotebookError(
-            f"no kernel for the notebooks: {type(error).__name__}: {error}; {remedy}"
-        ) from error
+        raise NotebookError(f"{text}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -179,7 +179,6 @@ def run(p: Params) -> Iterator[Path]:
     (p.folder / "report.html").unlink(missing_ok=True)
     for name in WRITTEN:
         shutil.rmtree(p.folder / name, ignore_errors=True)
-    p.folder.mkdir(parents=True, exist_ok=True)
     (p.folder / "params.yaml").write_text(yaml.safe_dump(p.model_dump(mode="json"), sort_keys=False))
     sources, same = chapters(), (repeat(p), repeat(_foreign(p)))
     if p.jobs == 1:
@@ -194,11 +193,8 @@ def run(p: Params) -> Iterator[Path]:
 def _foreign(p: Params) -> set[str]:
     """Tags of the cells that do not apply to this profile.
 
-    `paper` (its numbers), `phantom` (its truth), `strategies` (those that the paper lacks), `unseen`
-    (`fold_rule: leave_one_center_out`), `cross` (the arm `local_only`), `fusion` (of modalities), `dial`,
-    `seeds` (`more_seeds`), `weights` (of the networks that chapter 3 shows) or `no-weights`; `multiclass` and
-    `binary` if the task has no arm; `multiclass-trained` and `binary-trained` if no arm was trained here
-    (`ipmn score`).
+    `paper`: its numbers; `phantom`: its truth; `strategies`: those that the paper lacks; `weights`: of the
+    networks that chapter 3 shows; `<task>` if it has no arm; `<task>-trained` if no arm was trained here.
     """
     from ipmn_core import data, runs
 
@@ -224,30 +220,20 @@ def execute(source: Path, target: Path, parameters: dict, without: Collection[st
     """Execute the notebook `source` with `parameters`, write it to `target` if it finished; return `target`.
 
     Leaves out cells with a tag in `without`. Keeps a failed notebook next to it as `<name>.failed.ipynb`.
-    Raises ParamsError unless exactly one cell is tagged `parameters`, NotebookError for a notebook that did
-    not finish.
+    Raises NotebookError for a notebook that did not finish.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    _check_parameters(source)
     notebook = nbformat.read(source, 4)
     notebook.cells = [c for c in notebook.cells if not {*without} & {*c.metadata.get("tags", [])}]
     target.parent.mkdir(parents=True, exist_ok=True)
     running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
     try:
         with _own_kernel() as options:
-            papermill.execute_notebook(
-                notebook,
-                running,
-                parameters=parameters,
-                cwd=project_root(),
-                progress_bar=False,
-                stderr_file=sys.stderr,
-                coalesce_streams=True,
-                **options,
-            )
+            options |= {"progress_bar": False, "stderr_file": sys.stderr, "coalesce_streams": True}
+            papermill.execute_notebook(notebook, running, parameters, cwd=project_root(), **options)
         check_executed(running)
         _keep_stills(running)
     except (PapermillExecutionError, DeadKernelError, NotebookError) as error:
@@ -278,13 +264,6 @@ def check_executed(path: Path) -> None:
     cells = _cells(path, "`ipmn run` executes it")
     if any(c.cell_type == "code" and c.source.strip() and not c.execution_count for c in cells):
         raise NotebookError(f"{path}: did not finish; `ipmn run` executes it again")
-
-
-def _check_parameters(path: Path) -> None:
-    cells = _cells(path, "`ipmn init` writes all four to another folder")
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1:  # papermill would silently keep the notebook's own values
-        raise ParamsError(f"{path.name}: {len(tagged)} cells are tagged `parameters`; tag exactly one")
 
 
 def _cells(path: Path, remedy: str) -> list[nbformat.NotebookNode]:

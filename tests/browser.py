@@ -9,7 +9,6 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -136,28 +135,18 @@ def run_all(pages):
 # ---- pages and views
 
 
-@dataclass
-class Noise:
-    """What pages did besides showing something: errors in the console, and requests."""
-
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    @property
-    def asked(self):
-        """The requests, except for files and for data in the page itself."""
-        return [url for url in self.requests if not url.startswith(("file:", "data:"))]
-
-
 def listen(context):
-    """The noise of all pages of `context`, noted from now on; what asks for another host is cut off."""
-    noise = Noise()
-    context.on("request", lambda request: noise.requests.append(request.url))
-    context.on("weberror", lambda error: noise.errors.append(str(error.error)))
-    context.on("console", lambda line: line.type == "error" and noise.errors.append(line.text))
-    context.on("page", lambda page: page.on("websocket", lambda ws: noise.requests.append(ws.url)))
+    """Errors in the console and requests (but for files and data) of all pages of `context` from now on.
+
+    What asks for another host is cut off.
+    """
+    errors, requests = [], []
+    context.on("request", lambda one: one.url.startswith(("file:", "data:")) or requests.append(one.url))
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    context.on("console", lambda line: line.type == "error" and errors.append(line.text))
+    context.on("page", lambda page: page.on("websocket", lambda ws: requests.append(ws.url)))
     context.route(ELSEWHERE, lambda route: route.abort())
-    return noise
+    return errors, requests
 
 
 def write_page(path, states):

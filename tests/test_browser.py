@@ -29,17 +29,9 @@ _FRAMES = """async view => { // ms from an input event to the second frame after
 }"""
 
 
-def lines(texts):
-    """The texts whole, one per line, for an assertion's message: pytest itself shortens them."""
-    return "\n".join(texts)
-
-
-# ---- pages that are files
-
-
 def test_the_report_works_as_a_file_without_a_network(chromium, smoke):
     with chromium.new_context(offline=True, viewport={"width": 1200, "height": 1000}) as context:
-        noise, page = browser.listen(context), context.new_page()
+        (errors, requests), page = browser.listen(context), context.new_page()
         page.goto((smoke.folder / "report.html").as_uri(), wait_until="load")
         widths = page.locator("img").evaluate_all(
             "images => Promise.all(images.map(i => { i.loading = 'eager'; return i.decode() }))"
@@ -51,8 +43,7 @@ def test_the_report_works_as_a_file_without_a_network(chromium, smoke):
             browser.act(view, lambda: view.get_by_role("slider").first.press("ArrowLeft"))  # noqa: B023
         view = browser.views(page, "explorer")
         browser.act(view, lambda: view.get_by_label("center", exact=True).select_option("MCF"))
-        assert noise.asked == [], lines(noise.asked)
-        assert noise.errors == [], lines(noise.errors)
+        assert not errors and not requests, "\n".join(errors + requests)
 
 
 def test_a_large_scan_follows_the_slider(chromium, tmp_path):
@@ -105,7 +96,7 @@ def views(opened):
 def test_all_cells_run_live(opened):
     cells = [cell for of_one in opened[1] for cell in of_one]
     errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-    assert errors == [], lines(f"{out['ename']}: {out['evalue']}" for out in errors)
+    assert not errors, "\n".join(f"{out['ename']}: {out['evalue']}" for out in errors)
     assert [cell["source"] for cell in cells if cell["execution_count"] is None] == []
 
 
@@ -146,8 +137,7 @@ def test_nothing_of_a_live_view_is_cut_off(views):
 
 @pytest.mark.slow
 def test_the_live_notebooks_ask_no_other_host_and_log_no_error(opened):
-    noise = opened[2]
-    assert len(noise.requests) > 10  # it does listen
-    elsewhere = [url for url in noise.requests if browser.ELSEWHERE.match(url)]
-    assert elsewhere == [], lines(elsewhere)
-    assert noise.errors == [], lines(noise.errors)
+    errors, requests = opened[2]
+    assert len(requests) > 10  # it does listen
+    elsewhere = [url for url in requests if browser.ELSEWHERE.match(url)]
+    assert not errors and not elsewhere, "\n".join(errors + elsewhere)

@@ -19,7 +19,7 @@ from ipmn_core import bundle, cli, metrics, models, predict
 from ipmn_core.data import load_roi, to_cube
 from ipmn_core.metrics import inference
 from ipmn_core.params import Preprocessing
-from ipmn_core.runs.trained import PredictError, Trained, find, load, probabilities
+from ipmn_core.runs.trained import METADATA, PredictError, Trained, find, load, probabilities
 
 OTHER = Preprocessing(32, 3.0, "zscore", "canonical")  # of the scan's slices of 6 mm every second is a tie
 RUN = ["-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--bundle_root", "."]
@@ -70,9 +70,8 @@ def test_monai_alone_gives_the_probabilities_of_predict(trained, tmp_path, how):
     found = (target / "eval" / "probabilities.json").read_text()
     assert found in said
     found = pd.DataFrame(json.loads(found)).T
-    ours, of_other = (
-        predict.table(predict.predict(*s, target)).set_index("model")[:3] for s in (scan, other)
-    )
+    tables = [predict.table(predict.predict(*s, target)) for s in (scan, other)]
+    ours, of_other = (table.set_index("model")[:3] for table in tables)
     assert list(found.index) == ["fold0", "fold1", "mean"] and list(found) == list(ours)
     apart = np.abs(found.to_numpy() - ours).to_numpy().max()
     assert apart < 1e-3 and apart < np.abs(ours - of_other).to_numpy().max() / 20  # not one answer for all
@@ -150,29 +149,20 @@ def edit(bundle, name, old, new):
     (bundle / name).write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda b: shutil.copy(b / "models/fold0.pt", b / "models/fold1.pt"),
-            r"fold1\.pt.* `ipmn\.sha256\.mod",
-        ),
-        (lambda b: edit(b, "configs/inference.json", '"minmax"', '"none"'), r"`ipmn\.sha256\.configs/infer"),
-        (lambda b: (b / "models/fold0.ts").unlink(), r"models/fold0\.ts is not the file of"),
-        (
-            lambda b: edit(b, "configs/metadata.json", '"models/fold1.pt"', '"x"'),
-            r"cannot be read .*models/fold1\.pt",
-        ),
-        (lambda b: edit(b, "configs/metadata.json", '"size": 32', '"size": 40'), r"`ipmn` in .* was changed"),
-        (
-            lambda b: edit(b, "configs/metadata.json", '"ipmn": {', '"other": {'),
-            r"give its files: .*fold0\.pt",
-        ),
-    ],
-)
-def test_a_bundle_that_was_changed_is_refused_with_file_and_key(trained, tmp_path, damage, message):
+DAMAGES = {
+    r"fold1\.pt.* `ipmn\.sha256\.mod": lambda b: shutil.copy(b / "models/fold0.pt", b / "models/fold1.pt"),
+    r"`ipmn\.sha256\.configs/infer": lambda b: edit(b, "configs/inference.json", '"minmax"', '"none"'),
+    r"models/fold0\.ts is not the file of": lambda b: (b / "models/fold0.ts").unlink(),
+    r"cannot be read .*models/fold1\.pt": lambda b: edit(b, METADATA, '"models/fold1.pt"', '"x"'),
+    r"`ipmn` in .* was changed": lambda b: edit(b, METADATA, '"size": 32', '"size": 40'),
+    r"give its files: .*fold0\.pt": lambda b: edit(b, METADATA, '"ipmn": {', '"other": {'),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_bundle_that_was_changed_is_refused_with_file_and_key(trained, tmp_path, message):
     target = bundle.export(trained[0] / "binary" / "t2" / "centralized", tmp_path / "bundle")
-    damage(target)
+    DAMAGES[message](target)
     with pytest.raises(PredictError, match=message):
         find(target)
 
@@ -208,11 +198,9 @@ def test_the_card_and_the_metadata_say_what_the_runs_say(trained, tmp_path):
         (row,) = rows(text, f"fold {k} (epoch {part['epoch'].iloc[0]})")
         assert row[1:3] == ["12", "4"] and row[4].startswith(f"{acc:.3f} (")
     roles = [pd.read_csv(arm / f"fold{k}" / "splits.csv").query("center == 'NYU'")["role"] for k in (0, 1)]
-    counted = [
-        " / ".join(str(list(r).count(role)) for role in ("train", "validation", "test")) for r in roles
-    ]
+    counted = [" / ".join(str((of == x).sum()) for x in ("train", "validation", "test")) for of in roles]
     assert ["NYU", *counted] in rows(text, "NYU")
-    metadata = json.loads((target / "configs" / "metadata.json").read_text())
+    metadata = json.loads((target / METADATA).read_text())
     assert all(metadata[key] for key in REQUIRED)
     assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"]["1"] == "high risk"
     for name, of in metadata["ipmn"]["sha256"].items():
@@ -221,8 +209,5 @@ def test_the_card_and_the_metadata_say_what_the_runs_say(trained, tmp_path):
     (arm / "fold0" / "run.json").write_text(json.dumps(record | {"cohort": "phantom"}))
     shutil.rmtree(arm / "fold1")
     text = (bundle.export(arm, tmp_path / "one") / "docs" / "README.md").read_text()
-    assert (
-        ModelCard(text).data.license == "mit"
-        and "1 of 2 folds are here" in text
-        and "results say nothing" in text
-    )
+    assert ModelCard(text).data.license == "mit"
+    assert "1 of 2 folds are here" in text and "results say nothing" in text

@@ -197,7 +197,6 @@ def test_a_file_damaged_on_the_way_is_named_and_comes_again(hub):
         ((f"{API}/tree/{SHA}", "GET"), (404, "RevisionNotFound"), f"no longer has .*{SHA}"),
         ((API, "GET"), (401, "RepoNotFound"), "gated, private or gone .*hf auth login"),
         ((SPLIT, "HEAD"), (403, "GatedRepo"), "gated, private or gone .*hf auth login"),
-        ((SPLIT, "HEAD"), (403, ""), "gated, private or gone .*hf auth login"),
         ((API, "GET"), (503, ""), "connection to the hub failed .*503.*same command"),
         ((API, "GET"), (200, ""), "connection to the hub failed .*JSON"),  # as the page of a hotel's network
     ],

@@ -42,6 +42,8 @@ def test_the_paper_profile_is_the_protocol_and_the_schema_defaults_agree():
         ("modalities", "t1"),
         ("modalities", []),
         ("multiclass_models", ["densenet121", "densenet121"]),
+        ("dial_shifts", [1.5]),
+        ("dial_intensities", ["histogram"]),
         ("profile", "../demo"),
         ("profile", "demo\n"),
         ("profile", "Reference"),  # a folder of the project in outputs

@@ -11,7 +11,7 @@ import pytest
 from ipmn_core import data, metrics, params, phantom, runs
 from ipmn_core.metrics import centers, inference, tables, truth
 from ipmn_core.names import MODALITIES, display_name
-from ipmn_core.runs import dial, probes, store
+from ipmn_core.runs import probes, store, sweeps
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference"
@@ -54,7 +54,7 @@ def patients(p):
 
 
 TABLES = {"table3": table3, "unseen": unseen, "cross_site": cross_site, "strategies": strategies}
-TABLES |= {"fusion": fusion, "dial": dial.table}
+TABLES |= {"fusion": fusion, "dial": sweeps.dial_table}
 SHIPPED = sorted(
     f"{path.parents[1].name}/{path.stem}"
     for path in REFERENCE.glob("*/tables/*.csv")

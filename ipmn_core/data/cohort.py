@@ -179,13 +179,8 @@ def _names(cohort: Cohort, root: Path, p: Params, of_release: bool):
         text = f"the labels give the classes {classes}; positive: {', '.join(cohort.positive)}"
         yield "note", root, text, "set `classes` and `positive` for another order"
     if p.fold_rule in ("center", "patient") and scans.filter(like="fold_").ne("").any(axis=None):
-        rule = "official" if of_release else "given"
-        yield (
-            "note",
-            root,
-            "the folds given with the data are not used",
-            f"set `fold_rule: {rule}` to use them",
-        )
+        remedy = f"set `fold_rule: {'official' if of_release else 'given'}` to use them"
+        yield "note", root, "the folds given with the data are not used", remedy
 
 
 def _table(found: list[dict], p: Params, naming, classes, of_release: bool) -> pd.DataFrame:
@@ -231,8 +226,7 @@ def open_cohort(p: Params) -> Cohort:
     if missing := [m for m in modalities if m not in found]:
         text = f"no labeled scan of {' and '.join(missing)}; found: {' and '.join(found) or 'none'}"
         raise CohortError(root, text, f"set `modalities: [{', '.join(found)}]`")
-    cohort = cohort.where(cohort.scans["modality"].isin(modalities))
-    return paired(cohort, root) if p.paired else cohort
+    return cohort.where(cohort.scans["modality"].isin(modalities))
 
 
 def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Cohort:
@@ -258,10 +252,8 @@ def paired(cohort: Cohort, where: object = "", told: list | None = None) -> Coho
         again = scans.loc[~scans.index.isin(first.index), "case_id"]
         text = f"further scans of a patient, not used in the paired cohort: {', '.join(again)}"
         told.append(("note", where, text, "none needed: the first of each modality is used"))
-    place = {patient: k for k, patient in enumerate(kept["patient_id"].unique())}
-    order = kept.assign(place=kept["patient_id"].map(place)).groupby("modality", sort=False)
-    rows = [index for _, one in order for index in one.sort_values("place").index]
-    return replace(cohort, scans=scans.loc[rows].reset_index(drop=True))
+    order = np.lexsort([pd.factorize(kept[key])[0] for key in ("patient_id", "modality")])  # last key first
+    return replace(cohort, scans=kept.iloc[order].reset_index(drop=True))
 
 
 def read(root, p: Params | None = None) -> Cohort:

@@ -78,7 +78,8 @@ def load_cubes(
     first scan that cannot be used, and then caches nothing. It warns of doubtful scans.
     """
     files = scans[FILES].to_numpy()
-    hashes = list(in_threads(jobs, _hash_of, files[:, :2].reshape(-1, 1)))
+    paths = files[:, :2].reshape(-1, 1)  # "" for no mask
+    hashes = list(in_threads(jobs, lambda path: path and disk.digest(path), paths))
     key = hashlib.sha256(json.dumps([RECIPE, asdict(how), hashes]).encode()).hexdigest()
     path = Path(folder) / f"cubes{how.size}_{key[:16]}.npy"
     if not path.exists():
@@ -90,10 +91,6 @@ def in_threads(jobs, function, rows):
     """Iterate over the results of `function(*row)` for each of `rows`, in order, with `jobs` threads."""
     calls = (delayed(function)(*row) for row in rows)
     return Parallel(n_jobs=jobs, backend="threading", return_as="generator")(calls)
-
-
-def _hash_of(path):
-    return disk.digest(path) if path else ""
 
 
 def _build(path, scans, how, jobs):
@@ -144,12 +141,9 @@ def mixed_axes(scans: pd.DataFrame, judged: list[tuple]) -> list[tuple[str, str,
     if len(counts.columns) < 2:
         return []
     tell = counts.idxmax(axis="columns").nunique() > 1
+    found = {center: [f"{n} {axes}" for axes, n in row.items() if n] for center, row in counts.iterrows()}
     problem = "stored axes tell centers apart: " if tell else "several stored axes: "
-    rows = [
-        (center, ", ".join(f"{n} {axes}" for axes, n in row.items() if n))
-        for center, row in counts.iterrows()
-    ]
-    problem += "; ".join(f"{center} {found}" for center, found in rows)
+    problem += "; ".join(f"{center} {', '.join(axes)}" for center, axes in found.items())
     remedy = "set `orientation` to canonical; the paper's code keeps the stored axes"
     return [("warning" if tell else "note", "all scans", problem, remedy)]
 

@@ -84,8 +84,6 @@ def inner_validation(scans: pd.DataFrame, share: float, seed) -> pd.Index:
     patients = scans.drop_duplicates("patient_id")
     rng = np.random.default_rng(seed)
     held_out = patients.groupby(["center", "label"]).sample(frac=share, random_state=rng)["patient_id"]
-    if len(patients) == len(scans):
-        return held_out.index
     return scans.index[scans["patient_id"].isin(held_out)]
 
 
@@ -128,23 +126,20 @@ def _centers_as_folds(cohort, n_folds, task):
 
 def _given_folds(scans, n_folds, task):
     """The given folds as numbers, in the order of their names (numbers by value)."""
+    where = f"folds of {task}"
     given = scans[f"fold_{task}"].astype(str).str.strip()
     patient = given.groupby([scans["modality"], scans["patient_id"]])
     for wrong, text in (
-        (given == "", "no fold is given for"),
+        (given == "", "no single fold is given for"),
         (patient.transform("nunique") > 1, "two folds are given for scans of one patient and modality:"),
     ):
         if wrong.any():
             cases = scans.loc[wrong, "modality"] + " " + scans.loc[wrong, "case_id"]
             more = f" and {len(cases) - 10} more" if len(cases) > 10 else ""
             text = f"{text} {', '.join(cases[:10])}{more}"
-            raise CohortError(
-                f"folds of {task}", text, "give each patient one, or choose another `fold_rule`"
-            )
-    names = sorted(
-        given.unique(), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
-    )
+            raise CohortError(where, text, "give each patient one, or choose another `fold_rule`")
+    names = sorted(given.unique(), key=lambda name: (int(name) if name.isdecimal() else np.inf, name))
     if len(names) != n_folds:
         text = f"{len(names)} folds are given ({', '.join(names)}), but the profile sets {n_folds}"
-        raise CohortError(f"folds of {task}", text, f"set `{task}_folds: {len(names)}`")
+        raise CohortError(where, text, f"set `{task}_folds: {len(names)}`")
     return given.map(names.index).rename("fold")

@@ -97,9 +97,7 @@ def _release(root):
     if len(found) != 1:
         text = f"has parts of two releases, {' and '.join(found)}" if found else "has no label sheets"
         parts = ", ".join(f"{next(iter(names))} ({release} release)" for release, names in own.items())
-        remedy = (
-            f"give the folder that holds one of {parts}, each release in its own; or a manifest, a CSV file"
-        )
+        remedy = f"give the folder that holds one of {parts}, each release in its own; or a manifest"
         raise CohortError(root, text, remedy)
     return found[0]
 
@@ -166,9 +164,7 @@ def _followed_up(root, sheets):
 
 def patient_name(modality, name):
     """A patient's name: the scan's name in lower case without its modality (CAD_28_T1: cad_28)."""
-    bare = (
-        re.sub(rf"(?i)(?<![a-z])[\s_.-]*{re.escape(modality)}w?(?![a-z0-9])", "", name) if modality else name
-    )
+    bare = re.sub(rf"(?i)(?<![a-z])[\s_.-]*{re.escape(modality)}w?(?![a-z0-9])", "", name)
     return (bare.strip(" _.-") or name).casefold()
 
 

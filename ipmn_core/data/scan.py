@@ -102,9 +102,8 @@ def _load(path, case):
         data = data.reshape(given[:3])
     if data.ndim != 3 or min(data.shape) < 2 or data.dtype.names or data.dtype.kind not in "iuf":
         problem = f"has shape {given} and type {data.dtype}"
-        raise ScanError(
-            case, path, problem, "export one 3D volume of real numbers, two slices or more per axis"
-        )
+        remedy = "export one 3D volume of real numbers, two slices or more per axis"
+        raise ScanError(case, path, problem, remedy)
     if data.dtype.itemsize >= 8:  # nibabel cannot hold 64-bit integers
         data = data.astype(float, copy=False)
     if not np.isfinite(data).all():

@@ -5,7 +5,6 @@ from ipmn_core.federated.client import (
     DivergedError,
     Learner,
     Settings,
-    afresh,
     check_n_train,
     evaluate,
     local_update,

@@ -94,7 +94,6 @@ class Learner:
         return state | {"own": self.own, "personal": personal}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         where = self.optimizer.param_groups[0]["params"][0].device
@@ -102,16 +101,11 @@ class Learner:
         if self.personal:
             self.personal.load_state_dict(state["personal"])
 
-
-def afresh(name: str, model: nn.Module, client: Learner, settings: Settings) -> Learner:
-    """A client with new AdamW moments and the old schedule: after a refused update its moments may be bad."""
-    fresh = Learner(name, model, client.indices, settings)
-    fresh.schedule.load_state_dict(client.schedule.state_dict())
-    for group, old in zip(fresh.optimizer.param_groups, client.optimizer.param_groups, strict=True):
-        group["lr"] = old["lr"]
-    fresh.own = client.own
-    fresh.personal = client.personal and afresh(name, model, client.personal, settings)
-    return fresh
+    def forget_moments(self) -> None:
+        """Discard AdamW's moments, which may be bad after a refused update; the schedule goes on."""
+        self.optimizer.state.clear()
+        if self.personal:
+            self.personal.forget_moments()
 
 
 def local_update(
@@ -188,9 +182,8 @@ def personalize(
     """Turn the global weights in `model` into the client's own model; return the replaced tensors."""
     if strategy.batch_norm == "recomputed":
         return _recompute(model, client.indices, cases, settings)
-    own = client.own if strategy.personal else {}
-    model.load_state_dict(own, strict=False)
-    return own
+    model.load_state_dict(client.own, strict=False)
+    return client.own
 
 
 @torch.no_grad()

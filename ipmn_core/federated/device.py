@@ -24,8 +24,7 @@ def device_of(p: Params) -> torch.device:
         return torch.device("cuda" if n else "cpu")
     device = torch.device(p.device)
     if device.type == "cuda" and (device.index or 0) >= n:
-        text = f"device: {p.device} is set, but torch sees {n} GPU(s); set `device: auto` or `cpu`"
-        raise ValueError(text)
+        raise ValueError(f"device: {p.device} is set, but torch sees {n} GPU(s); set `device: auto` or `cpu`")
     return device
 
 
@@ -78,10 +77,7 @@ def uses_bfloat16(p: Params, device: torch.device, model: str) -> bool:
     """
     able = has_bfloat16(device)
     if p.precision == "bfloat16" and not able:
-        raise ValueError(
-            f"precision: this {device.type} has no bfloat16 units, so bfloat16 would be slower; "
-            "set `precision: float32` or `auto`"
-        )
+        raise ValueError(f"precision: this {device.type} has no bfloat16 units; set `float32` or `auto`")
     pays = device.type == "cuda" or model not in models.DEPTHWISE
     return able and (p.precision == "bfloat16" or (p.precision == "auto" and pays))
 

@@ -23,8 +23,8 @@ def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
     """Eq. (2): w = sum_k N_k w_k / sum_k N_k over the whole state dict, BatchNorm buffers included.
 
     Sums states one at a time, in client order, in float64, so the result does not depend on which process
-    aggregates. Truncates integer buffers. Raises ValueError if the numbers of states and of cases differ, or
-    if there are no cases.
+    aggregates. Truncates integer buffers. Without states it is empty. Raises ValueError if the numbers of
+    states and of cases differ, or if no state has a case.
     """
     total = 0
     sums: State = {}
@@ -36,7 +36,7 @@ def weighted_average(states: Iterable[State], n_k: Iterable[int]) -> State:
             if key not in sums:
                 sums[key] = torch.zeros_like(value, dtype=torch.float64)
             sums[key].add_(value, alpha=n)
-    if total <= 0:
+    if sums and total <= 0:
         raise ValueError("aggregation needs at least one training case")
     return {key: (value / total).to(dtypes[key]) for key, value in sums.items()}
 

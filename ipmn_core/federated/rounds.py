@@ -104,7 +104,7 @@ def fit_federated(
         )
         loss, products, left_out = aggregate(model, server, w_global, updates, list(learners))
         for name in left_out:
-            learners[name] = client.afresh(name, model, learners[name], settings)
+            learners[name].forget_moments()
         aggregated |= len(left_out) < len(taking_part)
         prob, own = _tested(model, learners, test, cases, settings, strategy)
         yield Epoch(round_, loss, prob, learners, products, left_out, server=server, own=own)
@@ -233,9 +233,9 @@ def aggregate(
 ) -> tuple[float, np.ndarray, dict[str, str]]:
     """Load the server's next weights, made from the average of the updates, Eq. (2), into `model`.
 
-    Returns the training loss, the inner products (K, K) of the updates and the reason for each client that
-    was left out. `w_global` is what the server sent. `updates` are consumed one at a time, in the order of
-    `clients`. Without a valid update (`fault_of`) the weights stay the same.
+    Returns the training loss, the inner products (K, K) of the updates w_k - w_t, parameters only, and the
+    reason for each client that was left out. `w_global` is what the server sent. `updates` are consumed one
+    at a time, in the order of `clients`. Without a valid update (`fault_of`) the weights stay the same.
     """
     parameters = [name for name in server.parameters if name in w_global]
     n_k, losses, drifts, left_out = [], [], {}, {}
@@ -248,15 +248,12 @@ def aggregate(
                 continue
             n_k.append(update.n_k)
             losses.append(update.loss)
-            drifts[update.client] = update_of(update.state, w_global, parameters)
+            # in half precision, because all are kept until the round ends; a cosine keeps 3 decimals
+            drift = [(update.state[name].detach() - w_global[name]).half() for name in parameters]
+            drifts[update.client] = torch.cat([part.flatten() for part in drift])
             yield update.state
 
-    try:
-        mean = weighted_average(states(), n_k)
-    except ValueError:
-        if n_k:
-            raise
-        mean = {}
+    mean = weighted_average(states(), n_k)
     model.load_state_dict(server.step(mean, sum(n_k)))
     loss = float(np.average(losses, weights=n_k)) if n_k else float("nan")
     return loss, inner_products([drifts.get(name) for name in clients]), left_out
@@ -279,14 +276,6 @@ def without_any_client(left_out: dict[str, str]) -> str:
     """The message for a federation in which no round had a client."""
     name, fault = next(iter(left_out.items()))
     return f"every client was left out of every round; {name}: {fault}"
-
-
-def update_of(state: State, w_global: State, parameters: Sequence[str]) -> torch.Tensor:
-    """A client's update w_k - w_t (P,) over the named parameters, without buffers, as in Eq. (3).
-
-    In half precision, because all are kept until the round ends; a drift or cosine keeps 3 decimals.
-    """
-    return torch.cat([(state[name].detach() - w_global[name]).half().flatten() for name in parameters])
 
 
 def inner_products(updates: Sequence[torch.Tensor | None]) -> np.ndarray:

@@ -164,9 +164,8 @@ class Server:
         return {"c": self.c, "moments": self.moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`."""
-        device = next(iter(self.c.values())).device if self.c else None
-        self.c, self.moments = {key: value.to(device) for key, value in state["c"].items()}, state["moments"]
+        self.c = {key: value.to(self.c[key].device) for key, value in state["c"].items()}
+        self.moments = state["moments"]
 
     def sends(self, w_t: State) -> State:
         """What each client receives at the start of a round at `w_t`: the shared weights, and c."""

@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ from ipmn_core.runs import store
 
 client_app = ClientApp()
 server_app = ServerApp()
-POLL_SECONDS = 1.0
 Values = dict[str, Any]
 
 
@@ -91,23 +89,14 @@ def _answer(message: Message, context: Context) -> Message:
     return Message(RecordDict({"values": told, **packed}), reply_to=message)
 
 
-@server_app.main()
-def _main(grid: Grid, context: Context) -> None:
-    order = json.loads(context.run_config["order"])
-    federation, run = Federation(**order["federation"]), runs.Run(**order["run"])
-    federated.prepare(federation.profile.threads)
-    execute(Sites(grid, federation, run, order["nodes"]))
-
-
 class Sites:
     """The sites of a run as the server sees them."""
 
     def __init__(self, grid: Grid, federation: Federation, run: runs.Run, nodes: dict[str, int]):
-        self.grid, self.federation, self.run = grid, federation, run
-        self.nodes = {name: nodes[name] for name in federation.sites if name in nodes}
-        self.folder = runs.folder_of(federation.profile, run)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "token"  # the name of the run at the sites, kept until it is finished
+        self.grid, self.federation, self.nodes = grid, federation, nodes
+        folder = runs.folder_of(federation.profile, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "token"  # the name of the run at the sites, kept until it is finished
         if not path.exists():
             with atomic(path) as tmp:
                 plain = re.sub(r"[^A-Za-z0-9_.-]", "_", runs.named(run))  # a modality may have any letters
@@ -121,9 +110,9 @@ class Sites:
     ) -> dict[str, Values]:
         """The sites' answers by name: of all in `orders`, or with "continue" of at least `enough` of them.
 
-        Asks sites again that have not answered after `round_seconds`; either answer counts. Raises
-        FederationError naming sites that do not answer within `wait_seconds`, or one that fails outside
-        training.
+        In the order of `orders`, not of arrival. Asks sites again that have not answered after
+        `round_seconds`; either answer counts. Raises FederationError naming sites that do not answer within
+        `wait_seconds`, or one that fails outside training.
         """
         packed = {} if weights is None else {"weights": pack(weights)}
         answers, asked, last = {}, {}, {}  # by site; the site of each message; when each site was asked
@@ -150,20 +139,25 @@ class Sites:
             for reply in self.grid.pull_messages(list(asked)):
                 name = asked.pop(reply.metadata.reply_to_message_id)
                 if reply.has_content():
-                    answers[name] = told = _told(reply.content)
+                    answers[name] = told = _told(reply.content, kind)
                     if kind != "train" and "fault" in told:
                         raise FederationError(f"{name} failed ({kind}): {told['fault']}")
                 else:  # Flower says that the node is away: ask again
                     last.pop(name, None)
-            time.sleep(POLL_SECONDS)
-        return answers
+            time.sleep(1.0)
+        return {name: answers[name] for name in orders if name in answers}
 
 
-def _told(content: RecordDict) -> Values:
-    """A site's answer: counts, a loss, scores, or a `fault`; and its packed `weights`, if any."""
+def _told(content: RecordDict, kind: str) -> Values:
+    """A site's answer: counts, scores, loss and weights (`state`), or a `fault`."""
     try:
-        return {**json.loads(content["values"]["json"]), "weights": content.get("weights")}
-    except (KeyError, TypeError, ValueError) as error:
+        told = json.loads(content["values"]["json"])
+        if "fault" in told:
+            return {"fault": str(told["fault"]) or "it gives no reason"}
+        if kind == "train":
+            return {"loss": float(told["loss"]), "state": unpack(content["weights"])}
+        return dict(told)
+    except Exception as error:  # an invalid answer must not end the others' round
         return {"fault": f"its answer cannot be read ({type(error).__name__})"}
 
 
@@ -174,34 +168,37 @@ class Remote(dict):
     load_state_dict = dict.update
 
 
-def execute(sites: Sites) -> Path:
-    """Train a run at the sites; return its folder, in the form of `runs.execute`.
+@server_app.main()
+def _main(grid: Grid, context: Context) -> None:
+    """Train a run at the sites; leave a folder in the form of `runs.execute`.
 
     Case ids in it are running numbers. Resumes from the last complete round, bit for bit. Raises
     FederationError naming a site that stays away or fails, ValueError for sites with too few training cases,
     StaleRunError for other data or settings.
     """
-    profile = sites.federation.profile
-    p, run = profile.model_copy(update={"checkpoint_seconds": 0.0, "data": "federation"}), sites.run
-    told = sites.ask("query", {name: {} for name in sites.nodes})
-    hellos = {name: told[name] for name in sites.nodes}  # in the order of sites, not of arrival
+    order = json.loads(context.run_config["order"])
+    federation, run = Federation(**order["federation"]), runs.Run(**order["run"])
+    p = federation.profile.model_copy(update={"checkpoint_seconds": 0.0})
+    federated.prepare(p.threads)
+    sites = Sites(grid, federation, run, order["nodes"])
+    hellos = sites.ask("query", {name: {} for name in sites.nodes})
     for name, hello in hellos.items():
         if hello["center"] != name:
             raise FederationError(f"{name}: its node says it is {hello['center']}")
     n_train = {name: hello["n_train"] for name, hello in hellos.items()}
     federated.check_n_train(n_train, f", {runs.named(run)}")
     keys = json.dumps({name: hello["data"] for name, hello in hellos.items()}).encode()
-    key, settings = hashlib.sha256(keys).hexdigest(), runs.run_settings(p, run)
-    store.finished(sites.folder, settings.protocol(), key)
-    settings, progress = runs.on_this_machine(p, settings), store.resume(sites.folder)
+    key, folder = hashlib.sha256(keys).hexdigest(), runs.folder_of(p, run)
+    settings = runs.run_settings(p, run)
+    store.finished(folder, settings.protocol(), key)
+    settings, progress = runs.on_this_machine(p, settings), store.resume(folder)
     model = runs.build(settings, federated.device_of(p), 2, list(hellos))
     rows = pd.concat([_numbered(name, hello, run) for name, hello in hellos.items()], ignore_index=True)
-    rounds = _rounds(sites, settings, hellos, model, progress.learning)
+    rounds = _rounds(sites, settings, n_train, model, progress.learning)
     _, classes, positive = data.classes_of(p, data.PAPER)
     cases = data.Cohort("federation", rows, classes, positive, key=key)
-    folder = runs.record(p, run, settings, cases, model, rounds, progress)
+    runs.record(p, run, settings, cases, model, rounds, progress)
     (folder / "token").unlink()
-    return folder
 
 
 def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
@@ -217,13 +214,12 @@ def _numbered(center: str, hello: Values, run: runs.Run) -> pd.DataFrame:
 def _rounds(
     sites: Sites,
     settings: runs.RunSettings,
-    hellos: dict[str, Values],
+    n_k: dict[str, int],
     model: torch.nn.Module,
     checkpoint: Values | None,
 ) -> Iterator[Epoch]:
     """`federated.fit_federated` with local updates and tests at the sites."""
-    learners = {name: Remote(since=0, fresh=False) for name in hellos}
-    n_k = {name: hello["n_train"] for name, hello in hellos.items()}
+    learners = {name: Remote(since=0, fresh=False) for name in n_k}
     server = federated.Server(model, settings.strategy, n_k)
     first = federated.restore(model, learners, checkpoint, server)
     names, aggregated = list(learners), first > 1
@@ -232,7 +228,7 @@ def _rounds(
         w_global = server.sends(federated.snapshot(model))
         orders = {name: {"round": round_, "k": names.index(name), **learners[name]} for name in taking_part}
         answers = sites.ask("train", orders, w_global, min(sites.federation.min_sites, len(taking_part)))
-        updates = [_update(name, n_k[name], answers.get(name)) for name in taking_part]
+        updates = [Update(name, n_k[name], **answers.get(name, {"fault": "away"})) for name in taking_part]
         loss, products, left_out = federated.aggregate(model, server, w_global, updates, names)
         for name, answer in answers.items():
             learners[name]["fresh"] = name in left_out
@@ -253,13 +249,3 @@ def _rounds(
         yield Epoch(round_, loss, prob, learners, products, left_out, centers, server)
     if not aggregated:
         raise federated.DivergedError(federated.without_any_client(left_out))
-
-
-def _update(name: str, n_train: int, answer: Values | None) -> Update:
-    """A site's answer as an update, or with its `fault`."""
-    if answer is None or "fault" in answer:
-        return Update(name, fault="away" if answer is None else answer["fault"])
-    try:
-        return Update(name, n_train, float(answer["loss"]), unpack(answer["weights"]))
-    except Exception as error:  # an invalid answer must not end the others' round
-        return Update(name, fault=f"its update cannot be read ({type(error).__name__})")

@@ -8,10 +8,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ipmn_core.params import Params
 
 
 def command(commands: argparse._SubParsersAction, function: Callable, kind: str = "command") -> Callable:
@@ -112,18 +108,5 @@ def run(options: argparse.Namespace) -> int:
         for folder in processes.run(federation, options.only):
             print(f"finished: {folder}", flush=True)
         if not options.only:
-            print(f"\n{table3(federation.profile)}")
+            print(f"\n{processes.table3(federation.profile)}")
     return 0
-
-
-def table3(p: Params) -> str:
-    """Write table 3 of a federation's runs; return its text, or why there is none."""
-    from ipmn_core import metrics, runs
-    from ipmn_core.metrics import tables
-
-    if any((runs.folder_of(p, run) / "centers.csv").exists() for run in runs.grid(p, "binary")):
-        return "no table 3, because a site shares no scores; each run's centers.csv has the sites' metrics"
-    selected = metrics.select(runs.predictions(p, "binary"), "best_test")
-    table = tables.table3(metrics.over_folds(metrics.by_fold(selected)))
-    tables.write(table, 3, p.folder / "tables", is_paper=False)
-    return f"{(p.folder / 'tables' / 'table3.md').read_text()}\ntables  {p.folder / 'tables'}/"

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from ipmn_core import params, runs
-from ipmn_core.data import Cohort, load_cohort, open_cohort
+from ipmn_core.data import load_cohort, open_cohort
 from ipmn_core.flower import deployment, processes
 from ipmn_core.flower.deployment import Federation, FederationError
 from ipmn_core.params import Params
@@ -36,8 +36,8 @@ def run(profile: Path, folder: Path | None = None) -> tuple[float, float]:
     p = params.load(profile)
     p = p.model_copy(update={"profile": f"{p.profile}_demo"})  # keeps results of a real federation
     sites = open_cohort(p).centers[:N_SITES]
-    with contextlib.ExitStack() as stack:
-        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipmn-federation")))
+    with tempfile.TemporaryDirectory(prefix="ipmn-federation") as temporary:
+        folder = folder or Path(temporary)
         with started(p, sites, folder) as (federation, _):
             shutil.rmtree(runs.folder_of(p, runs.grid(p, "binary")[0]), ignore_errors=True)
             print(f"training at the sites {', '.join(sites)}", flush=True)
@@ -59,7 +59,10 @@ def started(
     agreed["center_names"] = None  # the manifests have the new names
     where = folder / "federation", p.model_copy(update=agreed), sites, "127.0.0.1", processes.free_port()
     federation = deployment.write(*where, **away)
-    write_manifests(cohort, sites, folder / "data")
+    (folder / "data").mkdir()
+    scans = cohort.scans[COLUMNS].assign(label=cohort.scans["class"], fold=cohort.scans["fold_binary"])
+    for name in sites:
+        scans[scans["center"] == name].to_csv(folder / "data" / f"{name}.csv", index=False)
     running = {"server": start(federation, "server")}
     try:
         while running["server"].poll() is None:  # until it answers
@@ -77,14 +80,6 @@ def started(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def write_manifests(cohort: Cohort, sites: Sequence[str], folder: Path) -> None:
-    """Write `<site>.csv`, the manifest of the center of that name, into `folder`."""
-    folder.mkdir(parents=True)
-    scans = cohort.scans[COLUMNS].assign(label=cohort.scans["class"], fold=cohort.scans["fold_binary"])
-    for name in sites:
-        scans[scans["center"] == name].to_csv(folder / f"{name}.csv", index=False)
 
 
 def start(federation: Federation, name: str) -> subprocess.Popen:

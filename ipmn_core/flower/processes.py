@@ -16,10 +16,12 @@ from typing import Any
 
 import yaml
 
-from ipmn_core import runs
+from ipmn_core import metrics, runs
 from ipmn_core.disk import atomic
 from ipmn_core.flower.deployment import Federation, FederationError
-from ipmn_core.runs import store, workers
+from ipmn_core.metrics import tables
+from ipmn_core.params import Params
+from ipmn_core.runs import store
 
 NAME = "hospitals"  # of the federation, for Flower's own command
 STATUS_SECONDS = 60.0  # between calls of Flower's command, which takes seconds of a core
@@ -120,7 +122,7 @@ def run(federation: Federation, only: str = "") -> Iterator[Path]:
         folder = runs.folder_of(p, each)
         if not (folder / "run.json").exists():
             order = {"federation": federation.model_dump(mode="json"), "run": asdict(each), "nodes": nodes}
-            with workers.progress(lambda at=folder: store.share_done(at), 1, runs.named(each)):
+            with runs.progress_bar(lambda at=folder: store.share_done(at), 1, runs.named(each)):
                 _train(federation, folder, order)
         yield store.whole(folder, runs.run_settings(p, each).protocol())
 
@@ -147,3 +149,12 @@ def _train(federation: Federation, folder: Path, order: dict[str, Any]) -> None:
         with contextlib.suppress(FederationError):
             control(federation, "stop", number, NAME)
         raise
+
+
+def table3(p: Params) -> str:
+    """Write table 3 of a federation's runs; return its text, or why there is none."""
+    if any((runs.folder_of(p, each) / "centers.csv").exists() for each in runs.grid(p, "binary")):
+        return "no table 3, because a site shares no scores; each run's centers.csv has the sites' metrics"
+    table = tables.table3(metrics.over_folds(metrics.by_fold(metrics.select(runs.predictions(p, "binary")))))
+    tables.write(table, 3, p.folder / "tables", is_paper=False)
+    return f"{(p.folder / 'tables' / 'table3.md').read_text()}\ntables  {p.folder / 'tables'}/"

@@ -127,11 +127,9 @@ def train(site: Site, w_global: State, round_: int, k: int, since: int, fresh: b
     learner = site.learner(model, since)
     keep = [site.folder / f"learner_{number}.pt" for number in (since, round_)]
     if fresh:
-        learner = federated.afresh(site.center, model, learner, settings)
-    seed = [*settings.seed, round_, k]
-    loss, state = federated.local_update(
-        model, w_global, learner, site.cases, settings, settings.strategy, seed
-    )
+        learner.forget_moments()
+    how = site.cases, settings, settings.strategy, [*settings.seed, round_, k]
+    loss, state = federated.local_update(model, w_global, learner, *how)
     with atomic(keep[1]) as tmp:
         torch.save(learner.state_dict(), tmp)
     for path in set(site.folder.glob("learner_*.pt")) - set(keep):
@@ -155,8 +153,7 @@ def evaluate(site: Site, w_global: State, round_: int, since: int) -> dict[str, 
     frame = frame.drop(columns="role")
     path = site.folder / "predictions.parquet"
     earlier = [pd.read_parquet(path).query("epoch != @round_")] if path.exists() else []
-    with atomic(path) as tmp:
-        pd.concat([*earlier, frame], ignore_index=True).to_parquet(tmp, index=False)
+    store.write_table(path, pd.concat([*earlier, frame], ignore_index=True))
     y = frame["y_true"].to_numpy()
     told = {"n": len(y), "acc": metrics.accuracy(y, prob), "auc": metrics.auc(y, prob)}
     if site.share == "scores":
@@ -169,5 +166,4 @@ def note_sent(site: Site, kind: str, values: dict[str, Any], weights: int = 0) -
     path, now = site.folder / "sent.csv", pd.Timestamp.now("UTC").isoformat(timespec="seconds")
     told = "; ".join(f"{key}={value}" for key, value in values.items())
     row = pd.DataFrame({"at": [now], "what": kind, "weights_bytes": weights, "values": told})
-    with atomic(path) as tmp:
-        pd.concat([pd.read_csv(path), row] if path.exists() else [row]).to_csv(tmp, index=False)
+    store.write_table(path, pd.concat([pd.read_csv(path), row] if path.exists() else [row]))

@@ -19,9 +19,9 @@ def ledger() -> pd.DataFrame:
     return pd.read_csv(tables.FOLDER / "ledger.csv")
 
 
-def _in_folds(count: int) -> np.ndarray:
-    """The number of a center's `count` scans in each fold (4,); StratifiedKFold assigns them in turn."""
-    return np.array([len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)])
+def _in_folds(counts) -> np.ndarray:
+    """How many of each center's scans are in each fold (centers, 4); StratifiedKFold assigns them in turn."""
+    return np.array([[len(range(k, count, N_FOLDS)) for k in range(N_FOLDS)] for count in counts])
 
 
 def global_accuracy() -> pd.DataFrame:
@@ -36,7 +36,7 @@ def global_accuracy() -> pd.DataFrame:
     cells = table3.merge(tables.paper(1), on=CELL)  # table 1 has no global row
     for run, centers in cells.groupby(["modality", "method"]):
         n, mean, std = (centers[name].to_numpy() for name in ("total", "acc_mean", "acc_std"))
-        sizes = np.stack([_in_folds(total) for total in n])
+        sizes = _in_folds(n)
         weights, share = sizes / sizes.sum(axis=0), n / n.sum()  # (centers, folds), (centers,)
         bound = abs((weights.mean(axis=1) - share) @ mean) + weights.std(axis=1) @ std + 2 * HALF_DIGIT
         rows.append((*run, printed[run], share @ mean, printed[run] - share @ mean, bound))
@@ -60,10 +60,10 @@ def majority_class() -> pd.DataFrame:
     """
     counts, table3 = _counts(), tables.paper(3)
     larger = np.maximum(counts["high_risk"], counts["n"] - counts["high_risk"])
-    shares = [_in_folds(right) / _in_folds(n) for right, n in zip(larger, counts["n"], strict=True)]
+    shares = _in_folds(larger) / _in_folds(counts["n"])
     methods = list(table3["method"].unique())
     printed = table3.pivot(index=CELL, columns="method", values="acc_mean")[methods].reset_index()
-    table = counts.assign(majority=np.mean(shares, axis=1).round(4))
+    table = counts.assign(majority=shares.mean(axis=1).round(4))
     table = table.merge(printed, on=CELL, validate="one_to_one")
     return table.assign(beaten_by=table[methods].gt(table["majority"], axis=0).sum(axis=1))
 

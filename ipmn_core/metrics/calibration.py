@@ -39,7 +39,7 @@ def reliability(selected: pd.DataFrame) -> pd.DataFrame:
     low, high (its Wilson 95 % interval). Empty bins are left out.
     """
     found = {arm: bins(*positive(rows)) for arm, rows in scores.arms(selected)}
-    curve = pd.concat(found, names=ARM).reset_index(ARM).reset_index(drop=True)
+    curve = pd.concat(found, names=ARM).reset_index()
     curve["low"], curve["high"] = proportion_confint(curve["positives"], curve["n"], method="wilson")
     return curve[[*ARM, "bin", "n", "predicted", "observed", "low", "high"]]
 

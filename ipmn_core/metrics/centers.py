@@ -7,7 +7,6 @@ because models of two folds share no scale (van Klaveren et al., BMC Medical Res
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import confusion_matrix
 
 from ipmn_core.metrics import inference, scores
 from ipmn_core.metrics.scores import ARM, GLOBAL, RULES, RUN, y_and_prob
@@ -63,9 +62,7 @@ def tuned(selected: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     families = selected["arm"].map(family)
     several = selected.assign(arm=families, own=selected["arm"]).groupby(ARM)["own"].transform("nunique") > 1
     judged = validation.merge(selected[[*RUN, "epoch"]].drop_duplicates())
-    within = {}
-    for run, rows in judged.groupby(RUN):
-        within[run] = _mean(*_count(rows, ["center"]))
+    within = {run: _mean(*_count(rows, ["center"])) for run, rows in judged.groupby(RUN)}
     parts = [selected[~several].assign(chosen=selected["arm"])]
     for (*of, fold), rows in selected[several].groupby([*ARM[:2], families, "fold"], sort=False):
         arms = rows["arm"].unique()
@@ -82,12 +79,11 @@ def by_strategy(tuned: pd.DataFrame) -> pd.DataFrame:
     Columns modality, arm, chosen (the values, fold by fold), acc_mean, acc_std, auc_mean, auc_std, within.
     A personal arm has no global AUC (NaN), because its models share no scale.
     """
-    table = scores.over_folds(scores.by_fold(tuned.drop(columns="chosen")))
-    table = table[table["center"] == GLOBAL].merge(decompose(tuned.drop(columns="chosen"))[[*ARM, "within"]])
+    table = scores.over_folds(scores.by_fold(tuned))
+    table = table[table["center"] == GLOBAL].merge(decompose(tuned)[[*ARM, "within"]])
     several = tuned.loc[tuned["arm"] != tuned["chosen"], "arm"].unique()
     values = tuned.groupby([*ARM, "fold"])["chosen"].first().map(lambda arm: arm.rpartition("_")[2])
-    chosen = values.groupby(ARM).agg(", ".join).rename("chosen")
-    table = table.join(chosen, on=ARM)
+    table = table.join(values.groupby(ARM).agg(", ".join), on=ARM)
     table["chosen"] = table["chosen"].where(table["arm"].isin(several), "")
     return table[["modality", "arm", "chosen", "acc_mean", "acc_std", "auc_mean", "auc_std", "within"]]
 
@@ -166,20 +162,9 @@ def summary(selected: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> p
     """
     tables = []
     for (rule, _), rows in selected.groupby(["rule", "task"], sort=False):
-        numbers = inference.intervals(rows.drop(columns="rule"), n_resamples, seed).assign(rule=rule)
+        numbers = inference.intervals(rows, n_resamples, seed).assign(rule=rule)
         for metric in ("acc", "auc"):
             names = {metric: "mean", f"{metric}_low": "low", f"{metric}_high": "high"}
             tables.append(numbers.rename(columns=names).assign(metric=metric))
     columns = [*ARM, "rule", "center", "metric", "mean", "low", "high", "undefined"]
     return pd.concat(tables, ignore_index=True)[columns]
-
-
-def at(selected: pd.DataFrame, center: str) -> pd.DataFrame:
-    """The rows of one center, or all rows for "global"."""
-    return selected if center == GLOBAL else selected[selected["center"] == center]
-
-
-def confusion(rows: pd.DataFrame) -> np.ndarray:
-    """Cases by true class (rows) and most probable class (columns), (K, K), of one arm's rows."""
-    y, prob = y_and_prob(rows)
-    return confusion_matrix(y, prob.argmax(axis=1), labels=range(prob.shape[1]))

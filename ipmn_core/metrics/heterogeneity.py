@@ -24,8 +24,7 @@ def drift(updates: pd.DataFrame) -> pd.DataFrame:
 def cosines(updates: pd.DataFrame) -> pd.DataFrame:
     """Cosine between the updates of two clients, mean over rounds and folds; 1 is the same direction.
 
-    Columns modality, arm, client, other, cosine; clients in the order of the centers. NaN where a client did
-    not move.
+    Columns modality, arm, client, other, cosine, in order of appearance. NaN where a client did not move.
     """
     length = drift(updates).set_index([*ROUND, "client"])["distance"]
     pairs = updates.join(length, on=[*ROUND, "client"])
@@ -33,10 +32,7 @@ def cosines(updates: pd.DataFrame) -> pd.DataFrame:
     lengths = pairs["distance"] * pairs["other_distance"]
     pairs["cosine"] = pairs["inner_product"] / lengths.where(lengths > 0)
     keys = ["modality", "arm", "client", "other"]
-    mean = pairs.groupby(keys, as_index=False)["cosine"].mean()
-    clients = pd.CategoricalDtype(updates["client"].unique())
-    order = mean.astype({"client": clients, "other": clients}).sort_values(keys).index
-    return mean.loc[order].reset_index(drop=True)
+    return pairs.groupby(keys, as_index=False, sort=False)["cosine"].mean()
 
 
 def gain(selected: pd.DataFrame) -> pd.DataFrame:

@@ -194,16 +194,14 @@ def select(
     judged = predictions
     if rule == "best_inner":
         judged = pd.concat([validation, predictions[predictions["epoch"] == AS_GIVEN]])
-    chosen = []
+    chosen = {}
     for run, of in per_epoch(judged).groupby(RUN):
         epochs = of[["epoch", "acc", "auc"]].itertuples(index=False)
-        chosen.append((*run, of["epoch"].max() if rule == "last" else best_epoch(epochs)))
-    chosen = pd.DataFrame(chosen, columns=[*RUN, "epoch"])
-    known = set(chosen[RUN].itertuples(index=False, name=None))
+        chosen[run] = of["epoch"].max() if rule == "last" else best_epoch(epochs)
     for run in predictions[RUN].drop_duplicates().itertuples(index=False, name=None):
-        if run not in known:
+        if run not in chosen:
             raise ValueError(f"{_name(run)} has no inner validation: train it with `inner_validation` > 0.")
-    return predictions.merge(chosen)
+    return predictions.merge(pd.Series(chosen, name="epoch").rename_axis(RUN).reset_index())
 
 
 def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
@@ -227,12 +225,8 @@ def by_fold(selected: pd.DataFrame) -> pd.DataFrame:
 
 def absent_classes(y, n_classes: int) -> str:
     """Why labels (N,) have no AUC, such as "no positive case"; "" if every class has a case."""
-    names = (
-        ("negative case", "positive case")
-        if n_classes == 2
-        else [f"case of class {k}" for k in range(n_classes)]
-    )
-    absent = [name for k, name in enumerate(names) if k not in y]
+    two = {0: "negative case", 1: "positive case"} if n_classes == 2 else {}
+    absent = [two.get(k, f"case of class {k}") for k in range(n_classes) if k not in y]
     return f"no {' and no '.join(absent)}" if absent else ""
 
 

@@ -55,8 +55,7 @@ def table3(summary: pd.DataFrame) -> pd.DataFrame:
     """The binary task by center and globally, in fractions of 4 decimals, in the paper's row order.
 
     Columns center, method, modality, acc_mean, acc_std, auc_mean, auc_std. `summary` comes from
-    `metrics.over_folds` (only its binary rows are used). `local_only` is left out, because the paper lacks
-    it.
+    `metrics.over_folds` (only its binary rows are used). `local_only` is left out: the paper lacks it.
     """
     table = summary[(summary["task"] == "binary") & (summary["arm"] != "local_only")]
     table = table.rename(columns={"arm": "method"})
@@ -94,24 +93,21 @@ def as_printed(table: pd.DataFrame) -> pd.DataFrame:
     With the paper's columns (see `beside_paper`) the paper's cell follows each cell.
     """
     keys = [key for key in ("center", "model", "method") if key in table]
-    sides = ["", PAPER] if any(name.endswith(PAPER) for name in table) else [""]
-    headings = {"": "", PAPER: " (paper)"}
+    sides = {"": ""} | ({PAPER: " (paper)"} if any(name.endswith(PAPER) for name in table) else {})
+    counts = [name for name in table if "total" in table and name not in KEYS[1] and PAPER not in name]
     printed = table[keys].drop_duplicates().set_index(keys)
     if "model" in table:
         per_model = table.groupby("model").first()  # MACs and parameters are the same for both modalities
-        for (column, heading), side in product(COMPLEXITY.items(), sides):
-            printed[heading + headings[side]] = _fixed(per_model[column + side], 2)
+        for (column, heading), (side, whose) in product(COMPLEXITY.items(), sides.items()):
+            printed[heading + whose] = _fixed(per_model[column + side], 2)
     for modality in sorted(table["modality"].unique()):
         rows = table[table["modality"] == modality].set_index(keys)
-        counts = [
-            name for name in rows if "total" in rows and name != "modality" and not name.endswith(PAPER)
-        ]
-        for name, side in product(counts or ("acc", "auc"), sides):
+        for name, (side, whose) in product(counts or ("acc", "auc"), sides.items()):
             if counts:
                 heading, text = name.replace("_", " "), _fixed(rows[name + side], 0)
             else:  # table 2 is in percent, table 3 in fractions
                 heading, text = name.upper(), _mean_std(rows, name, side, 2 if "model" in table else 4)
-            printed[f"{display_name(modality)} {heading}{headings[side]}"] = text
+            printed[f"{display_name(modality)} {heading}{whose}"] = text
     printed = printed.fillna(UNDEFINED).reset_index()
     names = {key: printed[key].map(display_name) for key in keys}
     return printed.assign(**names).rename(columns={key: key.capitalize() for key in keys})
@@ -133,24 +129,16 @@ def write(table: pd.DataFrame, n: int, folder, is_paper: bool) -> pd.DataFrame:
 
     Each as .csv (machine columns), .md and .tex (as text); an undefined number is "n/a" in all three.
     """
+    written = {f"table{n}": table}
     if is_paper:
-        _write(table, f"table{n}", folder)
-        return _write(beside_paper(table, n), f"table{n}_beside_paper", folder)
-    return _write(table, f"table{n}", folder)
-
-
-def _write(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
-    printed = as_printed(table)
-    texts = {
-        "csv": table.to_csv(index=False, na_rep=UNDEFINED),
+        written[f"table{n}_beside_paper"] = beside_paper(table, n)
+    for stem, one in written.items():
+        printed = as_printed(save(one, stem, folder))
         # numbers are strings: without disable_numparse 1.30 becomes 1.3
-        "md": printed.to_markdown(index=False, disable_numparse=True) + "\n",
-        "tex": _latex(printed),
-    }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for suffix, text in texts.items():
-        with disk.atomic(Path(folder) / f"{stem}.{suffix}") as tmp:
-            tmp.write_text(text, encoding="utf-8")
+        markdown = printed.to_markdown(index=False, disable_numparse=True) + "\n"
+        for suffix, text in (("md", markdown), ("tex", _latex(printed))):
+            with disk.atomic(Path(folder) / f"{stem}.{suffix}") as tmp:
+                tmp.write_text(text, encoding="utf-8")
     return printed
 
 
@@ -164,8 +152,7 @@ def save(table: pd.DataFrame, stem: str, folder) -> pd.DataFrame:
 
 def _latex(printed: pd.DataFrame) -> str:
     """A booktabs tabular in plain ASCII, which any pdflatex accepts."""
-    n_names = printed.columns.isin(["Center", "Model", "Method"]).sum()
-    layout = "l" * n_names + "r" * (printed.shape[1] - n_names)
+    layout = "".join("l" if name in ("Center", "Model", "Method") else "r" for name in printed)
     style = printed.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     tabular = style.to_latex(hrules=True, column_format=layout)
     return "% needs \\usepackage{booktabs}\n" + tabular.replace("±", r"$\pm$").replace("μ", r"$\mu$")

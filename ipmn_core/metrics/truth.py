@@ -7,8 +7,6 @@ from ipmn_core.data import Cohort, targets
 from ipmn_core.metrics.scores import ARM, GLOBAL, by_fold
 from ipmn_core.names import TASKS
 
-CHANCE = 0.5
-
 
 def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame, cohort: Cohort) -> pd.DataFrame:
     """The arms `oracle` and `guideline`: predictions for the same test cases in the same folds.
@@ -33,13 +31,8 @@ def reference_arms(selected: pd.DataFrame, truth: pd.DataFrame, cohort: Cohort) 
     binary = cases["task"] == "binary"
     several = cases.assign(arm="oracle", **known[columns])[~binary]
     positive = [name for name, of in zip(columns, cohort.classes, strict=True) if of in cohort.positive]
-    two = [
-        cases.assign(arm=arm, prob_0=1 - high, prob_1=high)[binary]
-        for arm, high in (
-            ("oracle", known[positive].sum(axis="columns")),
-            ("guideline", known["guideline"] / 2),
-        )
-    ]
+    of_two = {"oracle": known[positive].sum(axis="columns"), "guideline": known["guideline"] / 2}
+    two = [cases.assign(arm=arm, prob_0=1 - high, prob_1=high)[binary] for arm, high in of_two.items()]
     return pd.concat([several, *two], ignore_index=True).assign(epoch=1)
 
 
@@ -62,6 +55,6 @@ def gap_closed(decomposed: pd.DataFrame) -> pd.DataFrame:
     oracle = table[table["arm"] == "oracle"].drop(columns=["arm", "undefined"])
     table = table.merge(oracle, on=keys, how="left", suffixes=("", "_oracle"), indicator=True)
     for scope in ("pooled", "within"):
-        table[f"{scope}_closed"] = (table[scope] - CHANCE) / (table.pop(f"{scope}_oracle") - CHANCE)
+        table[f"{scope}_closed"] = (table[scope] - 0.5) / (table.pop(f"{scope}_oracle") - 0.5)
     table["undefined"] = np.where(table.pop("_merge") == "both", table["undefined"], "no oracle")
     return table.sort_values(keys, kind="stable", ignore_index=True)

@@ -6,28 +6,22 @@ are initialized as in PyTorch's layers. Every model maps (N, 1, D, H, W) to logi
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 
-from ipmn_core.models.fusion import FUSIONS
+from ipmn_core.models.densenet import FUSIONS, densenet121
 from ipmn_core.models.mobilenet import mobilenetv2
 from ipmn_core.models.shufflenet import shufflenetv2
 
 
-def resnet34(n_classes: int) -> nn.Module:
-    """ResNet-34 (He et al., 2016). Its first convolution keeps the resolution, so it has many MACs."""
+def resnet(n_classes: int, depth: int) -> nn.Module:
+    """A ResNet (He et al., 2016). Its first convolution keeps the resolution, so it has many MACs."""
     from monai.networks import nets
 
-    return nets.resnet34(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
-
-
-def resnet50(n_classes: int) -> nn.Module:
-    """ResNet-50 (He et al., 2016). Departs from the paper: a network of the data set's newer code."""
-    from monai.networks import nets
-
-    return nets.resnet50(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
+    return getattr(nets, f"resnet{depth}")(spatial_dims=3, n_input_channels=1, num_classes=n_classes)
 
 
 def efficientnetb0(n_classes: int) -> nn.Module:
@@ -37,20 +31,13 @@ def efficientnetb0(n_classes: int) -> nn.Module:
     return nets.EfficientNetBN("efficientnet-b0", False, spatial_dims=3, in_channels=1, num_classes=n_classes)
 
 
-def densenet121(n_classes: int) -> nn.Module:
-    """DenseNet-121 (Huang et al., 2017)."""
-    from monai.networks import nets
-
-    return nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=n_classes)
-
-
 MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet34": resnet34,
+    "resnet34": partial(resnet, depth=34),
     "shufflenetv2": shufflenetv2,
     "mobilenetv2": mobilenetv2,
     "efficientnetb0": efficientnetb0,
     "densenet121": densenet121,
-    "resnet50": resnet50,
+    "resnet50": partial(resnet, depth=50),  # departs from the paper: in the data set's newer code
 }
 
 # Networks that a CPU trains faster in channels-last; EfficientNet-B0 would take twice as long.

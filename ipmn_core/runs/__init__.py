@@ -10,7 +10,6 @@ from ipmn_core.runs.grid import (
     named,
     networks,
     on_this_machine,
-    protocols,
     run_settings,
     scored,
     shown,
@@ -19,7 +18,6 @@ from ipmn_core.runs.run import (
     build,
     execute,
     indices,
-    learn,
     predictions_of,
     record,
     with_roles,
@@ -36,4 +34,4 @@ from ipmn_core.runs.store import (
     updates,
     validation,
 )
-from ipmn_core.runs.workers import RunsFailedError, check_folds, run_grid, train
+from ipmn_core.runs.workers import RunsFailedError, check_folds, progress_bar, run_grid, train

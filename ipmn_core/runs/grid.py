@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ipmn_core import federated, models
 from ipmn_core.federated import Settings, Strategy
 from ipmn_core.names import TASKS, fusion
-from ipmn_core.params import Params
+from ipmn_core.params import Params, Preprocessing
 
 CENTRALIZED, LOCAL_ONLY = "centralized", "local_only"  # one model for all images; one model per center
 MACHINE = ("device", "bfloat16", "channels_last")  # recorded, not compared
@@ -29,22 +28,14 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Settings):
-    """All settings that a run's result depends on. Facts about the machine are recorded, not compared."""
+class RunSettings(Preprocessing, Settings, Run):
+    """A run with all settings that its result depends on; facts about the machine are not compared."""
 
-    task: str
-    modality: str
-    arm: str
-    fold: int
     model: str
     folds: int
     fold_rule: str
     inner_validation: float
     max_per_cell: int | None
-    size: int
-    spacing: float | None
-    intensity: str
-    orientation: str
     threads: int
     batch_norm_momentum: float | None
     strategy: Strategy | None
@@ -70,9 +61,9 @@ def grid(p: Params, task: str) -> list[Run]:
         models.factory(name)
     for arm in set(p.arms) - {CENTRALIZED, LOCAL_ONLY}:
         federated.strategy(arm)
-    arms = p.multiclass_models if task == "multiclass" else p.arms
-    if arms:
-        _check_fusion(p, p.multiclass_models if task == "multiclass" else (p.binary_model,))
+    multiclass = task == "multiclass"
+    if arms := p.multiclass_models if multiclass else p.arms:
+        _check_fusion(p, arms if multiclass else (p.binary_model,))
     # arms innermost, so that workers rarely train the largest model at the same time (memory)
     return [Run(task, m, arm, k) for m in p.modalities for k in range(p.folds(task)) for arm in arms]
 
@@ -105,12 +96,6 @@ def shown(p: Params) -> list[Run]:
     return [Run("binary", p.modalities[-1], arm, 0) for arm in (*p.arms[:1], *p.arms[-1:])]
 
 
-def keeps_model(p: Params, run: Run) -> bool:
-    """Whether a run keeps its weights: `keep_models` matches it, or chapter 3 shows it."""
-    path = f"{run.task}/{run.modality}/{run.arm}/fold{run.fold}"
-    return run in shown(p) or any(fnmatch(path, pattern) for pattern in p.keep_models)
-
-
 def run_settings(p: Params, run: Run) -> RunSettings:
     """The settings of a run of a profile, independent of the machine (see `on_this_machine`)."""
     model, epochs, strategy = p.binary_model, p.epochs, None
@@ -121,20 +106,11 @@ def run_settings(p: Params, run: Run) -> RunSettings:
     elif run.arm != CENTRALIZED:
         epochs, strategy = p.rounds, federated.strategy(run.arm, p.clients_per_round)
     finetune_epochs = p.finetune_epochs if strategy and strategy.finetune else 0
-    same = ("fold_rule", "inner_validation", "max_per_cell", "threads", "batch_size", "batches_per_epoch")
-    same += ("lr", "weight_decay", "lr_step", "lr_gamma", "augment_prob", "batch_norm_momentum")
-    return RunSettings(
-        **asdict(run),
-        **{key: getattr(p, key) for key in same},
-        **asdict(p.preprocessing),
-        model=model,
-        folds=p.folds(run.task),
-        strategy=strategy,
-        epochs=epochs + finetune_epochs,
-        finetune_epochs=finetune_epochs,
-        local_epochs=p.local_epochs if strategy else 1,
-        seed=(p.seed, run.fold),
-    )
+    same = {each.name for each in fields(RunSettings)} & Params.model_fields.keys() - set(MACHINE)
+    of_run = {"model": model, "folds": p.folds(run.task), "strategy": strategy, "seed": (p.seed, run.fold)}
+    of_run |= {"epochs": epochs + finetune_epochs, "finetune_epochs": finetune_epochs}
+    of_run |= {"local_epochs": p.local_epochs if strategy else 1}
+    return RunSettings(**{key: getattr(p, key) for key in same} | asdict(run) | of_run)
 
 
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:

@@ -88,9 +88,8 @@ def predict(
 
 def grid(p: Params, task: str) -> list[Run]:
     """The runs of all probes of a task: probes x modalities x folds."""
-    return [
-        Run(task, m, name, k) for m in single(p.modalities) for name in PROBES for k in range(p.folds(task))
-    ]
+    folds, modalities = range(p.folds(task)), single(p.modalities)
+    return [Run(task, m, name, k) for m in modalities for name in PROBES for k in folds]
 
 
 def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
@@ -100,18 +99,13 @@ def protocols(p: Params, task: str) -> dict[Run, dict[str, Any]]:
     return {run: {**asdict(run), **same} for run in grid(p, task)}
 
 
-def unfinished(p: Params, task: str, cohort: Cohort) -> list[Run]:
-    """The probes of a task that are not on disk. Raises StaleRunError as `runs.train`."""
-    return store.unfinished(p, protocols(p, task), cohort.key)
-
-
 def fit(p: Params, task: str, cohort: Cohort) -> pd.DataFrame:
     """Fit the probes of a task that are not on disk; return the predictions of all of them.
 
     A probe's run is stored like an arm's and has one epoch. No case is held out for inner validation, because
     there is no epoch to choose. Raises StaleRunError as `runs.train`.
     """
-    todo = unfinished(p, task, cohort)
+    todo = store.unfinished(p, protocols(p, task), cohort.key)
     fold = data.assign_folds(cohort, p.folds(task), p.fold_rule, task).to_numpy()
     bar = tqdm(todo, f"probing {task}", unit="run", disable=not todo, mininterval=1)
     for (modality, name), runs in groupby(bar, lambda run: (run.modality, run.arm)):

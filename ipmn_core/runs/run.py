@@ -1,4 +1,4 @@
-"""One run from split to result: split, build, train, keep the best weights, save checkpoints, write."""
+"""One run from split to result: build, train, test after each epoch, record, write."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from ipmn_core.runs.grid import (
     Run,
     RunSettings,
     folder_of,
-    keeps_model,
     named,
     on_this_machine,
     run_settings,
+    shown,
 )
 from ipmn_core.runs.store import Progress
 
@@ -94,8 +95,7 @@ def learn(
     tensors = Cases(x.to(device), torch.tensor(y, device=device))
     train, held_out = indices(cases.scans, "train"), indices(cases.scans, "test", "validation")
     if settings.strategy:
-        tuned = settings.strategy.finetune is not None
-        fit = federated.fit_finetuned if tuned else federated.fit_federated
+        fit = federated.fit_federated if settings.strategy.finetune is None else federated.fit_finetuned
         fit = partial(fit, strategy=settings.strategy)
     else:
         fit = federated.fit_local_only if settings.arm == LOCAL_ONLY else federated.fit_centralized
@@ -117,6 +117,8 @@ def record(
     """
     folder = folder_of(p, run)
     folder.mkdir(parents=True, exist_ok=True)
+    place = folder.relative_to(p.folder / "runs").as_posix()
+    keeps = run in shown(p) or any(fnmatch(place, pattern) for pattern in p.keep_models)
     about = {"settings": settings.record(), "data": cases.key, "cohort": cases.name}
     about |= {"classes": cases.names(run.task), "centers": list(indices(cases.scans, "train"))}
     tested = cases.scans.loc[np.concatenate(list(indices(cases.scans, "test", "validation").values()))]
@@ -128,10 +130,10 @@ def record(
             tqdm.write(f"{named(run)}, round {epoch.number}: {client} left out: {reason}", file=sys.stderr)
         if epoch.cross is not None:  # in the last epoch, after which no checkpoint follows
             store.write_table(folder / "cross.parquet", cross_of(epoch, settings, tested))
-        store.note_share(folder, epoch.number / settings.epochs)
+        (folder / "share_done").write_text(f"{epoch.number / settings.epochs}")
         judged = [(number, acc, auc) for number, _, acc, auc in progress.history if acc == acc]
         elsewhere = settings.strategy and settings.strategy.personal and not epoch.own  # at the sites
-        if keeps_model(p, run) and not elsewhere and metrics.best_epoch(judged) == epoch.number:
+        if keeps and not elsewhere and metrics.best_epoch(judged) == epoch.number:
             store.save_model(folder, model, epoch.own)
         now = time.perf_counter()
         progress.seconds = now - started
@@ -172,14 +174,11 @@ def note(progress: Progress, epoch: Epoch, settings: RunSettings, tested: pd.Dat
         progress.updates += [(number, *pair, value) for pair, value in zip(pairs, values, strict=True)]
 
 
-def predictions_of(
-    number: int, prob: np.ndarray, run: Run | RunSettings, seed: int, tested: pd.DataFrame
-) -> pd.DataFrame:
+def predictions_of(number: int, prob: np.ndarray, run: Run, seed: int, tested: pd.DataFrame) -> pd.DataFrame:
     """The rows of `predictions.parquet` of one epoch, with the `role` of each case in `tested`."""
     about = {"task": run.task, "arm": run.arm, "fold": run.fold, "seed": seed, "epoch": number}
-    frame = tested[["role", "case_id", "center", "modality"]].assign(
-        **about, y_true=data.targets(tested, run.task)
-    )
+    frame = tested[["role", "case_id", "center", "modality"]].assign(**about)
+    frame["y_true"] = data.targets(tested, run.task)
     return frame.assign(**{f"prob_{k}": prob[:, k] for k in range(prob.shape[1])})
 
 

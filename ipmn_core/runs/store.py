@@ -82,9 +82,8 @@ def finished(folder: Path, protocol: dict[str, Any], key: str | None = None) -> 
 def whole(folder: Path, protocol: dict[str, Any]) -> Path:
     """Return `folder`; raises FileNotFoundError or StaleRunError without a finished run of these settings."""
     if not finished(folder, protocol):
-        raise FileNotFoundError(
-            f"{folder} holds no finished run; use `ipmn run`, or run notebook 02 or 03, first"
-        )
+        text = "holds no finished run; use `ipmn run`, or run notebook 02 or 03, first"
+        raise FileNotFoundError(f"{folder} {text}")
     return folder
 
 
@@ -121,17 +120,10 @@ def discard(p: Params) -> None:
     (root / TRAINED_HERE).touch()
 
 
-def note_share(folder: Path, share: float) -> None:
-    """Write the share of a run that is done, for the progress bar."""
-    (folder / "share_done").write_text(f"{share}")
-
-
 def share_done(folder: Path) -> float:
-    """The share of the run in `folder` that is done, 0 to 1."""
-    if (folder / "run.json").exists():
-        return 1.0
+    """The share of the run in `folder` that is done, 0 to 1, for the progress bar."""
     try:
-        return float((folder / "share_done").read_text())
+        return 1.0 if (folder / "run.json").exists() else float((folder / "share_done").read_text())
     except (FileNotFoundError, ValueError):  # not started, or being written
         return 0.0
 
@@ -205,14 +197,11 @@ def seal(
 ) -> None:
     """Finish a run: write `splits.csv` (the `role` of every case of `scans`), then `run.json`."""
     settings = json.dumps(about["settings"], sort_keys=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": version("monai")}
     record = {
         **about,
         "settings_hash": hashlib.sha256(settings.encode()).hexdigest(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "monai": version("monai"),
-        },
+        "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "seconds": round(seconds, 2),
     }
@@ -229,10 +218,9 @@ def read_predictions(folder: Path, protocol: dict[str, Any], role: str = "test")
     """
     path = whole(folder, protocol) / {"test": "predictions.parquet", "validation": "validation.parquet"}[role]
     if not path.exists() and (folder / "centers.csv").exists():
-        raise metrics.PredictionsError(
-            f"{folder}: a hospital shared no scores, so there are no predictions and no pooled AUC; "
-            "use `ipmn federation run` with `--share scores` at every site, or read centers.csv"
-        )
+        text = "a hospital shared no scores, so there are no predictions and no pooled AUC"
+        remedy = "use `ipmn federation run` with `--share scores` at every site, or read centers.csv"
+        raise metrics.PredictionsError(f"{folder}: {text}; {remedy}")
     return metrics.check(pd.read_parquet(path), _not_of(role, folder), str(path))
 
 
@@ -304,21 +292,15 @@ def cross(p: Params) -> pd.DataFrame:
     """Test predictions of every `local_only` model at every center, last epoch, checked.
 
     The columns of `predictions`, and `model_center`, where the model was trained. Raises FileNotFoundError
-    for an unfinished run or one without these predictions, PredictionsError naming an invalid row.
+    for an unfinished run, PredictionsError naming an invalid row.
     """
     frames = []
-    for run, protocol in protocols(p, "binary").items() if LOCAL_ONLY in p.arms else ():
-        if run.arm != LOCAL_ONLY:
-            continue
-        path = whole(folder_of(p, run), protocol) / "cross.parquet"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: from an older version; delete its folder and repeat the run")
-        rows = pd.read_parquet(path)
-        if "model_center" not in rows:
-            raise metrics.PredictionsError(f"{path}: no column model_center; {metrics.REPEAT}")
-        for _, of_one in rows.groupby("model_center"):
-            metrics.check(of_one, _not_of("test", path.parent), str(path))
-        frames.append(rows)
+    for run, protocol in protocols(p, "binary").items():
+        if run.arm == LOCAL_ONLY:
+            path = whole(folder_of(p, run), protocol) / "cross.parquet"
+            frames.append(pd.read_parquet(path))
+            for _, of_one in frames[-1].groupby("model_center"):
+                metrics.check(of_one, _not_of("test", path.parent), str(path))
     return pd.concat(frames or [metrics.none().assign(model_center="")], ignore_index=True)
 
 

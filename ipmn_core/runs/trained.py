@@ -54,11 +54,6 @@ class Trained:
         """Display name: `fedavg fold 0`, or the names of folder and file."""
         return "/".join(self.weights.parts[-2:]) if self.arm is None else f"{self.arm} fold {self.fold}"
 
-    @property
-    def per_center(self) -> bool:
-        """Whether the file holds one network per center, as the runs of personal arms do."""
-        return self.arm is not None and is_personal(self.arm) and bool(self.centers)
-
 
 def find(
     folders: str | Path | Sequence[str | Path],
@@ -168,8 +163,7 @@ def _of_file(path: Path, how: Preprocessing, network: str) -> Trained:
     if outputs not in (1, 2, 3):
         found = f"its last linear layer, {last or 'none'}, has {outputs} outputs"
         raise PredictError(f"{path}: {found}; expected a network of 1, 2 or 3 classes")
-    multiclass = outputs == 3
-    task, names = ("multiclass", LABELS) if multiclass else ("binary", binary_names(LABELS[2:]))
+    task, names = ("multiclass", LABELS) if outputs == 3 else ("binary", binary_names(LABELS[2:]))
     return Trained(path, network, task, names, how, outputs=outputs)
 
 
@@ -228,55 +222,36 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
     Raises PredictError naming file and key.
     """
     state, source = weights(trained.weights), str(trained.weights)
-    if center and not trained.per_center:
+    per_center = trained.arm and is_personal(trained.arm) and trained.centers  # a bundle has one center's
+    if center and not per_center:
         raise PredictError(f"{source} holds one model for all centers; leave out center {center}")
-    if trained.per_center:
+    if per_center:
         if center not in trained.centers:
             wrong, known = f", not {center}" if center else "", ", ".join(trained.centers)
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
         mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
+    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise PredictError(f"{source}: {bad[0]} holds NaN or infinity; fetch or train others")
     outputs = trained.outputs or len(trained.classes)
-    network = _unfilled(trained.network, outputs)
-    wanted = network.state_dict()
-    if reason := _misfit(state, wanted):
-        others = [name for name in models.MODELS if name != trained.network]
-        fitting = [name for name in others if not _odd_keys(state, _unfilled(name, outputs).state_dict())]
-        remedy = f"; they fit {fitting[0]}: name that network" if fitting else ": fetch or train others"
+    try:
+        return _filled(trained.network, outputs, state)
+    except RuntimeError as error:
+        reason, fitting = " ".join(str(error).split()).partition(": ")[2][:400], ""
+        for name in models.MODELS:
+            with contextlib.suppress(RuntimeError):
+                _filled(name, outputs, state)
+                fitting = fitting or f"; they fit {name}: name that network"
         of = f"these are not weights of {trained.network} with {outputs} output(s)"
-        raise PredictError(f"{source}: {reason}; {of}{remedy}")
-    network.load_state_dict({key: state[key] for key in wanted if key in state}, assign=True)
+        raise PredictError(f"{source}: {of}{fitting or ': fetch or train others'} ({reason})") from error
+
+
+def _filled(name: str, outputs: int, state: dict[str, torch.Tensor]) -> nn.Module:
+    """A network with the weights `state`. Raises RuntimeError naming keys that do not fit."""
+    with torch.device("meta"):  # without memory for weights that are replaced
+        network = models.factory(name)(outputs)
+    network.load_state_dict(state, assign=True)
     return network.eval()
-
-
-def _unfilled(name: str, outputs: int) -> nn.Module:
-    """A network without memory for its weights."""
-    with torch.device("meta"):
-        return models.factory(name)(outputs)
-
-
-def _odd_keys(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
-    """The keys that the weights `state` lack or have in excess, or ""; batch counters are ignored."""
-    said = []
-    for what, keys, others in (("lacks", wanted, state), ("has surplus", state, wanted)):
-        if odd := [key for key in keys if key not in others and not key.endswith("num_batches_tracked")]:
-            said.append(f"{what} {', '.join(odd[:3])} ({len(odd)} in all)")
-    return ", ".join(said)
-
-
-def _misfit(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> str:
-    """The first reason why a network cannot load the weights `state`, or ""."""
-    if odd := _odd_keys(state, wanted):
-        return odd
-    for key in [key for key in state if key in wanted]:
-        shapes = [" x ".join(map(str, one[key].shape)) for one in (state, wanted)]
-        if shapes[0] != shapes[1]:
-            return f"{key} has the shape {shapes[0]}, expected {shapes[1]}"
-        if not state[key].is_floating_point() and wanted[key].is_floating_point():
-            return f"{key} is of type {state[key].dtype}, expected floating-point numbers"
-        if not state[key].isfinite().all():
-            return f"{key} holds NaN or infinity"
-    return ""
 
 
 def in_words(how: Preprocessing) -> str:

@@ -74,23 +74,21 @@ def train(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
         return
     share = lambda: sum(store.share_done(folder_of(p, run)) for run in missing)  # noqa: E731
     calls = [joblib.delayed(_attempt)(p, run, cohort, os.getpid()) for run in missing]
-    with progress(share, len(missing), f"training {', '.join(tasks)}"), warnings.catch_warnings():
+    with progress_bar(share, len(missing), f"training {', '.join(tasks)}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A worker stopped")  # joblib replaces workers that grew
         try:
             failed = [reason for reason in joblib.Parallel(min(p.jobs, len(calls)))(calls) if reason]
         except TerminatedWorkerError:
+            text = "a worker process was ended from outside (out of memory?)"
             lost = [run for run in missing if not (folder_of(p, run) / "run.json").exists()]
-            failed = [
-                f"{named(run)}: a worker process was ended from outside (out of memory?)" for run in lost
-            ]
+            failed = [f"{named(run)}: {text}" for run in lost]
         finally:
             if p.jobs > 1:  # idle workers hold memory and delay the end of this process
                 get_reusable_executor().shutdown()
     if failed:
-        raise RunsFailedError(
-            f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept. "
-            "The same command repeats only these:\n  " + "\n  ".join(failed)
-        )
+        counts = f"{len(failed)} of {len(missing)} runs failed; the others are finished and kept"
+        text = "\n  ".join([f"{counts}. The same command repeats only these:", *failed])
+        raise RunsFailedError(text)
 
 
 def check_folds(p: Params, tasks: Sequence[str], cohort: Cohort) -> None:
@@ -158,7 +156,7 @@ def own_gpu(p: Params) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def progress(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
+def progress_bar(done: Callable[[], float], total: int, title: str) -> Iterator[None]:
     """Show a progress bar over `total` runs during a block, updated every second from `done()`."""
     style = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
     ended = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ipmn_core.metrics import centers
 from ipmn_core.names import display_name, is_personal
 from ipmn_core.params import Preprocessing
 from ipmn_core.views.live import LiveView, answering, viewer_state
-from ipmn_core.views.results import overview
+from ipmn_core.views.results import forest
 from ipmn_core.views.style import REFERENCES, centers_in, color, in_order
 
 METRICS = [["auc", "AUC", "mean over folds"], ["acc", "accuracy", "all test cases"]]  # as in `intervals`
@@ -31,8 +32,7 @@ def center_explorer(
     """Results by center: intervals of all centers; ROC, confusions, scores and worst cases of one center.
 
     `predictions` of one or both tasks, every epoch; `validation`: those of the inner split, if any. A chosen
-    case opens in a viewer of the cohort, or on a page in the page's viewer. Raises ValueError as
-    `explorer_state`.
+    case opens in a viewer of the cohort, or on a page in the page's viewer.
     """
     selected = centers.by_rules(predictions, validation)
     summary = centers.summary(selected, seed=seed)
@@ -41,20 +41,18 @@ def center_explorer(
     first = state["views"][0]
     shown = summary[(summary["task"] == first["task"]) & (summary["modality"] == first["modality"])]
     shown = shown[(shown["rule"] == state["rules"][0][0]) & (shown["metric"] == "auc")]
+    shown = shown.assign(value=shown["mean"], line=0.5)
     alt = "AUC by center, mean over folds with its 95 % interval, a color per arm"
-    ask = answering(cohort.scans, how)
-    return LiveView("explorer", live, lambda: overview(shown), alt, lambda: state, ask)
+    still = partial(forest, shown, "AUC, mean over folds, with 95 % interval")
+    return LiveView("explorer", live, still, alt, lambda: state, answering(cohort.scans, how))
 
 
 def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict[str, Any]:
     """The state of the explorer, from the two tables of `centers`.
 
     `selected`: predictions, one epoch per run and rule (`centers.by_rules`); `summary`: intervals
-    (`centers.summary`). Raises ValueError without rows, if a probability is not finite, or if a case has two
-    labels or centers, or is given twice in one arm and rule.
+    (`centers.summary`).
     """
-    if selected.empty:
-        raise ValueError("The explorer has no results to show: pass the predictions of at least one run.")
     rules = [[rule, words] for rule, words in centers.RULES.items() if (selected["rule"] == rule).any()]
     views = [
         _results(rows, summary[(summary["task"] == task) & (summary["modality"] == modality)], cohort)
@@ -66,7 +64,8 @@ def explorer_state(selected: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort
 def _results(rows: pd.DataFrame, summary: pd.DataFrame, cohort: Cohort) -> dict:
     """Data of one task and modality for the explorer; arms, centers and cases are indices into lists."""
     task, modality = rows[["task", "modality"]].iloc[0]
-    arms, cases, classes = in_order(rows["arm"]), _cases(rows), cohort.names(task)
+    arms, classes = in_order(rows["arm"]), cohort.names(task)
+    cases = rows[["case_id", "center", "y_true"]].drop_duplicates(ignore_index=True)
     centers = centers_in([*cases["center"], *summary["center"], metrics.GLOBAL])
     return {
         "task": task,
@@ -92,19 +91,6 @@ def _arm(name: str) -> dict:
     return look | {"reference": name in REFERENCES, "personal": is_personal(name)}
 
 
-def _cases(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each case once: case_id, center, y_true."""
-    cases = rows[["case_id", "center", "y_true"]].drop_duplicates(ignore_index=True)
-    for fault, table, key in (
-        ("has two labels or centers", cases, ["case_id"]),
-        ("is given twice in one arm and rule", rows, ["case_id", "arm", "rule"]),
-    ):
-        if (twice := table.duplicated(key)).any():
-            case = table.loc[twice, "case_id"].iloc[0]
-            raise ValueError(f"Case {case} {fault}: pass one epoch per run and rule, of one cohort.")
-    return cases
-
-
 def _scores(rows: pd.DataFrame, arms: list[str], cases: pd.DataFrame) -> list[dict]:
     """Probabilities (N, K) of every arm and rule, in the networks' float32; rounding would create ties.
 
@@ -124,16 +110,8 @@ def _scores(rows: pd.DataFrame, arms: list[str], cases: pd.DataFrame) -> list[di
 
 def _summary(summary: pd.DataFrame, arms: list[str], centers: list[str]) -> list[list]:
     """Rows arm, rule, metric, center, mean, low, high (3 decimals, None where undefined), why."""
-    known = summary[summary["arm"].isin(arms)]
-    numbers = known[["mean", "low", "high"]].to_numpy(float).round(3)
-    return [
-        [
-            arms.index(row.arm),
-            row.rule,
-            row.metric,
-            centers.index(row.center),
-            *(v if np.isfinite(v) else None for v in values.tolist()),
-            row.undefined,
-        ]
-        for row, values in zip(known.itertuples(), numbers, strict=True)
-    ]
+    numbers = ["mean", "low", "high"]
+    table = summary[["arm", "rule", "metric", "center", *numbers, "undefined"]].astype(object)
+    table[numbers] = summary[numbers].astype(float).round(3).astype(object)
+    table["arm"], table["center"] = summary["arm"].map(arms.index), summary["center"].map(centers.index)
+    return table.where(table.notna(), None).to_numpy(object).tolist()

@@ -54,18 +54,12 @@ class Look:
     mm: np.ndarray  # (3,)
     turn: np.ndarray  # (3, 2)
     how: Preprocessing
-    task: str = ""
     modality: str = ""
     network: str = ""
     classes: tuple[str, ...] = ("",)
     layer: str = ""
     prob: float = np.nan
     heat: np.ndarray | None = None  # (S, S, S) float32
-
-    @property
-    def asked_name(self) -> str:
-        """Name of the class that the map shows."""
-        return self.classes[-1]
 
     @property
     def in_pancreas(self) -> float:
@@ -151,7 +145,7 @@ def of_run(p: Params, run: Run, cohort: Cohort, case_ids: Sequence[str]) -> list
         mm = np.array(roi.header.get_zooms()) * roi.shape / p.size
         volumes = np.float32(cohort.cubes[scan["row"]]), lesion, mm, nib.io_orientation(roi.affine)
         case_of = case, scan["center"], scan["label"], scan["class"]
-        about = p.preprocessing, run.task, run.modality, one.network, one.classes
+        about = p.preprocessing, run.modality, one.network, one.classes
         looks.append(Look(*case_of, *volumes, *about))
     local, seen = is_personal(run.arm), {}
     for center in dict.fromkeys(look.center if local else None for look in looks):
@@ -241,7 +235,7 @@ def by_class(looks: Sequence[Look]) -> Figure:
         over[..., 3] = OPACITY * heat
         below.imshow(over, origin="lower", aspect=below.get_aspect(), interpolation="bilinear")
         title = f"{short(look.center)} {look.case_id}\n{short(look.label_name)}\n"
-        title += f"probability of {short(look.asked_name)} {look.prob:.2f}"
+        title += f"probability of {short(look.classes[-1])} {look.prob:.2f}"
         above.set_title(title, fontsize=SMALL)
         words = f"attention in the lesion {look.share:.1%}\n"
         words += f"expected {look.expected:.1%}, ratio {look.ratio:.2f}"
@@ -250,5 +244,5 @@ def by_class(looks: Sequence[Look]) -> Figure:
         below.set_title(words, fontsize=SMALL)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), HEAT)
     figure.colorbar(scale, ax=figure.axes, label="Grad-CAM (0 to 1)", pad=0.04, shrink=0.5)
-    figure.suptitle(f"Grad-CAM of “{look.asked_name}”, layer {look.layer}", fontsize=10)
+    figure.suptitle(f"Grad-CAM of “{look.classes[-1]}”, layer {look.layer}", fontsize=10)
     return figure

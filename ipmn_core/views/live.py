@@ -25,7 +25,7 @@ from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.views import gradcam
 from ipmn_core.views.gradcam import Look
-from ipmn_core.views.scans import HEAT, OPACITY, Case, header_facts, middle, open_case, three_planes
+from ipmn_core.views.scans import HEAT, OPACITY, Case, middle, open_case, three_planes
 from ipmn_core.views.style import centers_in, png
 
 MIME = "application/vnd.ipmn.view+json"
@@ -132,10 +132,9 @@ def attention_viewer(looks: Sequence[Look], scans: pd.DataFrame) -> LiveView:
 
     A page has the first case of each class.
     """
-    names = {look.case_id: look.label for look in looks}
-    mine = scans[scans["case_id"].isin(names) & (scans["modality"] == looks[0].modality)]
-    first = mine.groupby("label").head(1)
-    return _viewer(mine, looks[0].how, first, {look.case_id: look for look in looks})
+    by_case = {look.case_id: look for look in looks}
+    mine = scans[scans["case_id"].isin(by_case) & (scans["modality"] == looks[0].modality)]
+    return _viewer(mine, looks[0].how, mine.groupby("label").head(1), by_case)
 
 
 def _viewer(scans, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Look] | None = None):
@@ -156,107 +155,108 @@ def _viewer(scans, how: Preprocessing, shown: pd.DataFrame, looks: dict[str, Loo
 
 def viewer_state(scans: pd.DataFrame, how: Preprocessing) -> dict[str, Any]:
     """The state of a viewer: its cases, centers in order of appearance; it requests cases not in `held`."""
+    palette = HEAT(np.arange(256), bytes=True)  # (256, 4) red, green, blue, opacity
+    palette[:, 3] = OPACITY * np.arange(256)
     return {
         "size": how.size,
         "cases": scans[["case_id", "center", "modality", "label"]].to_numpy().tolist(),
         "held": {},
         "modalities": {m: display_name(m) for m in scans["modality"].unique()},
         "classes": dict(scans.sort_values("label").groupby("label")["class"].first()),
-        "palette": base64.b64encode(_palette().tobytes()).decode(),
+        "palette": base64.b64encode(palette.tobytes()).decode(),
     }
 
 
-def _palette() -> np.ndarray:
-    """Colors of a heat map for values 0 to 255: (256, 4) red, green, blue, opacity."""
-    colors = HEAT(np.arange(256), bytes=True)
-    colors[:, 3] = OPACITY * np.arange(256)
-    return colors
-
-
 def answering(scans: pd.DataFrame, how: Preprocessing, looks: dict[str, Look] | None = None):
-    """A function from a case's row number in `scans` to `case_or_reason`."""
+    """A function from a case's row number in `scans` to its `case_data`."""
 
     def answer(place: int) -> tuple[dict[str, Any], Arrays]:
         scan = scans.iloc[place]
-        return case_or_reason(scan, how, (looks or {}).get(scan["case_id"]))
+        return case_data(scan, how, (looks or {}).get(scan["case_id"]))
 
     return answer
 
 
 def on_page(scan: pd.Series, how: Preprocessing, look: Look | None = None) -> dict[str, Any]:
-    """`case_or_reason` for a page, cut to `VOXELS` and packed."""
-    about, arrays = case_or_reason(scan, how, look, VOXELS)
+    """`case_data` for a page, cut to `VOXELS` and packed."""
+    about, arrays = case_data(scan, how, look, VOXELS)
     return about | {"arrays": packed(arrays)}
 
 
-def case_or_reason(scan, how: Preprocessing, look: Look | None = None, most: int | None = None):
-    """The `case_data` of a cohort row, or the reason why it cannot be read."""
-    try:
-        return case_data(open_case(scan, how), look, most)
-    except ScanError as error:
-        return {"wrong": str(error)}, {}
-
-
-def case_data(case: Case, look: Look | None = None, most: int | None = None) -> tuple[dict[str, Any], Arrays]:
+def case_data(
+    scan: pd.Series, how: Preprocessing, look: Look | None = None, most: int | None = None
+) -> tuple[dict[str, Any], Arrays]:
     """A case for the viewer; lists have one entry per axis: to the patient's right, front, head (RAS+).
 
     The image is as stored. With `most`, it is in bytes between its percentiles 1 and 99.5, and an image with
     more voxels is cut to the pancreas with MARGIN mm around it and averaged in blocks. `inside` has one bit
-    per voxel.
+    per voxel. Of a scan that cannot be read only the reason, `wrong`.
     """
+    try:
+        case = open_case(scan, how)
+    except ScanError as error:
+        return {"wrong": str(error)}, {}
     spacing, shape = np.array(case.image.header.get_zooms()[:3], float), case.image.shape
-    box = case.box
-    cut, step = framing(shape, spacing, box, most or np.inf)
+    cut, step = framing(shape, spacing, case.box, most or np.inf)
     (low, high), voxels, scale = case.window, np.asanyarray(case.image.dataobj), [0.0, 1.0]
     if most:
         voxels, scale = averaged(windowed(voxels, low, high)[cut], step), [low, (high - low) / 255]
     elif voxels.dtype.name not in STORED:
         voxels = voxels.astype(np.float32)
-    inside = None if case.mask is None else averaged(case.mask[cut], step).astype(bool)
-    arrays = {"voxels": voxels, "cube": windowed(case.cube.astype(np.float32), *case.cube_window)}
-    if inside is not None:
+    arrays, inside = {"voxels": voxels, "cube": windowed(np.float32(case.cube), *case.cube_window)}, voxels
+    if case.mask is not None:
+        inside = averaged(case.mask[cut], step).astype(bool)
         arrays["inside"] = np.packbits(inside.ravel("F"), bitorder="little")
     if look is not None:
         _, heat, lesion, _ = gradcam.canonical(look)
         maps = {"heat": heat, "lesion": lesion}
         arrays |= {name: windowed(values, 0, 1) for name, values in maps.items() if values is not None}
     about = {
-        "facts": list((header_facts(case) | _more_facts(case, cut, step) | _told(look)).items()),
+        "facts": list(_facts(case, look, cut, step).items()),
         "whole": list(shape),
         "spacing": spacing.tolist(),
         "start": [side.start for side in cut],
         "step": list(step),
         "shape": list(voxels.shape),
-        "box": [[side.start, side.stop - side.start] for side in box],
-        "at": middle(voxels if inside is None else inside),
+        "box": [[side.start, side.stop - side.start] for side in case.box],
+        "at": middle(inside),
         "window": [low, high],
         "scale": scale,  # stored value of a voxel: scale[0] + scale[1] * voxel
     }
     return about, arrays
 
 
-def _told(look: Look | None) -> dict[str, str]:
-    """Facts for the viewer: a network's probability for a case, and where it looks."""
-    if look is None:
-        return {}
-    lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
-    return {"Grad-CAM of": f"{look.asked_name}, probability {look.prob:.2f}", "on the lesion": lesion}
-
-
-def _more_facts(case: Case, cut: Sequence[slice], step: Sequence[int]) -> dict[str, str]:
-    """Units, mask, part shown and doubts; no text fields of the header, which may name a patient."""
-    header = headers.header_of(case.scan["image"])
+def _facts(case: Case, look: Look | None, cut: tuple[slice, ...], step: Sequence[int]) -> dict[str, str]:
+    """What the viewer tells of a case; no text fields of the header, which may name a patient."""
+    header, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
+    affine, doubts = headers.place(header)
+    spacing = " × ".join(f"{mm:.2f}" for mm in header.get_zooms()[:3])
     try:
         units, _ = header.get_xyzt_units()
     except KeyError:  # a code that NIfTI lacks
         units = "unknown"
-    doubt = "; ".join(problem for _, problem, _ in headers.place(header)[1])
-    whole = all(side.stop - side.start == n for side, n in zip(cut, case.image.shape, strict=True))
+    whole = cut == tuple(slice(0, n) for n in case.image.shape)
     part = "the whole image" if whole else f"the ROI and {MARGIN} mm around it"
     means = f", means of {' × '.join(map(str, step))} voxels" if max(step) > 1 else ""
-    mask = "a separate file" if case.scan["mask"] else "none: a clean ROI"
-    facts = {"units": units, "mask": mask, "shown": part + means}
-    return facts | ({"in doubt": doubt} if doubt else {})
+    facts = {
+        "case": f"{case.scan['center']} {case.scan['case_id']}, {display_name(case.scan['modality'])}",
+        "class": case.scan["class"],
+        "stored": f"{' × '.join(map(str, header.get_data_shape()))} voxels, {header.get_data_dtype()}",
+        "voxel": f"{spacing} mm",
+        "axes": headers.axes_of(affine),
+        "ROI": f"{' × '.join(map(str, case.roi.shape))} voxels (canonical)",
+        "cube": f"{len(case.cube)}^3 voxels, values {low:.3g} to {high:.3g}",
+        "units": units,
+        "mask": "a separate file" if case.scan["mask"] else "none: a clean ROI",
+        "shown": part + means,
+    }
+    if doubts:
+        facts["in doubt"] = "; ".join(problem for _, problem, _ in doubts)
+    if look is not None:
+        lesion = "n/a" if look.lesion is None else f"{look.share:.2f}, {look.expected:.2f} expected"
+        facts["Grad-CAM of"] = f"{look.classes[-1]}, probability {look.prob:.2f}"
+        facts["on the lesion"] = lesion
+    return facts
 
 
 def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -265,7 +265,7 @@ def windowed(volume: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.uint8(np.rint(np.clip((volume - low) / span, 0, 1) * 255))
 
 
-def framing(shape, spacing, box, most: float) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+def framing(shape, spacing: np.ndarray, box, most: float) -> tuple[tuple[slice, ...], tuple[int, ...]]:
     """The part of a volume to show (one slice per axis) and the number of voxels to average along each axis.
 
     The whole volume if it has at most `most` voxels. Otherwise `box` and MARGIN mm around it, averaged in the
@@ -273,14 +273,11 @@ def framing(shape, spacing, box, most: float) -> tuple[tuple[slice, ...], tuple[
     """
     if np.prod(shape) <= most:
         return tuple(slice(0, n) for n in shape), (1, 1, 1)
-    more = np.ceil(MARGIN / np.asarray(spacing)).astype(int)
-    cut = tuple(
-        slice(max(side.start - int(m), 0), min(side.stop + int(m), n))
-        for side, m, n in zip(box, more, shape, strict=True)
-    )
-    length, mm = np.array([side.stop - side.start for side in cut]), min(spacing)
+    sides = zip(box, np.ceil(MARGIN / spacing).astype(int).tolist(), shape, strict=True)
+    cut = tuple(slice(max(side.start - more, 0), min(side.stop + more, n)) for side, more, n in sides)
+    length, mm = np.array([side.stop - side.start for side in cut]), spacing.min()
     while True:
-        step = np.clip(np.floor(mm / np.asarray(spacing)).astype(int), 1, length)
+        step = np.clip(np.floor(mm / spacing).astype(int), 1, length)
         if np.prod(length // step) <= most:
             return cut, tuple(map(int, step))
         mm *= 1.05

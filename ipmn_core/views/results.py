@@ -1,9 +1,8 @@
-"""Figures of results: the forest, curves over epochs, ROC, confusions; scanners of the cohort."""
+"""Figures of results: the forest, curves over epochs, ROC; scanners of the cohort."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -11,27 +10,24 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.metrics import roc_curve
 
 from ipmn_core import metrics
-from ipmn_core.metrics import centers
 from ipmn_core.names import display_name, is_personal
 from ipmn_core.views import style
-from ipmn_core.views.style import BLACK, MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
+from ipmn_core.views.style import MANY, REFERENCES, SMALL, WIDTH, centers_in, color, in_order
 
 ACROSS = 5  # at most this many panels in a line, or curves in a panel, are readable
 
 
-def panels(table: pd.DataFrame, column: str, row: str, height: float, most: int = ACROSS, **share):
+def panels(table: pd.DataFrame, column: str, row: str, height: float, **share):
     """Axes (rows, columns), and a list of (axes, rows of the table) of each panel with rows.
 
-    One panel per value of `column` (across, at most `most` in a line) and of `row` (down), each `height`
-    inches high.
+    One panel per value of `column` (across) and of `row` (down), each `height` inches high.
     """
     down, across = (in_order(table[name]) or [""] for name in (row, column))
-    wide = min(len(across), most)
+    wide = min(len(across), ACROSS)
     lines = -(-len(across) // wide)
     size = WIDTH, height * lines * len(down) + 0.3 if len(table) else 0.6
     how = {"figsize": size, "squeeze": False, "layout": "constrained"}
@@ -121,18 +117,10 @@ def _draw_forest(ax: Axes, rows: pd.DataFrame, names: list[str], arms: list[str]
         ax.axhspan(k - 0.5, k + 0.5, color="0.95", linewidth=0, zorder=-1)
 
 
-def _over_folds(table: pd.DataFrame, metric: str, suffix: str = "", side: str = "") -> dict[str, pd.Series]:
-    """Columns value, low and high of a forest: mean ± standard deviation of a metric."""
-    mean, std = table[f"{metric}_mean{suffix}"], table[f"{metric}_std{suffix}"]
+def _over_folds(table: pd.DataFrame, suffix: str = "", side: str = "") -> dict[str, pd.Series]:
+    """Columns value, low and high of a forest: mean ± standard deviation of the AUC."""
+    mean, std = table[f"auc_mean{suffix}"], table[f"auc_std{suffix}"]
     return {f"{side}value": mean, f"{side}low": mean - std, f"{side}high": mean + std}
-
-
-def beside_paper(table: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
-    """The table of a forest with the paper's table 3; where the paper has a value, `undefined` is blank."""
-    keys, theirs = ["center", "modality", "arm"], _over_folds(paper, "auc", side="paper_")
-    paper = paper.rename(columns={"method": "arm"}).assign(**theirs)
-    both = table.merge(paper[[*keys, *theirs]], how="left", on=keys)
-    return both.assign(undefined=both["undefined"].where(both["paper_value"].isna(), ""))
 
 
 def forests(summary: pd.DataFrame) -> Figure:
@@ -141,57 +129,41 @@ def forests(summary: pd.DataFrame) -> Figure:
     From `metrics.over_folds`.
     """
     table = summary[summary["task"] == "binary"]
-    table = table.assign(**_over_folds(table, "auc"), line=0.5)
+    table = table.assign(**_over_folds(table), line=0.5)
     return forest(table, "AUC, mean ± standard deviation over folds")
 
 
-def benchmark(table: pd.DataFrame, metric: str = "auc") -> Figure:
-    """Table 2 as a figure: a metric in percent for each model; the paper's values, if present, are hollow."""
-    sides = _over_folds(table, metric)
-    if f"{metric}_mean_paper" in table:
-        sides |= _over_folds(table, metric, "_paper", "paper_")
+def benchmark(table: pd.DataFrame) -> Figure:
+    """Table 2 as a figure: AUC in percent of each model; the paper's values, if present, are hollow."""
+    sides = _over_folds(table)
+    if "auc_mean_paper" in table:
+        sides |= _over_folds(table, "_paper", "paper_")
     table = table.rename(columns={"model": "center", "modality": "arm"})
     table = table.assign(**sides, task="multiclass", modality="")
-    xlabel = f"{metric.upper()} (%), mean ± standard deviation over folds"
-    return forest(table, xlabel, "network", limits=None)
-
-
-def overview(summary: pd.DataFrame) -> Figure:
-    """Means and 95 % intervals of all arms at all centers, from one rule and metric of `centers.summary`."""
-    metric = summary["metric"].iloc[0]
-    of = "all test cases" if metric == "acc" else "mean over folds"  # as in `inference.intervals`
-    table = summary.assign(value=summary["mean"], line=0.5 if metric == "auc" else np.nan)
-    return forest(table, f"{metric.upper()}, {of}, with 95 % interval")
-
-
-def fold_curves(table: pd.DataFrame, x: str, y: str, by: str, row: str, xlabel: str, ylabel: str) -> Figure:
-    """`y` over `x`: a panel per arm and `row`, a color per `by`, a thin line per fold, a thick mean."""
-    axes, shown = panels(table, "arm", row, 2.3, sharex="col", sharey=True)
-    shades = {n: color(n) for n in in_order(table[by])}
-    for ax, rows in shown:
-        for name in in_order(rows[by]):
-            folds = rows[rows[by] == name].pivot_table(y, x, "fold", dropna=False)
-            look = {"color": shades[name], "marker": "." if len(folds) <= 10 else None}
-            ax.plot(folds.index, folds, alpha=0.35, linewidth=0.8, markersize=3, **look)
-            look["label"] = style.short(display_name(name))
-            ax.plot(folds.index, folds.mean(axis=1), linewidth=2, markersize=8, **look)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)  # 1: for one epoch
-        ax.set_xlim(rows[x].min() - 0.5, rows[x].max() + 0.5)
-    return labelled(axes, xlabel, ylabel, "thin: one fold\nthick: mean")
+    return forest(table, "AUC (%), mean ± standard deviation over folds", "network", limits=None)
 
 
 def training_curves(
     histories: pd.DataFrame, column: str, ylabel: str, xlabel: str, reference: float | None = None
 ) -> Figure:
     """`column` of the histories by epoch: a panel per arm, a thin line per fold, a thick mean."""
-    table, values = histories.assign(task=""), histories[column]
-    figure = fold_curves(table, "epoch", column, "modality", "task", xlabel, ylabel)
-    for ax in figure.axes if reference is not None and len(table) else ():
-        if ax.axison:
+    values = histories[column]
+    axes, shown = panels(histories.assign(task=""), "arm", "task", 2.3, sharex="col", sharey=True)
+    shades = {name: color(name) for name in in_order(histories["modality"])}
+    for ax, rows in shown:
+        for name in in_order(rows["modality"]):
+            folds = rows[rows["modality"] == name].pivot_table(column, "epoch", "fold", dropna=False)
+            look = {"color": shades[name], "marker": "." if len(folds) <= 10 else None}
+            ax.plot(folds.index, folds, alpha=0.35, linewidth=0.8, markersize=3, **look)
+            look["label"] = style.short(display_name(name))
+            ax.plot(folds.index, folds.mean(axis=1), linewidth=2, markersize=8, **look)
+        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)  # 1: for one epoch
+        ax.set_xlim(rows["epoch"].min() - 0.5, rows["epoch"].max() + 0.5)
+        if reference is not None:
             ax.axhline(reference, color="0.6", linewidth=0.8, linestyle=":")
     if values.min() > 0 and values.max() > max(1, 5 * values.min()):
-        _by_factors(figure.axes[0])  # for a loss that starts high; an AUC is never above 1
-    return figure
+        _by_factors(axes[0, 0])  # for a loss that starts high; an AUC is never above 1
+    return labelled(axes, xlabel, ylabel, "thin: one fold\nthick: mean")
 
 
 def _by_factors(ax: Axes) -> None:
@@ -266,29 +238,3 @@ def roc_by_center(selected: pd.DataFrame) -> Figure:
     lines = [plt.Line2D([], [], color=color(arm), label=display_name(arm)) for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(arms))
     return figure
-
-
-def numbered(ax: Axes, cells, names: list[str], **look) -> AxesImage:
-    """The image of a matrix with a number in each cell (n/a for NaN) and names at rows and columns."""
-    image = ax.imshow(cells, **look)
-    for (i, j), number in np.ndenumerate(cells if len(names) <= MANY else cells[:0]):
-        text = f"{number:z.2f}" if isinstance(number, float) else str(number)  # z: no -0.00
-        hue = "white" if abs(number) > 0.6 * image.norm.vmax else BLACK
-        ax.text(j, i, text.replace("nan", "n/a"), color=hue, fontsize=SMALL, ha="center", va="center")
-    style.name_ticks(ax.xaxis, names)
-    style.name_ticks(ax.yaxis, names)
-    return image
-
-
-def confusions(selected: pd.DataFrame, center: str, classes: Sequence[str]) -> Figure:
-    """Cases of one center (or "global") by true and most probable class: a panel per arm.
-
-    `selected` has one task and modality, one epoch per run; `classes` are the names of its classes.
-    """
-    here = centers.at(selected, center).assign(center=center)
-    height = 2.1 if len(classes) < 4 else 1.8 + 0.3 * len(classes)
-    axes, shown = panels(here, "arm", "center", height, sharex=True, sharey=True)
-    for ax, rows in shown:
-        matrix = centers.confusion(rows)
-        numbered(ax, matrix, list(classes), cmap="Blues", vmin=0, vmax=max(matrix.max(), 1))
-    return labelled(axes, "most probable class", "true class")

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from ipmn_core.metrics import GLOBAL, RULES
 from ipmn_core.metrics.calibration import TREAT_ALL, TREAT_NONE
 from ipmn_core.names import display_name
-from ipmn_core.views.results import beside_paper, forest, labelled, numbered, panels
-from ipmn_core.views.style import MANY, PAIRS, REFERENCES, SMALL, centers_in, color, in_order, short
+from ipmn_core.views import style
+from ipmn_core.views.results import forest, labelled, panels
+from ipmn_core.views.style import BLACK, MANY, PAIRS, REFERENCES, SMALL, centers_in, color, in_order
 
 DEFAULTS = {TREAT_ALL: "0.8", TREAT_NONE: "0.6"}
 
@@ -75,7 +76,11 @@ def auc_intervals(table: pd.DataFrame, paper: pd.DataFrame | None = None) -> Fig
     """
     table = table.assign(value=table["auc"], low=table["auc_low"], high=table["auc_high"], line=0.5)
     if paper is not None:
-        table = beside_paper(table, paper.assign(auc_std=np.nan))  # a deviation over folds is not an interval
+        keys, theirs = ["center", "modality", "arm"], {"method": "arm", "auc_mean": "paper_value"}
+        table = table.merge(paper.rename(columns=theirs)[[*keys, "paper_value"]], how="left", on=keys)
+        unknown = table["undefined"].where(table["paper_value"].isna(), "")
+        # the paper's deviation over folds is not an interval
+        table = table.assign(undefined=unknown, paper_low=np.nan, paper_high=np.nan)
     return forest(table, "AUC, 95 % interval")
 
 
@@ -104,9 +109,13 @@ def cross_site(table: pd.DataFrame) -> Figure:
         others = rows[rows["trained_at"] == GLOBAL].pivot(index="arm", columns="center", values="auc")
         cells = pd.concat([own.reindex(sites), others.reindex(common)]).reindex(columns=sites).to_numpy()
         names = [*sites, *map(display_name, common)]
-        image = numbered(ax, cells, sites, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = ax.imshow(cells, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), auc in np.ndenumerate(cells if len(sites) <= MANY else cells[:0]):
+            look = {"color": "white" if auc > 0.6 else BLACK, "fontsize": SMALL}
+            ax.text(j, i, f"{auc:.2f}".replace("nan", "n/a"), ha="center", va="center", **look)
+        style.name_ticks(ax.xaxis, sites)
         every = slice(None, None, -(-len(names) // (2 * MANY)))
-        ax.set_yticks(range(len(names))[every], [short(name) for name in names[every]], fontsize=SMALL)
+        ax.set_yticks(range(len(names))[every], [style.short(name) for name in names[every]], fontsize=SMALL)
         ax.axhline(len(sites) - 0.5, color="white", linewidth=6)
     if shown:
         axes[0, 0].figure.colorbar(image, ax=axes, label="AUC within the center", shrink=0.7)
@@ -119,9 +128,8 @@ def fusion(table: pd.DataFrame) -> Figure:
     From `inference.compare_modalities`.
     """
     over = f"difference in AUC from {display_name(table['reference'].iloc[0])}, 95 % interval"
-    rows = table.assign(center=table["modality"], value=table["difference"], line=0)
-    rows = rows.assign(method=rows["arm"])
-    return forest(rows, over, ylabel="", column="method", limits=None)
+    table = table.assign(center=table["modality"], method=table["arm"], value=table["difference"], line=0)
+    return forest(table, over, ylabel="", column="method", limits=None)
 
 
 def _side_by_side(table: pd.DataFrame, columns: dict[str, str], xlabel: str) -> Figure:
@@ -144,7 +152,8 @@ def within_and_between(table: pd.DataFrame) -> Figure:
 def dial(table: pd.DataFrame) -> Figure:
     """AUC within centers against the phantom's shift: a panel per intensity (across) and modality (down).
 
-    From `dial.table`. One color per arm, one point per fold, a line through the means; the oracle is dashed.
+    From `sweeps.dial_table`. One color per arm, one point per fold, a line through the means; the
+    oracle is dashed.
     """
     axes, shown = panels(table, "intensity", "modality", 3.4, sharex=True, sharey=True)
     for ax, rows in shown:

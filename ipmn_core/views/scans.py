@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ipmn_core.data import bounding_box, headers, read_scan, to_cube
+from ipmn_core.data import bounding_box, read_scan, to_cube
 from ipmn_core.names import display_name
 from ipmn_core.params import Preprocessing
 from ipmn_core.views.style import PALETTE, SMALL, centers_in, short
@@ -125,13 +125,12 @@ def pairs(n: int, most: int, width: float, heights: tuple[float, float]):
     return figure, axes.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2).tolist()[:n]
 
 
-def center_gallery(scans: pd.DataFrame, modality: str = "t2", label: int | None = None) -> Figure:
+def center_gallery(scans: pd.DataFrame, modality: str = "t2") -> Figure:
     """Figure 1 of the paper: for each center a scan with its ROI outlined, and the cropped ROI below it.
 
-    Shows each center's first case of class `label` (None: the last class), or else its first case.
+    Shows each center's first case of the last class, or else its first case.
     """
-    chosen = scans[scans["modality"] == modality]
-    label = scans["label"].max() if label is None else label
+    chosen, label = scans[scans["modality"] == modality], scans["label"].max()
     centers = centers_in(chosen["center"])
     figure, axes = pairs(len(centers), 8, 1.75, (1.74, 1.16))
     for center, (above, below) in zip(centers, axes, strict=True):
@@ -220,18 +219,3 @@ def prediction(result, roi: nib.Nifti1Image) -> Figure:
     right.set(xlim=(0, 1), xlabel=f"probability: mean (bar) of {len(prob)} model(s) (dots)")
     figure.suptitle("Not for clinical use: a research model without external validation.", fontsize=8)
     return figure
-
-
-def header_facts(case: Case) -> dict[str, str]:
-    """Facts of the file's header, {name: text}."""
-    stored, (low, high) = headers.header_of(case.scan["image"]), case.cube_window
-    spacing = " × ".join(f"{mm:.2f}" for mm in stored.get_zooms()[:3])
-    return {
-        "case": f"{case.scan['center']} {case.scan['case_id']}, {display_name(case.scan['modality'])}",
-        "class": case.scan["class"],
-        "stored": f"{' × '.join(map(str, stored.get_data_shape()))} voxels, {stored.get_data_dtype()}",
-        "voxel": f"{spacing} mm",
-        "axes": headers.axes_of(headers.place(stored)[0]),
-        "ROI": f"{' × '.join(map(str, case.roi.shape))} voxels (canonical)",
-        "cube": f"{len(case.cube)}^3 voxels, values {low:.3g} to {high:.3g}",
-    }

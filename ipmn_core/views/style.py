@@ -47,18 +47,16 @@ STYLE = {
 }
 
 
-def hue(k: int) -> str:
-    """Color number `k`: those of the palette, then dark colors that never repeat (golden angle)."""
-    if k < len(PALETTE):
-        return PALETTE[k]
-    return to_hex(hsv_to_rgb(((0.08 + 0.381966 * (k - len(PALETTE))) % 1, 0.9, 0.5)))
-
-
 def color(name: str) -> str:
-    """Color of an arm, model or modality, the same in all figures; other names get their own `hue`."""
-    if name not in COLORS and name not in _others:
+    """Color of an arm, model or modality, the same in all figures.
+
+    Other names get dark colors that never repeat (golden angle).
+    """
+    if name in COLORS:
+        return COLORS[name]
+    if name not in _others:
         _others.append(name)
-    return COLORS.get(name) or hue(len(PALETTE) + _others.index(name))
+    return to_hex(hsv_to_rgb(((0.08 + 0.381966 * _others.index(name)) % 1, 0.9, 0.5)))
 
 
 def in_order(arms: Iterable[str]) -> list[str]:

@@ -162,8 +162,8 @@ function viewer(root, { size, cases, held, modalities, classes, palette }, ask, 
   const chosen = select((k) => open(Number(k)));
   const ticks = Object.entries({ outline: "outline", near: "close-up", heat: "Grad-CAM" })
     .map(([key, name]) => [key, tick(name, (value) => set({ [key]: value }))]);
-  const [width, level] = ["width", "level"].map((key) =>
-    slider(key === "width" ? "window" : key, (value) => set({ [key]: value })));
+  const width = slider("window", (value) => set({ width: value }));
+  const level = slider("level", (value) => set({ level: value }));
   const moves = PLANES.map(({ name, normal }) => slider(name, (k) => set({ at: state.at.with(normal, k) })));
   const [panes, cubes] = ["image", "cube"].map((kind) => PLANES.map((plane) => pane(plane, kind, point, step)));
   const [facts, note] = [html("dl"), html("p", { class: "note", "aria-live": "polite" })];

@@ -3,6 +3,7 @@ import copy
 import plain
 import pytest
 import torch
+from small import largest_difference, settings
 
 from ipmn_core import federated, models
 from ipmn_core.data import load_cubes, read
@@ -41,12 +42,6 @@ def drawn(indices, seed):
     return indices[torch.randperm(len(indices), generator=client.seeded(seed))].tolist()
 
 
-def protocol(**changes):
-    rates = {"lr": 1e-3, "weight_decay": 0.01, "lr_step": 30, "lr_gamma": 0.1, "augment_prob": 0.0}
-    sizes = {"local_epochs": 1, "batch_size": 4, "batches_per_epoch": None, "seed": (0, 0)}
-    return federated.Settings(**rates | sizes | changes)
-
-
 def network():
     return models.build("densenet121", 2)
 
@@ -62,10 +57,6 @@ def fused(model):
     return optimizer
 
 
-def largest_difference(a, b):
-    return max((a[key].double() - b[key].double()).abs().max().item() for key in b)
-
-
 def floats(model):
     """Parameters and running statistics, without the counts of batches, which nothing reads."""
     return {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
@@ -75,7 +66,7 @@ def test_two_centralized_epochs_end_with_the_same_weights_bit_for_bit(rois, case
     ours, theirs, everyone = network(), network(), torch.arange(0, 40, 5)
     optimizer, by_center = fused(theirs), {"all": everyone}
     one = {"one": everyone[:1]}
-    for epoch in federated.fit_centralized(ours, by_center, one, cases, protocol(epochs=2)):
+    for epoch in federated.fit_centralized(ours, by_center, one, cases, settings(epochs=2, augment_prob=0.0)):
         order = drawn(everyone, [0, 0, epoch.number, 0, 0])
         plain.train_epoch(theirs, optimizer, batches(rois, order, 4))
         assert largest_difference(theirs.state_dict(), ours.state_dict()) == 0
@@ -91,7 +82,8 @@ def test_every_federated_round_ends_with_the_same_weights(rois, cases, mu, round
     ours, theirs, one = network(), network(), {"one": torch.arange(1)}
     copies = [copy.deepcopy(theirs) for _ in clients]
     optimizers = [fused(model) for model in copies]
-    two_steps = protocol(epochs=rounds, batch_size=2)  # per round, for NYU: the second feels mu
+    # two steps per round, for NYU: the second feels mu
+    two_steps = settings(epochs=rounds, batch_size=2, augment_prob=0.0)
     strategy = federated.Strategy(mu)
     for round_ in federated.fit_federated(ours, clients, one, cases, two_steps, strategy):
         orders = [drawn(own, [0, 0, round_.number, k, 0]) for k, own in enumerate(clients.values())]

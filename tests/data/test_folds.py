@@ -148,7 +148,7 @@ def test_given_folds_are_taken_in_the_order_of_their_names(tmp_path, given, fold
 
 @pytest.mark.parametrize(
     ("patient", "fold", "part"),
-    [("", "", "no fold is given for mri c_2"), ("p", "1", "two folds.*c_0, mri c_2")],
+    [("", "", "no single fold is given for mri c_2"), ("p", "1", "two folds.*c_0, mri c_2")],
 )
 def test_given_folds_that_cannot_be_used_name_the_cases(tmp_path, patient, fold, part):
     rows = [("c_0", "a", "A", "P", "", "0"), ("c_1", "b", "A", "", "", "1")]

@@ -37,7 +37,10 @@ def split(*sizes):
     return {f"center {k}": part for k, part in enumerate(parts)}
 
 
-def federation(strategy, clients, net=small_net, fit=federated.fit_federated, **changes):
+CLIENTS = split(9, 12, 12)
+
+
+def federation(strategy, clients=CLIENTS, net=small_net, fit=federated.fit_federated, **changes):
     """Weights after all rounds, and the rounds; every client is tested on its own cases."""
     model, data = net(), cases(sum(map(len, clients.values())))
     rounds = list(fit(model, clients, clients, data, settings(**changes), strategy))

@@ -28,9 +28,7 @@ def test_one_seed_gives_the_same_bits_and_every_seed_counts():
     ("n", "sizes", "joined"),
     [
         (2, [2], [2]),
-        (16, [16], [16]),
         (17, [16, 1], [17]),
-        (32, [16, 16], [16, 16]),
         (33, [16, 16, 1], [16, 17]),
         (34, [16, 16, 2], [16, 16, 2]),
     ],
@@ -54,11 +52,6 @@ def test_a_batch_of_one_is_trained_on_where_batch_norm_can():
         client.train_epoch(net, learner, Cases(x, torch.arange(5) % 2), settings(batch_size=4), [0])
         steps[size] = int(net[1].num_batches_tracked)
     assert steps == {4: 1, 8: 2}
-
-
-def test_one_training_case_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match=r"fewer than 2 training cases: AHN \(1\); use more folds"):
-        Learner("AHN", small_net(), torch.arange(1), settings())
 
 
 def test_nobody_to_test_is_no_fault():
@@ -98,23 +91,17 @@ def test_each_case_is_flipped_and_turned_with_its_probability(prob):
     assert ((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / n).sqrt()).all()  # 4 standard errors
 
 
-@pytest.mark.parametrize("prob", [0.0, 1.0])
-def test_an_epoch_shows_each_case_once_augmented_and_with_its_label(monkeypatch, prob):
-    data = Cases(torch.rand(9, 1, 4, 4, 4), torch.arange(9))
-    before, cubes, labels = data.x.clone(), [], []
-    monkeypatch.setattr(client, "forward", lambda model, x, settings: cubes.append(x) or x.mean().view(1))
-    loss = lambda logits, y: labels.append(y) or logits.sum().requires_grad_()  # noqa: E731
-    monkeypatch.setattr(client, "local_objective", loss)
-    model = small_net()
-    learner = Learner("all", model, torch.arange(9), settings())
-    client.train_epoch(model, learner, data, settings(augment_prob=prob), (0,))
-    cubes, labels = torch.cat(cubes), torch.cat(labels)
-    assert labels.tolist() != list(range(9)) and sorted(labels.tolist()) == list(range(9))
-    voxels = [x.flatten(1).sort().values for x in (cubes, data.x[labels])]
-    assert torch.equal(*voxels)  # a turned cube keeps its voxels
-    unchanged = (cubes == data.x[labels]).flatten(1).all(1)
-    assert unchanged.all() if prob == 0 else not unchanged.any()
-    assert torch.equal(data.x, before)  # augmentation is in place, in a copy
+def test_an_epoch_shows_each_case_once_and_augments_a_copy():
+    data, net, cubes = cases(8), small_net(), []
+    before = data.x.clone()
+    net.register_forward_pre_hook(lambda _, x: cubes.append(x[0]))
+    learner = Learner("all", net, torch.arange(8), settings())
+    client.train_epoch(net, learner, data, settings(augment_prob=1.0), (0,))
+    shown, mine = torch.cat(cubes).flatten(1)[:, None], before.float().flatten(1)
+    assert not (shown == mine).all(2).any()  # each is flipped and turned, which keeps its voxels
+    same = (shown.sort(2).values == mine.sort(1).values).all(2)
+    assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all()
+    assert torch.equal(data.x, before)
 
 
 def test_probabilities_sum_to_one_and_are_those_of_the_model():
@@ -124,15 +111,6 @@ def test_probabilities_sum_to_one_and_are_those_of_the_model():
         expected = torch.softmax(model(data.x.float()), 1).double().numpy()
     np.testing.assert_allclose(prob, expected, atol=1e-6)  # float32 sums in batches of another size
     np.testing.assert_allclose(prob.sum(1), 1, atol=1e-6)
-
-
-def test_training_lowers_the_loss_of_a_task_that_can_be_learned():
-    data = cases(32)
-    data.x[data.y == 1] += 1
-    train, test = {"a": torch.arange(24)}, {"a": torch.arange(24, 32)}
-    epochs = list(fit_centralized(small_net(), train, test, data, settings(epochs=30, lr=1e-2)))
-    assert epochs[-1].loss < 0.5 * epochs[0].loss
-    assert (epochs[-1].prob.argmax(1) == data.y[24:].numpy()).all()
 
 
 def test_the_setting_bfloat16_reaches_the_forward_pass():

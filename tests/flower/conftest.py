@@ -73,7 +73,7 @@ def trained(together, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    return federation_in(tmp_path_factory.mktemp("federation") / "f", away="continue")
+    return federation_in(tmp_path_factory.mktemp("federation") / "f")
 
 
 @pytest.fixture

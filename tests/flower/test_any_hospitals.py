@@ -1,50 +1,37 @@
 """A federation of two invented hospitals, each with a manifest: two classes, the positive one first."""
 
-import csv
-
-import nibabel as nib
-import numpy as np
+import pandas as pd
 import pytest
 from hospitals import Hospitals, assert_same_bits, profile, serve
+from small_runs import write_scan
 
 from ipmn_core.flower import demo
 from ipmn_core.flower.deployment import FederationError
 
-LABELS = {"radiology.north": "MBMBMBBB", "42_hospital": "BBBB"}  # one has no malignant case
+LABELS = {"radiology.north": ["malignant", "benign"] * 3 + ["benign"] * 2}
+LABELS["42_hospital"] = ["benign"] * 4  # no malignant case
 MODALITY = "CT + Größe"
-
-
-def write_manifest(path, scans):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("image", "mask", "label", "center", "modality"), *scans])
-    return path
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """The rows of each hospital's manifest, with its own name for itself."""
-    folder, rng, rows = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0), {}
+    """Each hospital's manifest, with its own name for itself."""
+    folder, found = tmp_path_factory.mktemp("volumes"), {}
     for name, labels in LABELS.items():
-        rows[name] = []
-        for k, letter in enumerate(labels):
-            image, mask = rng.normal(500, 60, (9, 8, 7)), np.zeros((9, 8, 7))
-            mask[2:7, 2:7, 1:6] = 1
-            image[3:6, 3:6, 2:5] += 300 * (letter == "M")
-            files = [folder / f"{name}_{k}{kind}.nii.gz" for kind in ("", "_mask")]
-            for path, volume in zip(files, (image, mask), strict=True):
-                nib.save(nib.Nifti1Image(volume.astype(np.int16), np.diag([1.5, 1.5, 3, 1])), path)
-            label = "malignant" if letter == "M" else "benign"
-            rows[name].append((*files, label, f"{name.title()} (CT 2)", MODALITY))
-    return rows
+        files = [write_scan(folder, f"{name}_{k}", label == "malignant") for k, label in enumerate(labels)]
+        found[name] = pd.DataFrame(files, columns=["image", "mask"]).assign(
+            label=labels, center=f"{name.title()} (CT 2)", modality=MODALITY
+        )
+    return found
 
 
 @pytest.fixture
 def p(scans, tmp_path):
     """The server's profile; its own data are all hospitals' rows, for the comparison with one process."""
-    rows = [(*row[:3], name, row[4]) for name in scans for row in scans[name]]
-    together = write_manifest(tmp_path / "together.csv", rows)
+    together = pd.concat([rows.assign(center=name) for name, rows in scans.items()])
+    together.to_csv(tmp_path / "together.csv", index=False)
     agreed = {"classes": ["malignant", "benign"], "positive": ["malignant"], "modalities": [MODALITY]}
-    agreed["data"] = str(together)
+    agreed["data"] = str(tmp_path / "together.csv")
     return lambda **changes: profile(tmp_path / "server", **agreed | changes)
 
 
@@ -55,9 +42,9 @@ def hospitals(scans, tmp_path):
     def opened(**others):
         nodes = {}
         for name, rows in (scans | others).items():
-            data = write_manifest(tmp_path / f"{name}.csv", rows)
-            nodes[name] = {"site": name, "share": "scores", "data": str(data)}
+            nodes[name] = {"site": name, "share": "scores", "data": str(tmp_path / f"{name}.csv")}
             nodes[name]["outputs"] = str(tmp_path / "work" / name)
+            rows.to_csv(nodes[name]["data"], index=False)
         return Hospitals(nodes)
 
     return opened
@@ -70,22 +57,18 @@ def test_two_hospitals_with_manifests_are_one_process_over_the_joined_one(p, hos
     assert {message.order["token"] for message in grid.asked}.pop().startswith("binary_CT___Gr__e_fedprox")
 
 
-def changed(rows, place, values):
-    return [(*row[:place], value, *row[place + 1 :]) for row, value in zip(rows, values, strict=True)]
-
-
 OTHERS = {
-    "label 'mild' of 42_hospital_1 is none of malignant, benign": (2, ["benign", "mild"] * 2),
-    "holds scans of CT 1, CT 2, but this is the site 42_hospital": (3, ["CT 1", "CT 2"] * 2),
-    "holds scans of Radiology.North, but this is the site 42_hospital": (3, ["Radiology.North"] * 4),
-    "no labeled scan of CT + Größe; found: MR": (4, ["MR"] * 4),
+    "label 'mild' of 42_hospital_1 is none of malignant, benign": {"label": ["benign", "mild"] * 2},
+    "holds scans of CT 1, CT 2, but this is the site 42_hospital": {"center": ["CT 1", "CT 2"] * 2},
+    "holds scans of Radiology.North, but this is the site 42_hospital": {"center": "Radiology.North"},
+    "no labeled scan of CT + Größe; found: MR": {"modality": "MR"},
 }
 
 
 @pytest.mark.parametrize("text", OTHERS)
 def test_a_hospital_without_what_was_agreed_on_is_refused_before_training(p, hospitals, scans, text, capfd):
     """The server names the site and what was agreed on; what the site has instead stays in its own log."""
-    grid = hospitals(**{"42_hospital": changed(scans["42_hospital"], *OTHERS[text])})
+    grid = hospitals(**{"42_hospital": scans["42_hospital"].assign(**OTHERS[text])})
     agreed = r"one center, CT \+ Größe, classes malignant, benign; positive: malignant"
     with pytest.raises(FederationError, match=rf"^42_hospital failed \(query\): its cases .*{agreed}.* log$"):
         serve(grid, p(), modality=MODALITY)

@@ -1,11 +1,8 @@
-import itertools
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from ipmn_core.metrics import audit, tables
@@ -37,15 +34,6 @@ def test_the_pages_disagreements_are_the_ledger_row_by_row():
     assert rows == ledger.to_numpy().tolist() and len(rows) == 10
 
 
-def test_every_file_of_the_papers_numbers_is_packaged():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = settings["package-data"]["ipmn_core.paper"]
-    files = [path for path in (ROOT / "ipmn_core" / "paper").iterdir() if path.is_file()]
-    assert {"ledger.csv", "text.csv", "table1.csv", "table2.csv", "table3.csv"} == {p.name for p in files}
-    assert "ipmn_core.paper" in settings["packages"]
-    assert all(any(path.match(pattern) for pattern in patterns) for path in files)
-
-
 def test_the_texts_aucs_are_those_that_the_ledger_quotes():
     stated = pd.read_csv(tables.FOLDER / "text.csv").rename(columns={"auc": "text"})
     table = stated.merge(tables.paper(2), on=["model", "modality"], validate="one_to_one")
@@ -55,14 +43,6 @@ def test_the_texts_aucs_are_those_that_the_ledger_quotes():
         for column, quoted in (("text", row["text"]), ("table", row["tables_or_code"])):
             t1, t2 = (f"{table.loc[(model, m), column] / 100:.4f}" for m in MODALITIES)
             assert f"{t1}/{t2}" in quoted
-    assert (table["text"] - table["table"]).round(2).to_dict() == {
-        ("densenet121", "t1"): 0.73,
-        ("densenet121", "t2"): -0.17,
-        ("resnet34", "t1"): 1.71,
-        ("resnet34", "t2"): 0.46,
-        ("shufflenetv2", "t1"): 3.66,
-        ("shufflenetv2", "t2"): 4.67,
-    }
 
 
 def test_only_ddof_0_fits_the_printed_deviations_of_the_centers(counts, printed):
@@ -88,37 +68,27 @@ def test_global_accuracies_are_the_size_weighted_centers(counts, printed):
     assert len(table) == 8 and (table["difference"].abs() <= table["bound"]).all()
     assert table["difference"].abs().max() < 0.00025  # a sixth of one case of 652
     for row in table.itertuples():
-        right = total = 0.0
-        for center in CENTERS:
-            n, _ = counts[center, row.modality]
-            right, total = right + n * printed[center, row.modality, row.method].acc_mean, total + n
-        assert row.from_centers == pytest.approx(right / total, abs=1e-12)
+        accuracies = [printed[center, row.modality, row.method].acc_mean for center in CENTERS]
+        expected = np.average(accuracies, weights=[counts[center, row.modality][0] for center in CENTERS])
+        assert row.from_centers == pytest.approx(expected, abs=1e-12)
         assert row.printed == printed["global", row.modality, row.method].acc_mean
-        assert row.difference == pytest.approx(row.printed - right / total, abs=1e-12)
-
-
-def random_table3(rng, counts):
-    """Table 3 as printed when right answers are drawn at random, center by center and fold by fold."""
-    rows = []
-    for modality, method in itertools.product(MODALITIES, tables.paper(3)["method"].unique()):
-        n = [counts[center, modality][0] for center in CENTERS]
-        sizes = np.array([[total // 4 + (k < total % 4) for k in range(4)] for total in n])
-        right = rng.binomial(sizes, rng.uniform(0.4, 0.95, size=(7, 1)))
-        pooled = right.sum(axis=0) / sizes.sum(axis=0)
-        for center, acc in zip([*CENTERS, "global"], [*(right / sizes), pooled], strict=True):
-            rows.append((center, method, modality, acc.mean().round(4), acc.std().round(4)))
-    return pd.DataFrame(rows, columns=["center", "method", "modality", "acc_mean", "acc_std"])
+        assert row.difference == pytest.approx(row.printed - expected, abs=1e-12)
 
 
 def test_the_bound_holds_for_any_right_answers_and_is_not_lax(counts, monkeypatch):
     rng, table1, used = np.random.default_rng(0), tables.paper(1), []
-    for _ in range(20):
-        table3 = random_table3(rng, counts)
-        monkeypatch.setattr(tables, "paper", {1: table1, 3: table3}.get)
-        audited = audit.global_accuracy()
-        used += (audited["difference"].abs() / audited["bound"]).tolist()
+    n = np.array([[counts[center, "t1"][0]] for center in CENTERS])
+    sizes = n // 4 + (np.arange(4) < n % 4)  # (centers, folds)
+    of = {"center": [*CENTERS, "global"], "method": "fedavg", "modality": "t1"}
+    for _ in range(160):
+        right = rng.binomial(sizes, rng.uniform(0.4, 0.95, size=(7, 1)))
+        acc = np.vstack([right / sizes, right.sum(axis=0) / sizes.sum(axis=0)])  # (centers and global, folds)
+        numbers = {"acc_mean": acc.mean(axis=1).round(4), "acc_std": acc.std(axis=1).round(4)}
+        monkeypatch.setattr(tables, "paper", {1: table1, 3: pd.DataFrame(of | numbers)}.get)
+        audited = audit.global_accuracy().iloc[0]
+        used.append(abs(audited["difference"]) / audited["bound"])
+        assert audited["bound"] < 0.003  # two cases of 652
     assert 0.3 < max(used) <= 1
-    assert audited["bound"].max() < 0.003  # two cases of 652
 
 
 def test_the_majoritys_accuracy_is_its_mean_over_scikit_learns_folds_beside_the_methods(counts, printed):
@@ -140,15 +110,6 @@ def test_the_majoritys_accuracy_is_its_mean_over_scikit_learns_folds_beside_the_
         row = majority.loc[("global", modality)]
         assert (row["n"], row["high_risk"]) == (total, high)
         assert row["majority"] == one_answer == round((total - high) / total, 4)
-
-
-@pytest.mark.parametrize("modality, expected", [("t1", 0.7226), ("t2", 0.7359)])
-def test_prevalence_alone_earns_the_auc_of_scikit_learn(modality, expected, counts):
-    auc = audit.prevalence_auc().set_index("modality").loc[modality, "auc"]
-    cells = [counts[center, modality] for center in CENTERS]
-    y = [label for n, high in cells for label in [1] * high + [0] * (n - high)]
-    prevalence = [high / n for n, high in cells for _ in range(n)]
-    assert auc == pytest.approx(roc_auc_score(y, prevalence), abs=1e-12) and round(auc, 4) == expected
 
 
 def test_intervals_are_those_of_hanley_and_mcneil_of_table_3_with_table_1s_counts(counts, printed):

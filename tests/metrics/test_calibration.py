@@ -37,15 +37,6 @@ def arms_of(selected):
     return selected.groupby(["task", "modality", "arm"])
 
 
-def loop_bins(prob):
-    """Members of every bin, found case by case: bin k holds (k-1)/10 < p <= k/10, the first 0 too."""
-    edges = np.linspace(0, 1, 11)
-    members = {k: [] for k in range(1, 11)}
-    for case, p in enumerate(prob):
-        members[next(k for k in members if p <= edges[k] or k == 10)].append(case)
-    return {k: found for k, found in members.items() if found}
-
-
 def test_the_positive_class_is_the_last_of_either_task():
     both = pd.concat([forecast([0, 1], [0.2, 0.7]), forecast([0, 1, 2], [0.1, 0.3, 0.6], task="multiclass")])
     y, prob = calibration.positive(both[both["task"] == "binary"])  # prob_2 is NaN here
@@ -56,35 +47,31 @@ def test_the_positive_class_is_the_last_of_either_task():
         calibration.positive(both)
 
 
-def test_a_reliability_curve_is_one_counted_case_by_case(selected):
+def test_a_reliability_curve_is_that_of_pandas_right_closed_bins(selected):
     curve = calibration.reliability(selected)
     errors = calibration.table(selected).query("center == 'global'").set_index(metrics.ARM)["ece"]
     for arm, frame in arms_of(selected):
         y, prob = calibration.positive(frame)
         ours = arms_of(curve).get_group(arm)
-        members = loop_bins(prob)
-        assert ours["bin"].tolist() == list(members)
-        for row, found in zip(ours.itertuples(), members.values(), strict=True):
+        bins = pd.cut(prob, np.linspace(0, 1, 11), labels=range(1, 11), include_lowest=True)
+        members = [np.flatnonzero(bins == k) for k in np.unique(bins)]
+        assert ours["bin"].tolist() == np.unique(bins).tolist()
+        for row, found in zip(ours.itertuples(), members, strict=True):
             limits = binomtest(int(y[found].sum()), len(found)).proportion_ci(method="wilson")
             expected = len(found), prob[found].mean(), y[found].mean(), *limits
             numbers = row.n, row.predicted, row.observed, row.low, row.high
             assert numbers == pytest.approx(expected, abs=1e-12)  # sums in another order
-        gaps = [len(m) * abs(np.mean(prob[m]) - np.mean(y[m])) for m in members.values()]
+        gaps = [len(m) * abs(np.mean(prob[m]) - np.mean(y[m])) for m in members]
         assert errors[arm] == pytest.approx(sum(gaps) / len(y), abs=1e-12)
 
 
-def loop_sensitivity(y, prob, specificity):
-    """The best sensitivity of "p >= t" over every t that keeps the specificity, counted case by case."""
-    best = 0
-    for t in [*prob, np.inf]:
-        spared = sum(p < t for p, high in zip(prob, y, strict=True) if not high)
-        found = sum(p >= t for p, high in zip(prob, y, strict=True) if high)
-        if spared >= specificity * (~y).sum() - 1e-9:  # a count: the slack is only for rounding
-            best = max(best, found / y.sum())
-    return best
+def best_sensitivity(y, prob, specificity):
+    """The best sensitivity of "p >= t" over every t that keeps the specificity."""
+    enough = specificity * (~y).sum() - 1e-9  # a count: the slack is only for rounding
+    return max((prob[y] >= t).mean() for t in [*prob, np.inf] if (prob[~y] < t).sum() >= enough)
 
 
-def test_the_table_agrees_with_loops_over_cases(selected):
+def test_the_table_agrees_with_sums_over_cases(selected):
     table = calibration.table(selected).set_index([*metrics.ARM, "center"])
     assert (table["undefined"] == "").all()
     for arm, frame in arms_of(selected):
@@ -93,10 +80,8 @@ def test_the_table_agrees_with_loops_over_cases(selected):
             row = table.loc[(*arm, center)]
             assert (row["n"], row["positives"]) == (len(y), sum(y))
             assert row["brier"] == pytest.approx(np.mean((prob - y) ** 2), abs=1e-12)  # float64 sums
-            prevalence = np.mean((y.mean() - y) ** 2)
-            assert row["brier_prevalence"] == pytest.approx(prevalence, abs=1e-12)
-            expected = loop_sensitivity(y, prob, 0.9)
-            assert row["sensitivity"] == pytest.approx(expected, abs=1e-12)  # a ratio of counts
+            assert row["brier_prevalence"] == pytest.approx(y.var(), abs=1e-12)
+            assert row["sensitivity"] == pytest.approx(best_sensitivity(y, prob, 0.9), abs=1e-12)
 
 
 def test_a_threshold_at_the_specificity_itself_counts_and_so_does_one_on_a_straight_piece_of_the_curve():
@@ -127,13 +112,10 @@ def test_net_benefit_agrees_with_loops_over_thresholds_and_cases(selected):
         for t in thresholds:
             true = sum(p >= t and high for p, high in zip(prob, y, strict=True))
             false = sum(p >= t and not high for p, high in zip(prob, y, strict=True))
-            expected = true / len(y) - false / len(y) * t / (1 - t)
-            ours = curve.loc[(task, modality, arm, t), "net_benefit"]
+            expected = {arm: true / len(y) - false / len(y) * t / (1 - t), "treat none": 0}
+            expected["treat all"] = y.mean() - (1 - y.mean()) * t / (1 - t)
+            ours = {name: curve.loc[(task, modality, name, t), "net_benefit"] for name in expected}
             assert ours == pytest.approx(expected, abs=1e-12)  # float64 sums
-            treat_all = y.mean() - (1 - y.mean()) * t / (1 - t)
-            ours = curve.loc[(task, modality, "treat all", t), "net_benefit"]
-            assert ours == pytest.approx(treat_all, abs=1e-12)
-            assert curve.loc[(task, modality, "treat none", t), "net_benefit"] == 0
 
 
 def test_treating_all_counts_the_cases_of_every_arm_once():

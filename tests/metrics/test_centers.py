@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from frames import random_run, rows
-from sklearn.metrics import confusion_matrix
 
 from ipmn_core import metrics
 from ipmn_core.metrics import centers, inference
@@ -48,16 +47,11 @@ def test_every_value_is_the_mean_over_classes_of_the_pairs_counted_one_by_one(n_
     if n_classes == 2:
         mixture = row["share_within"] * row["within"] + (1 - row["share_within"]) * row["between"]
         assert row["pooled"] == pytest.approx(mixture, abs=1e-12)  # float64 divisions
-
-
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_a_center_is_its_own_pairs_over_folds(n_classes):
-    frame = one(n_classes)
     table = centers.within_by_center(frame)
     assert table["center"].tolist() == list(CENTERS[:4])  # in their order
     for row in table.itertuples():
         here = frame[frame["center"] == row.center]
-        counted = [count_pairs(here, k, KINDS["pooled"]) for k in ([1] if n_classes == 2 else range(3))]
+        counted = [count_pairs(here, k, KINDS["pooled"]) for k in classes]
         assert row.within == pytest.approx(np.mean([share for share, _ in counted]), abs=1e-12)  # of a mean
         assert row.pairs == sum(n for _, n in counted)
 
@@ -120,23 +114,15 @@ def test_every_rule_is_that_of_metrics(multiclasses):
 def test_the_summary_holds_the_numbers_of_inference_for_both_tasks(multiclasses, binary_predictions):
     selected = centers.by_rules(pd.concat([multiclasses, binary_predictions]))
     summary = centers.summary(selected, n_resamples=20)
-    for (rule, task), chosen in selected.groupby(["rule", "task"]):
-        numbers = inference.intervals(chosen.drop(columns="rule"), 20).set_index([*metrics.ARM, "center"])
+    columns = [*metrics.ARM, "center", "mean", "low", "high"]
+    for of, chosen in selected.groupby(["rule", "task"]):
+        numbers = inference.intervals(chosen, 20)
         for metric in ("acc", "auc"):
-            mine = summary[(summary[["rule", "task", "metric"]] == [rule, task, metric]).all(axis=1)]
-            mine = mine.set_index([*metrics.ARM, "center"])
-            for name, column in (("mean", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high")):
-                pd.testing.assert_series_equal(mine[name], numbers[column], check_names=False)
+            mine = summary[(summary[["rule", "task", "metric"]] == [*of, metric]).all(axis=1)]
+            names = {metric: "mean", f"{metric}_low": "low", f"{metric}_high": "high"}
+            expected = numbers.rename(columns=names)[columns]
+            pd.testing.assert_frame_equal(mine[columns].reset_index(drop=True), expected)
     assert len(summary) == 2 * 2 * (5 + 2 * 2 * 4)  # metrics, rules, centers of the one arm, of the others
-
-
-def test_confusions_are_scikit_learns_and_square_for_one_class(multiclasses, binary_predictions):
-    last = metrics.select(multiclasses, "last")
-    predicted = last[["prob_0", "prob_1", "prob_2"]].to_numpy().argmax(axis=1)
-    np.testing.assert_array_equal(centers.confusion(last), confusion_matrix(last["y_true"], predicted))
-    one_class = binary_predictions.query("modality == 't2' and arm == 'centralized'")
-    matrix = centers.confusion(centers.at(one_class, "AHN"))
-    assert matrix.shape == (2, 2) and matrix.sum() == 12 and not matrix[1].any()
 
 
 def values(*arms):
@@ -216,10 +202,7 @@ def test_a_center_left_out_is_reported_at_an_epoch_that_it_did_not_choose():
         [rows(y, prob, at, fold=fold, epoch=e) for e, prob in enumerate((right, wrong), 1)]
     )
     table = centers.unseen(predictions).set_index("center")
-    assert table["auc"][["A", "B"]].tolist() == [0.0, 1.0] and table["gained"][["A", "B"]].tolist() == [
-        1.0,
-        0.0,
-    ]
+    assert table.loc[["A", "B"], ["auc", "gained"]].to_numpy().tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert table["auc_best_test"]["A"] == 1.0 and table.loc["global", "gained"] == 0.5
     assert np.isnan(table["auc"]["C"]) and table["undefined"]["C"].startswith("no positive case in fold 2")
     assert table.loc["A", ["n", "positives", "acc"]].tolist() == [2, 1, 0.0]

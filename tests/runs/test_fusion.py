@@ -30,12 +30,8 @@ def cohort():
         t1 = [(f"{name}-a", name, center, "t1", label) for name, label in patients]
         t2 = [(f"{name}-b", name, center, "t2", label) for name, label in patients[::-1]]
         rows += t1 + t2
-    rows += [
-        ("only", "only", "NYU", "t1", 0),
-        ("odd-a", "odd", "NYU", "t1", 0),
-        ("odd-b", "odd", "NYU", "t2", 2),
-    ]
-    rows += [("NYU0-again", "NYU0", "NYU", "t2", 0)]
+    rows += [("only", "only", "NYU", "t1", 0), ("NYU0-again", "NYU0", "NYU", "t2", 0)]
+    rows += [("odd-a", "odd", "NYU", "t1", 0), ("odd-b", "odd", "NYU", "t2", 2)]
     scans = pd.DataFrame(rows, columns=["case_id", "patient_id", "center", "modality", "label"])
     return paper_cohort(scans.sort_values("modality", kind="stable", ignore_index=True))
 
@@ -75,17 +71,10 @@ def test_augmentation_turns_both_channels_alike():
     assert torch.equal(turned[:, 0], turned[:, 1])
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("t2", (("t2",), "")),
-        ("t1+t2", (("t1+t2",), "")),
-        ("ct+late_siamese", (("ct", "late"), "siamese")),
-        ("t1+t2_channels", (("t1", "t2"), "channels")),
-    ],
-)
-def test_a_name_says_what_is_fused(name, expected):
-    assert names.fusion(name) == expected
+def test_a_name_says_what_is_fused():
+    assert names.fusion("t2") == (("t2",), "") and names.fusion("t1+t2") == (("t1+t2",), "")
+    assert names.fusion("ct+late_siamese") == (("ct", "late"), "siamese")
+    assert names.fusion("t1+t2_channels") == (("t1", "t2"), "channels")
 
 
 def test_paired_modalities_have_the_same_patients_in_the_same_order_and_folds(tmp_path):
@@ -95,10 +84,8 @@ def test_paired_modalities_have_the_same_patients_in_the_same_order_and_folds(tm
     assert t1["patient_id"].tolist() == t2["patient_id"].tolist()
     assert len(t1) == 12
     assert "NYU0-again" not in {*t2["case_id"]}
-    assert [(severity, text.rsplit(": ")[-1]) for severity, _, text, _ in told] == [
-        ("warning", "odd"),
-        ("note", "NYU0-again"),
-    ]
+    said = [(severity, text.rsplit(": ")[-1]) for severity, _, text, _ in told]
+    assert said == [("warning", "odd"), ("note", "NYU0-again")]
     fold = assign_folds(found, 2, "patient", "binary")
     assert fold.groupby(found.scans["patient_id"]).nunique().max() == 1
     p, found = profile(tmp_path, **CHANGES), with_cubes(found)
@@ -160,12 +147,9 @@ def test_fused_runs_train_and_are_compared_by_patient(tmp_path, monkeypatch):
     t1["case_id"] = t1["case_id"].str.replace("-b", "-a")
     selected = metrics.select(pd.concat([predictions, t1]), "last")
     table = inference.compare_modalities(selected, found.scans, "t2")
-    assert {*zip(table["modality"], table["arm"], strict=True)} == {
-        (modality, arm) for modality in (*FUSED, "t1") for arm in p.arms
-    }
-    assert (table.loc[table["modality"] == "t1", "difference"] == 0).all()
-    mine = selected[(selected["modality"] == FUSED[0]) & (selected["arm"] == "fedavg")]
-    one = selected[(selected["modality"] == "t2") & (selected["arm"] == "fedavg")]
-    row = table[(table["modality"] == FUSED[0]) & (table["arm"] == "fedavg")].iloc[0]
-    pooled = [metrics.auc(*metrics.y_and_prob(frame)) for frame in (mine, one)]
-    assert row["difference"] == pytest.approx(pooled[0] - pooled[1], abs=1e-12)
+    found = table.set_index(["modality", "arm"])["difference"]
+    assert {*found.index} == {(modality, arm) for modality in (*FUSED, "t1") for arm in p.arms}
+    assert (found["t1"] == 0).all()
+    frames = [selected.query("modality == @m and arm == 'fedavg'") for m in (FUSED[0], "t2")]
+    pooled = [metrics.auc(*metrics.y_and_prob(frame)) for frame in frames]
+    assert found[FUSED[0], "fedavg"] == pytest.approx(pooled[0] - pooled[1], abs=1e-12)

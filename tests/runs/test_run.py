@@ -88,34 +88,12 @@ def test_every_local_model_is_tested_everywhere_and_at_home_as_in_its_own_predic
     last = own[own["epoch"] == 3].reset_index(drop=True)
     assert list(cross.columns) == [*own.columns, "model_center"]
     at_home = cross[cross["center"] == cross["model_center"]].drop(columns="model_center")
-    keys = ["fold", "case_id"]
-    pd.testing.assert_frame_equal(
-        at_home.sort_values(keys, ignore_index=True),
-        last.sort_values(keys, ignore_index=True),
-        rtol=0,
-        atol=0,
-    )
+    at_home, last = (of.sort_values(["fold", "case_id"], ignore_index=True) for of in (at_home, last))
+    pd.testing.assert_frame_equal(at_home, last, check_exact=True)
     for center, rows in cross.groupby("model_center"):
         assert sorted(rows["case_id"]) == sorted(last["case_id"])
         away = rows[rows["center"] != center].merge(last, on="case_id")
         assert (away["prob_1_x"] != away["prob_1_y"]).any()
-
-
-def test_a_cross_table_that_is_absent_or_wrong_is_refused(copied):
-    path = copied.folder / "runs/binary/t1/local_only/fold1/cross.parquet"
-    good, other = pd.read_parquet(path), runs.cross(copied).query("fold == 0")["case_id"].iloc[0]
-    bad = {
-        r"no column model_center": good.drop(columns="model_center"),
-        r"row \d+ .*not all between 0 and 1": good.assign(prob_1=2.0),
-        r"row \d+ .*trained on": good.head(1).assign(case_id=other),
-    }
-    for match, rows in bad.items():
-        rows.to_parquet(path)
-        with pytest.raises(metrics.PredictionsError, match=match):
-            runs.cross(copied)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"fold1.cross.parquet: from an older .* repeat the run"):
-        runs.cross(copied)
 
 
 def test_the_held_out_cases_do_not_train(trained, cohort, monkeypatch):
@@ -123,27 +101,11 @@ def test_the_held_out_cases_do_not_train(trained, cohort, monkeypatch):
     monkeypatch.setattr(federated, "fit_centralized", lambda *a, **_: seen.update(train=a[1], held=a[2]))
     settings = runs.run_settings(trained, Run("binary", "t1", "centralized", 0))
     cases = runs.with_roles(cohort, settings)
-    runs.learn(torch.nn.Linear(1, 1), cases, settings, store.Progress())
+    run.learn(torch.nn.Linear(1, 1), cases, settings, store.Progress())
     roles = cases.scans["role"].to_numpy()
     train, held = (np.sort(torch.cat(list(part.values())).numpy()) for part in seen.values())
     assert (train == np.flatnonzero(roles == "train")).all()
     assert (held == np.flatnonzero(roles != "train")).all()
-
-
-def test_the_weights_that_are_kept_are_those_of_the_selected_epoch(tmp_path, cohort, monkeypatch):
-    noted, saved = iter([(1, 0.5, 0.5), (2, 0.6, 0.7), (3, 0.6, 0.7), (4, 0.5, 0.7), (5, 0.9, 0.6)]), []
-
-    def note(progress, *_):
-        number, acc, auc = next(noted)
-        progress.history.append((number, 0.1, acc, auc))
-
-    monkeypatch.setattr(run, "note", note)
-    monkeypatch.setattr(store, "save_model", lambda *_: saved.append(1))
-    monkeypatch.setattr(store, "save_checkpoint", None)  # none in the first minute
-    monkeypatch.setattr(store, "write", lambda *_: None)
-    p = profile(tmp_path, epochs=5, checkpoint_seconds=60.0)
-    runs.execute(p, Run("binary", "t1", "centralized", 0), cohort)
-    assert len(saved) == 3
 
 
 def interrupt(monkeypatch, module, name, at):
@@ -159,25 +121,26 @@ def interrupt(monkeypatch, module, name, at):
     monkeypatch.setattr(module, name, interrupted)
 
 
-PLACES = {
-    "after the first epoch": (run, "note", 2),
-    "before the best weights": (store, "save_model", 1),
-    "before the first checkpoint": (store, "save_checkpoint", 1),
-    "before the second checkpoint": (store, "save_checkpoint", 2),
-    "between the tables": (store, "write_table", 2),
-    "before run.json": (store, "seal", 1),
+PLACES = {  # and the share of the run's three epochs that is noted there
+    "after the first epoch": (run, "note", 2, 1 / 3),
+    "before the best weights": (store, "save_model", 1, 1 / 3),
+    "before the first checkpoint": (store, "save_checkpoint", 1, 1 / 3),
+    "before the second checkpoint": (store, "save_checkpoint", 2, 2 / 3),
+    "between the tables": (store, "write_table", 2, 1),
+    "before run.json": (store, "seal", 1, 1),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_interrupted_run_goes_on_to_the_same_bits(trained, tmp_path, cohort, arm, place, monkeypatch):
-    broken, this = profile(tmp_path, **ALL), Run("binary", "t1", arm, 0)
+    broken, this, (*where, share) = profile(tmp_path, **ALL), Run("binary", "t1", arm, 0), PLACES[place]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, *PLACES[place])
+        interrupt(patch, *where)
         runs.execute(broken, this, cohort)
     folder = runs.folder_of(broken, this)
     assert not (folder / "run.json").exists()  # no run.json, no run
+    assert store.share_done(folder) == share
     with pytest.raises(FileNotFoundError, match="no finished run"):
         runs.predictions(broken, "binary")
     runs.execute(broken, this, cohort)
@@ -214,15 +177,6 @@ def test_a_checkpoint_of_other_settings_is_refused_before_any_training(tmp_path,
     assert not (tmp_path / "t/runs/binary/t1/centralized/fold0").exists()
 
 
-def test_runs_of_another_machine_can_be_read_on_this_one(copied, trained, cohort):
-    for path in copied.folder.rglob("run.json"):
-        record = json.loads(path.read_text())
-        record["settings"] |= {"device": "cuda", "bfloat16": True, "channels_last": True}
-        path.write_text(json.dumps(record))
-    gpu = copied.model_copy(update={"device": "cuda:7", "precision": "bfloat16"})  # this machine has neither
-    pd.testing.assert_frame_equal(runs.run_grid(gpu, "binary", cohort), runs.predictions(trained, "binary"))
-
-
 def test_results_are_read_task_by_task(trained, copied):
     tested, inner = runs.finished_predictions(trained)
     both = [runs.predictions(trained, task) for task in runs.TASKS]
@@ -255,10 +209,8 @@ def test_a_client_that_was_left_out_is_named_on_disk_and_on_the_screen(tmp_path,
     monkeypatch.setattr(client, "local_update", local_update)
     p = profile(tmp_path, arms=["fedavg"])
     runs.train(p, ["binary"], cohort)
-    rows = runs.left_out(p)[["fold", "round", "client", "reason"]].to_numpy().tolist()
-    trained_at = run.indices(cohort.scans.assign(role="train"), "train")
-    name = list(trained_at)[1]
-    assert rows == [[fold, 2, name, "OSError: the disk is gone"] for fold in (0, 1)]
+    rows, name = runs.left_out(p)[["fold", "round", "client", "reason"]], cohort.centers[1]
+    assert rows.to_numpy().tolist() == [[fold, 2, name, "OSError: the disk is gone"] for fold in (0, 1)]
     assert f"binary t1 fedavg fold 0, round 2: {name} left out: OSError" in capsys.readouterr().err
 
 
@@ -293,24 +245,23 @@ def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, cohort, monk
     assert saved == epochs
 
 
-@pytest.mark.parametrize("name", ["predictions.parquet", "validation.parquet"])
+@pytest.mark.parametrize("name", ["predictions", "validation", "cross"])
 def test_a_case_that_was_also_trained_on_is_refused_with_file_and_row(copied, name):
-    path = copied.folder / "runs" / "binary" / "t1" / "centralized" / "fold1" / name
+    path = copied.folder / "runs" / "binary" / "t1" / "local_only" / "fold1" / f"{name}.parquet"
     splits, frame = pd.read_csv(path.with_name("splits.csv")), pd.read_parquet(path)
     frame.loc[2, "case_id"] = leaked = splits.loc[splits["role"] == "train", "case_id"].iloc[0]
     frame.to_parquet(path)
-    with pytest.raises(metrics.PredictionsError, match=rf"{name}, row 2 \(case {leaked} .* was trained on"):
-        (runs.predictions if name.startswith("p") else runs.validation)(copied, "binary")
+    text = rf"{name}\.parquet, row 2 \(case {leaked} .* was trained on"
+    with pytest.raises(metrics.PredictionsError, match=text):
+        getattr(runs, name)(copied, *(["binary"] if name != "cross" else []))
 
 
 @pytest.mark.parametrize("arm", ["fedbn", "fedavg_bn_local", "fedavg_bn_recomputed", "ditto_0.1", "finetune"])
 def test_the_weights_of_a_personal_arm_are_one_network_per_center(tmp_path, cohort, arm):
-    p = profile(tmp_path, arms=[arm], binary_folds=2)
+    p = profile(tmp_path, arms=[arm])
     folder = run.execute(p, Run("binary", "t1", arm, 0), cohort)
     (one,) = networks.find(folder)
-    stored = metrics.select(
-        pd.read_parquet(folder / "predictions.parquet")
-    )  # the epoch whose weights are kept
+    stored = metrics.select(pd.read_parquet(folder / "predictions.parquet"))  # of the weights that are kept
     cases = cohort.of("t1")
     assert one.centers == ("NYU", "AHN", "EMC")
     for center, rows in stored.groupby("center"):

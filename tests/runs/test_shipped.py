@@ -1,13 +1,14 @@
 """Shipped runs: they take the place of training where settings and data are the same."""
 
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from small_profile import profile, small_cohort
 
 from ipmn_core import runs
-from ipmn_core.runs import store
+from ipmn_core.runs import store, workers
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def shipped(tmp_path, monkeypatch):
 def trained(monkeypatch):
     """The names of the runs that are trained from now on."""
     names = []
-    monkeypatch.setattr(runs.workers, "execute", lambda p, run, cohort: names.append(runs.named(run)))
+    monkeypatch.setattr(workers, "execute", lambda p, run, cohort: names.append(runs.named(run)))
     return names
 
 
@@ -37,8 +38,6 @@ def test_shipped_runs_are_read_and_not_trained(shipped, monkeypatch):
 
 @pytest.mark.parametrize("changed", ["settings", "data", "fresh"])
 def test_other_settings_or_data_or_a_fresh_start_train_anew(shipped, monkeypatch, changed):
-    from dataclasses import replace
-
     names, p = trained(monkeypatch), profile("outputs", **({"lr": 0.1} if changed == "settings" else {}))
     cohort = replace(shipped, key="other") if changed == "data" else shipped
     if changed == "fresh":

@@ -14,7 +14,7 @@ from filelock import Timeout
 from small_profile import Carried, profile, small_cohort
 
 from ipmn_core import data, models, runs
-from ipmn_core.runs import RunsFailedError, store, workers
+from ipmn_core.runs import RunsFailedError, workers
 
 TWO = {"modalities": ["t1", "t2"], "epochs": 2}
 
@@ -70,26 +70,35 @@ def test_a_center_without_a_test_case_in_a_fold_trains_and_is_tested_in_the_othe
     assert (counts.drop(columns=2) == 3).all(axis=None)
 
 
-def test_a_center_that_cannot_train_by_itself_is_refused_before_any_training(tmp_path, cohort):
-    few = cohort.where((cohort.scans["center"] != "EMC") | cohort.scans["case_id"].isin(["EMC0", "EMC1"]))
-    p = profile(tmp_path, arms=["centralized", "fedprox_0.1"])
-    with pytest.raises(ValueError, match=r"binary t1 fold 0: EMC \(1\); .* or leave the center out"):
-        runs.train(p, ["binary"], few)
+UNSEEN = {"fold_rule": data.UNSEEN, "multiclass_folds": 3, "binary_folds": 3}
+ALL = ["NYU", "AHN", "EMC"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "keep", "changes", "error"),
+    [
+        (["centralized", "ditto_0.1"], ["NYU", "EMC0", "EMC1"], {}, r"fold 0: EMC \(1\); .* or leave the"),
+        (["centralized", "fedavg"], ["NYU"], {}, r"two centers, t1 has NYU.* `arms: \[centralized\]`"),
+        (["fedavg", "local_only"], ALL, UNSEEN, "local_only: one model per center.*leave them out of `arms`"),
+        (["fedavg"], ["NYU", "AHN"], UNSEEN | {"binary_folds": 2}, "three centers .one is left out"),
+        (["fedavg"], ALL, UNSEEN | {"binary_folds": 4}, "set `binary_folds: 3`"),
+    ],
+)
+def test_centers_that_cannot_train_are_refused_before_any_training(
+    tmp_path, cohort, arms, keep, changes, error
+):
+    p = profile(tmp_path, **changes, arms=arms)
+    some = cohort.where(cohort.scans[["center", "case_id"]].isin(keep).any(axis=1))  # centers, or cases
+    with pytest.raises((ValueError, data.CohortError), match=error):
+        runs.train(p, ["binary"], some)
     assert not (p.folder / "runs").exists()
-    runs.check_folds(profile(tmp_path), ["binary"], few)  # centralized training can use them
-    runs.check_folds(p, ["multiclass"], cohort)
-
-
-def test_one_center_trains_by_itself_and_a_federation_of_one_is_refused(tmp_path, cohort):
-    alone = cohort.where(cohort.scans["center"] == "NYU")
-    with pytest.raises(ValueError, match=r"fedavg needs two centers, t1 has NYU; .* `arms: \[centralized\]`"):
-        runs.train(profile(tmp_path, arms=["centralized", "fedavg"]), ["binary"], alone)
-    assert len(runs.run_grid(profile(tmp_path, epochs=1), "binary", alone)) == 8
+    if not changes:
+        runs.check_folds(profile(tmp_path), ["binary"], some)  # centralized training can use them
 
 
 def test_a_fold_that_tests_nobody_is_refused_before_any_training(tmp_path, cohort):
     p = profile(tmp_path, modalities=["t1", "t2"], fold_rule="patient", binary_folds=3)
-    for center in ("NYU", "AHN", "EMC"):
+    for center in ALL:
         cohort = without(cohort, p, center, 2)
     with pytest.raises(ValueError, match="binary t1 fold 2 has no case to test"):
         runs.train(p, ["binary"], cohort)
@@ -114,21 +123,9 @@ def test_each_run_takes_a_gpu_that_is_free_and_shares_one_if_none_is(tmp_path, m
             assert device == of_one.device
 
 
-def test_the_share_of_a_run_that_is_done_is_noted_after_every_epoch(tmp_path, cohort, monkeypatch):
-    noted, honest = [], store.note_share
-    spy = lambda folder, share: honest(folder, share) or noted.append(store.share_done(folder))  # noqa: E731
-    monkeypatch.setattr(store, "note_share", spy)
-    p = profile(tmp_path, arms=["fedprox_0.1"], rounds=2)
-    folders = [runs.folder_of(p, run) for run in runs.grid(p, "binary")]
-    assert [store.share_done(folder) for folder in folders] == [0, 0]
-    runs.train(p, ["binary"], cohort)
-    assert noted == [0.5, 1.0] * 2
-    assert [store.share_done(folder) for folder in folders] == [1, 1]
-
-
 def test_progress_shows_what_is_done_and_the_time_left(capsys):
     started = time.monotonic()
-    with workers.progress(lambda: 1 + 0.05 * int(time.monotonic() - started), 2, "training binary"):
+    with workers.progress_bar(lambda: 1 + 0.05 * int(time.monotonic() - started), 2, "training binary"):
         time.sleep(3.5)
     said = capsys.readouterr().err
     assert re.search(r"training binary:  50%\|.*\| 1\.0/2 runs", said)
@@ -165,9 +162,6 @@ def test_centers_of_any_name_stay_themselves(tmp_path, cohort):
     assert set(updates["client"]) == set(updates["other"]) == set(names.values())
 
 
-UNSEEN = {"fold_rule": data.UNSEEN, "multiclass_folds": 3, "binary_folds": 3}
-
-
 def test_a_center_left_out_is_tested_by_runs_of_all_others(tmp_path, cohort):
     few = {"epochs": 2, "rounds": 2, "inner_validation": 0.3}
     p = profile(tmp_path, **UNSEEN, **few, arms=["centralized", "fedprox_0.1"])
@@ -177,21 +171,3 @@ def test_a_center_left_out_is_tested_by_runs_of_all_others(tmp_path, cohort):
     assert seen == [["AHN", "EMC"], ["EMC", "NYU"], ["AHN", "NYU"]]
     clients = runs.updates(p).groupby("fold")["client"].unique().map(list).tolist()
     assert clients == [["AHN", "EMC"], ["NYU", "EMC"], ["NYU", "AHN"]]
-
-
-@pytest.mark.parametrize(
-    ("arms", "centers", "changes", "error"),
-    [
-        (["fedavg", "local_only"], 3, {}, r"local_only: one model per center.*leave them out of `arms`"),
-        (["fedavg"], 2, {"binary_folds": 2}, r"fedavg needs three centers \(one is left out\)"),
-        (["fedavg"], 3, {"binary_folds": 4}, r"set `binary_folds: 3`"),
-    ],
-)
-def test_what_leave_one_center_out_cannot_do_is_refused_before_any_training(
-    tmp_path, cohort, arms, centers, changes, error
-):
-    some = cohort.where(cohort.scans["center"].isin(cohort.centers[:centers]))
-    p = profile(tmp_path, **{**UNSEEN, **changes}, arms=arms)
-    with pytest.raises((ValueError, data.CohortError), match=error):
-        runs.train(p, ["binary"], some)
-    assert not (p.folder / "runs").exists()

@@ -14,10 +14,6 @@ ORIENTATIONS = ["RAS", "LPS", "SAR", "PIR"]
 MM = (0.8, 1.3, 5.0)  # to the right, to the front, to the head
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.findobj(Text)]
-
-
 def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 

@@ -3,14 +3,14 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import is_clean, legend, line, texts, titles
+from drawn import is_clean, legend, line, titles
 from matplotlib.colors import to_rgb
 from sklearn.metrics import auc, roc_auc_score
 
 from ipmn_core import data, metrics, views
-from ipmn_core.metrics import centers, tables
+from ipmn_core.metrics import tables
 from ipmn_core.names import ARMS, MODELS
-from ipmn_core.views import results, style
+from ipmn_core.views import style
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("house_style")]
 ROWS = ["NYU", "MCF", "AHN", "global"]
@@ -20,11 +20,6 @@ def histories(epochs=3):
     runs = itertools.product(("resnet34", "densenet121"), ("t1", "t2"), (0, 1), range(1, epochs + 1))
     frame = pd.DataFrame(runs, columns=["arm", "modality", "fold", "epoch"])
     return frame.assign(loss=1 / frame["epoch"] + 0.1 * frame["fold"] + 0.3 * (frame["modality"] == "t2"))
-
-
-@pytest.fixture(scope="module")
-def summary(binary_predictions):
-    return metrics.over_folds(metrics.by_fold(binary_predictions))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +73,8 @@ def test_a_loss_that_one_arm_begins_high_is_drawn_by_factors_and_an_auc_never():
         assert {ax.get_yscale() for ax in figure.axes} == {scale} and is_clean(figure)
 
 
-def test_a_forest_has_each_center_at_its_mean_and_na_where_there_is_none(summary):
+def test_a_forest_has_each_center_at_its_mean_and_na_where_there_is_none(binary_predictions):
+    summary = metrics.over_folds(metrics.by_fold(binary_predictions))
     figure = views.forests(summary)
     assert titles(figure) == [f"Positive against the rest, {m}" for m in ("T1", "T2")] and is_clean(figure)
     ax, rows = figure.axes[1], summary[summary["modality"] == "t2"]
@@ -107,21 +103,13 @@ def test_table_2_is_drawn_with_ours_filled_and_the_papers_hollow():
     assert is_clean(figure)
 
 
-def test_the_overview_has_every_arms_interval(binary_predictions):
-    found = centers.summary(centers.by_rules(binary_predictions), n_resamples=50)
-    rows = found.query("modality == 't2' and rule == 'last' and metric == 'auc'")
-    figure = results.overview(rows)
-    expected = rows.loc[rows["arm"] == "centralized", "mean"].astype(float)
-    np.testing.assert_allclose(line(figure.axes[0], "Centralized").get_xdata(), expected)
-    assert "AUC, mean over folds, with 95 % interval" in texts(figure) and is_clean(figure)
-
-
 def test_a_roc_curve_encloses_the_auc_that_its_panel_prints(t2):
     figure = views.roc_by_center(t2)
     assert [title.split("\n")[0] for title in titles(figure)] == ["Global", "NYU", "MCF", "AHN"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Centralized", "FedProx (μ=0.1)"]
     for ax, center in zip(figure.axes[:3], ("global", "NYU", "MCF"), strict=True):
-        for (arm, part), curve in zip(centers.at(t2, center).groupby("arm"), ax.lines, strict=False):
+        here = t2 if center == "global" else t2[t2["center"] == center]
+        for (arm, part), curve in zip(here.groupby("arm"), ax.lines, strict=False):
             expected = roc_auc_score(part["y_true"], part["prob_1"])
             assert auc(*curve.get_data()) == pytest.approx(expected)
             assert curve.get_label() == f"{expected:.2f}" in legend(ax)
@@ -137,36 +125,20 @@ def test_scores_of_one_model_per_center_are_not_pooled(t2):
     assert is_clean(views.roc_by_center(t2.assign(arm="local_only")))  # nothing to pool
 
 
-def test_the_confusions_of_a_center_have_a_panel_for_each_arm(t2):
-    figure = views.confusions(t2, "NYU", "ab")
-    assert titles(figure) == ["NYU, Centralized", "NYU, FedProx (μ=0.1)"] and is_clean(figure)
-    matrix = centers.confusion(t2.query("center == 'NYU' and arm == 'fedprox_0.1'"))
-    assert [text.get_text() for text in figure.axes[1].texts] == [str(n) for n in matrix.flat]
-    three = t2.assign(task="multiclass", prob_2=t2["prob_1"], prob_1=0.0, y_true=2 * t2["y_true"])
-    figure = views.confusions(three, metrics.GLOBAL, "abc")
-    assert len(figure.axes[0].texts) == 9 and titles(figure)[0] == "Global, Centralized" and is_clean(figure)
-    assert "n/a" in " ".join(texts(views.confusions(t2, "EMC", "ab")))  # no cases
-
-
-@pytest.mark.parametrize(("n_centers", "n_classes"), [(2, 2), (30, 5)])
-def test_few_and_many_centers_and_classes_with_long_names_have_room(n_centers, n_classes):
+@pytest.mark.parametrize("n_centers", [2, 30])
+def test_few_and_many_centers_with_long_names_have_room(n_centers):
     rng, names = np.random.default_rng(0), [f"Hôpital général Saint-Luc {k}" for k in range(n_centers)]
     keys = itertools.product(("centralized", "fedavg", "local_only"), (0, 1), names, range(6))
-    rows = pd.DataFrame(keys, columns=["arm", "fold", "center", "k"]).assign(modality="CT", seed=0, epoch=1)
+    rows = pd.DataFrame(keys, columns=["arm", "fold", "center", "k"]).assign(task="binary", modality="CT")
     rows["case_id"] = rows["center"] + rows["fold"].astype(str) + rows["k"].astype(str)
-    rows["prob_1"] = rng.random(len(rows))
-    two = rows.assign(task="binary", y_true=rows["k"] % 2, prob_0=1 - rows["prob_1"]).drop(columns="k")
-    forest = views.forests(metrics.over_folds(metrics.by_fold(two)))
+    prob = rng.random(len(rows))
+    rows = rows.assign(seed=0, epoch=1, y_true=rows["k"] % 2, prob_0=1 - prob, prob_1=prob)
+    forest = views.forests(metrics.over_folds(metrics.by_fold(rows)))
     assert len(forest.axes[0].get_yticks()) == n_centers + 1 and forest.get_size_inches()[1] < 16
-    roc = views.roc_by_center(two)
+    roc = views.roc_by_center(rows)
     assert sum(bool(ax.get_title()) for ax in roc.axes) == min(1 + n_centers, style.MANY)
-    several = two.assign(task="multiclass", y_true=rows["k"] % n_classes)
-    several[[f"prob_{k}" for k in range(n_classes)]] = rng.dirichlet(np.ones(n_classes), len(several))
-    classes = [f"{k} (invasive carcinoma, grade {k})" for k in range(n_classes)]
-    confusions = views.confusions(several, metrics.GLOBAL, classes)
-    assert len(confusions.axes) == 3 and len(confusions.axes[0].texts) == n_classes**2
     facts = rows.assign(in_plane_mm=1.0, slice_mm=3.0, roi_median=rng.uniform(90, 900, len(rows)))
-    for figure in (forest, roc, confusions, views.scanners(facts)):
+    for figure in (forest, roc, views.scanners(facts)):
         assert is_clean(figure)
         box, page = figure.get_tightbbox(), figure.bbox_inches  # nothing is cut off: legends, names
         assert box.x0 > -0.3 and box.x1 < page.width + 0.3 and box.y0 > -0.3 and box.y1 < page.height + 0.3

@@ -1,14 +1,16 @@
-"""DenseNet-121 for two modalities of one patient: (N, 2, D, H, W) to logits (N, n_classes)."""
+"""DenseNet-121 for one modality, or for two of one patient: (N, 2, D, H, W) to logits (N, n_classes)."""
+
+from functools import partial
 
 import torch
 from torch import nn
 
 
-def channels(n_classes: int) -> nn.Module:
-    """Early fusion: DenseNet-121 with one input channel per modality."""
+def densenet121(n_classes: int, in_channels: int = 1) -> nn.Module:
+    """DenseNet-121 (Huang et al., 2017); early fusion has one input channel per modality."""
     from monai.networks import nets
 
-    return nets.DenseNet121(spatial_dims=3, in_channels=2, out_channels=n_classes)
+    return nets.DenseNet121(spatial_dims=3, in_channels=in_channels, out_channels=n_classes)
 
 
 class Siamese(nn.Module):
@@ -19,9 +21,7 @@ class Siamese(nn.Module):
 
     def __init__(self, n_classes: int):
         super().__init__()
-        from monai.networks import nets
-
-        self.encoder = nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=n_classes)
+        self.encoder = densenet121(n_classes)
         n_features = self.encoder.class_layers.out.in_features
         self.encoder.class_layers.out = nn.Identity()
         self.classifier = nn.Linear(2 * n_features, n_classes)
@@ -32,4 +32,4 @@ class Siamese(nn.Module):
         return self.classifier(features.view(len(x), -1))
 
 
-FUSIONS = {"channels": channels, "siamese": Siamese}
+FUSIONS = {"channels": partial(densenet121, in_channels=2), "siamese": Siamese}
