@@ -194,7 +194,8 @@ def _foreign(p: Params) -> set[str]:
     """Tags of the cells that do not apply to this profile.
 
     `paper`: its numbers; `phantom`: its truth; `strategies`: those that the paper lacks; `weights`: of the
-    networks that chapter 3 shows; `<task>` if it has no arm; `<task>-trained` if no arm was trained here.
+    networks that chapter 3 shows, or `no-weights`; `unseen`, `cross`, `fusion`, `dial`, `seeds`: sections of
+    other profiles; `<task>` if it has no arm; `<task>-trained` if no arm was trained here.
     """
     from ipmn_core import data, runs
 

@@ -8,9 +8,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from ipmn_core import data, metrics, params, phantom, runs
+from ipmn_core import data, metrics, models, params, phantom, runs
 from ipmn_core.metrics import centers, inference, tables, truth
-from ipmn_core.names import MODALITIES, display_name
+from ipmn_core.names import MODALITIES, TASKS, display_name
 from ipmn_core.runs import probes, store, sweeps
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +19,12 @@ REFERENCE = ROOT / "outputs" / "reference"
 
 def profile(folder):
     return params.load(folder / "params.yaml").model_copy(update={"outputs": str(REFERENCE)})
+
+
+def table2(p):
+    selected = metrics.select(runs.predictions(p, "multiclass"))
+    complexity = {name: models.complexity(name) for name in p.multiclass_models}
+    return tables.table2(metrics.over_folds(metrics.by_fold(selected)), complexity)
 
 
 def table3(p):
@@ -53,8 +59,8 @@ def patients(p):
     return phantom.patients(p.phantom_seed)
 
 
-TABLES = {"table3": table3, "unseen": unseen, "cross_site": cross_site, "strategies": strategies}
-TABLES |= {"fusion": fusion, "dial": sweeps.dial_table}
+TABLES = {"table2": table2, "table3": table3, "unseen": unseen, "cross_site": cross_site}
+TABLES |= {"strategies": strategies, "fusion": fusion, "dial": sweeps.dial_table, "seeds": sweeps.seed_table}
 SHIPPED = sorted(
     f"{path.parents[1].name}/{path.stem}"
     for path in REFERENCE.glob("*/tables/*.csv")
@@ -87,11 +93,8 @@ def test_readmes_table_is_that_of_the_reference(name, first):
         arm = display_name(method).replace("Centralized", "centralized").replace(" (μ=", ", μ = ").rstrip(")")
         agree(high[f"DenseNet-121, {arm}"][first : first + 2], rows, 1)
     assert set(ours["method"]) == {"centralized", "fedavg", "fedprox_0.1", "fedprox_0.3"}
-    if (path := REFERENCE / name / "tables" / "table2.csv").exists():
-        for model, rows in pd.read_csv(path).groupby("model"):
-            agree(three[display_name(model)][first : first + 2], rows, 100)
-    else:
-        assert not any(any(cells[first : first + 2]) for cells in three.values())
+    for model, rows in pd.read_csv(REFERENCE / name / "tables" / "table2.csv").groupby("model"):
+        agree(three[display_name(model)][first : first + 2], rows, 100)
 
 
 def agree(printed, rows, unit):
@@ -103,32 +106,44 @@ def agree(printed, rows, unit):
 
 @pytest.fixture(scope="module")
 def study():
-    """The study's global numbers by rule and (arm, modality), and the AUCs within centers."""
-    p = profile(REFERENCE / "study")
-    predictions, inner = runs.predictions(p, "binary"), runs.validation(p, "binary")
-    best = metrics.select(predictions, "best_test")
-    cohort = SimpleNamespace(classes=(0, 1, 2), positive=(2,))
-    of = {"best": best, "inner": metrics.select(predictions, "best_inner", inner)}
-    of |= {
-        "known": truth.reference_arms(best, patients(p), cohort),
-        "probed": probes.predictions(p, "binary"),
-    }
-    numbers = {
-        name: metrics.over_folds(metrics.by_fold(rows))
-        .query("center == 'global'")
-        .set_index(["arm", "modality"])
-        for name, rows in of.items()
-    }
-    return numbers | {"within": centers.decompose(best).set_index(["arm", "modality"])["within"]}
+    """The study's global numbers by task, rule and (arm, modality), and the AUCs within centers."""
+    p, cohort = profile(REFERENCE / "study"), SimpleNamespace(classes=(0, 1, 2), positive=(2,))
+    found = {}
+    for task in TASKS:
+        predictions, inner = runs.predictions(p, task), runs.validation(p, task)
+        best = metrics.select(predictions, "best_test")
+        of = {"best": best, "inner": metrics.select(predictions, "best_inner", inner)}
+        of["known"] = truth.reference_arms(best, patients(p), cohort)
+        of["probed"] = probes.predictions(p, task)
+        found[task] = {
+            name: metrics.over_folds(metrics.by_fold(rows))
+            .query("center == 'global'")
+            .set_index(["arm", "modality"])
+            for name, rows in of.items()
+        }
+    return found | {"within": centers.decompose(best).set_index(["arm", "modality"])["within"]}
 
 
 def of_binary(study):
     """What README and chapter 3 say of high risk: T2 and within centers; T1 centralized; T1 federated."""
-    t1, t2 = (study["best"]["auc_mean"].unstack()[m].dropna() for m in MODALITIES)
-    gap, federated = study["known"].loc[("oracle", "t2"), "auc_mean"] - t2, t1.drop("centralized")
+    binary = study["binary"]
+    t1, t2 = (binary["best"]["auc_mean"].unstack()[m].dropna() for m in MODALITIES)
+    gap, federated = binary["known"].loc[("oracle", "t2"), "auc_mean"] - t2, t1.drop("centralized")
     within = [study["within"][arm, "t2"] for arm in ("fedavg", "local_only")]
     spread = [t2.max() - t2.min(), gap.min(), gap.max(), *within]
     return spread, t1["centralized"], [federated.min(), federated.max()]
+
+
+def of_multiclass(study):
+    """What README and chapter 2 say of three classes: DenseNet-121, the others, and the histogram."""
+    numbers, said = study["multiclass"], []
+    best, probed = (numbers[name]["auc_mean"].unstack() for name in ("best", "probed"))
+    assert (numbers["best"]["auc_mean"] - 2 * numbers["best"]["auc_std"] > 0.5).all()  # above chance
+    for modality in ("t2", "t1"):
+        others = best[modality].drop("densenet121")
+        said += [best.loc["densenet121", modality], others.min(), others.max()]
+        assert best[modality].max() == said[-3] and said[-3] < probed.loc["histogram_only", modality]
+    return [*said, probed.loc["histogram_only", "t2"], probed.loc["histogram_only", "t1"]]
 
 
 def in_chapter(stem):
@@ -144,27 +159,31 @@ def assert_says(text, numbers):
 
 
 def test_readme_says_what_the_study_found(study):
-    printed, histogram = readme("high risk"), study["probed"].loc["histogram_only"]
-    oracle = study["known"].loc["oracle"].reset_index()
-    agree(printed["oracle, the best possible answer"][:2], oracle, 1)
-    agree(printed["a forest on the histogram of gray values"][:2], histogram.reset_index(), 1)
-    auc, acc = (study["best"][name].unstack() for name in ("auc_mean", "acc_mean"))
-    usual = study["probed"].loc[("center_only", "t1"), "acc_mean"]
+    for task, of in (("binary", "high risk"), ("multiclass", "three classes")):
+        printed, histogram = readme(of), study[task]["probed"].loc["histogram_only"]
+        oracle = study[task]["known"].loc["oracle"]
+        agree(printed["oracle, the best possible answer"][:2], oracle.reset_index(), 1)
+        agree(printed["a forest on the histogram of gray values"][:2], histogram.reset_index(), 1)
+    binary, histogram = study["binary"], study["binary"]["probed"].loc["histogram_only"]
+    auc, acc = (binary["best"][name].unstack() for name in ("auc_mean", "acc_mean"))
+    usual = binary["probed"].loc[("center_only", "t1"), "acc_mean"]
     assert auc["t2"].min() > histogram.loc["t2", "auc_mean"] and (acc["t1"] < usual).all()
     assert auc["t1"].max() < histogram.loc["t1", "auc_mean"]
     spread, centralized, federated = of_binary(study)
-    inner = study["inner"]["auc_mean"]
+    inner = binary["inner"]["auc_mean"]
     honest = [inner[arm, m] for m in ("t2", "t1") for arm in ("centralized", "fedavg")]
     text = (ROOT / "README.md").read_text("utf-8").partition("*The study.*")[2].partition("\n")[0]
-    assert_says(text, [*spread, centralized, *federated, usual, *honest])
+    assert_says(text, [*spread, centralized, *federated, usual, *honest, *of_multiclass(study)])
 
 
 def test_chapters_say_what_the_study_found(study):
     spread, centralized, federated = of_binary(study)
-    histogram = study["probed"].loc[("histogram_only", "t1"), "auc_mean"]
+    binary = study["binary"]
+    histogram = binary["probed"].loc[("histogram_only", "t1"), "auc_mean"]
+    assert_says(in_chapter("02_three_class_benchmark"), of_multiclass(study))
     assert_says(in_chapter("03_federated_binary"), [*spread, *federated, centralized, histogram])
     keys = [(arm, m) for arm in ("centralized", "fedavg") for m in ("t2", "t1")]
-    chosen = [study[rule].loc[key, "auc_mean"] for key in keys for rule in ("inner", "best")]
+    chosen = [binary[rule].loc[key, "auc_mean"] for key in keys for rule in ("inner", "best")]
     assert_says(in_chapter("04_analysis"), chosen)
 
 
