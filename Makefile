@@ -35,7 +35,7 @@ reference: .venv/installed     ## renew outputs/reference/PROFILE
 TASKS := runs$(if $(shell grep "^multiclass_models: \[\]" params/$(PROFILE).yaml),/binary)
 OWN := $(addprefix outputs/$(PROFILE)/,params.yaml tables $(if $(filter demo,$(PROFILE)),,$(TASKS)))
 OWN += $(addprefix outputs/$(PROFILE)/figures/,forest.png cross_site.png strategies.png unseen.png fusion.png dial.png)
-OWN += $(if $(filter demo study,$(PROFILE)),outputs/$(PROFILE)/report.html outputs/$(PROFILE)/figures/figure1.png)
+OWN += $(if $(filter study,$(PROFILE)),outputs/$(PROFILE)/report.html outputs/$(PROFILE)/figures/figure1.png)
 
 ship:                          ## copy what PROFILE has finished so far to outputs/reference, without weights
 	tar cf - --exclude='*.pt' --exclude=share_done --exclude=trained_here --exclude='.*' --exclude='*.md' \

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import bs4
 import nbformat
 import pandas as pd
 import pytest
@@ -76,6 +77,17 @@ def test_a_shipped_table_is_that_of_the_shipped_predictions(table, monkeypatch):
     kept = pd.read_csv(REFERENCE / name / "tables" / f"{stem}.csv", keep_default_na=False, na_values="n/a")
     fresh = TABLES[stem](profile(REFERENCE / name)).reset_index(drop=True)
     pd.testing.assert_frame_equal(fresh[list(kept)], kept, check_dtype=False, atol=1e-9, rtol=0)
+
+
+def test_the_studys_report_shows_the_studys_tables():
+    """The page is from the same run as the tables beside it, and no larger than promised."""
+    page = (REFERENCE / "study" / "report.html").read_text("utf-8")
+    assert len(page.encode()) <= 8 * 2**20
+    shown = bs4.BeautifulSoup(page, "html.parser").select("table.beside, .beside table")
+    for n, table in zip(tables.KEYS, shown, strict=True):
+        ours = [[cell.get_text() for cell in row("td")] for row in table.select("tbody tr")[::2]]
+        printed = tables.as_printed(pd.read_csv(REFERENCE / "study" / "tables" / f"table{n}.csv"))
+        assert ours == printed.iloc[:, len(tables.KEYS[n]) - 1 :].to_numpy().tolist(), f"table {n}"
 
 
 def readme(start):

@@ -99,9 +99,16 @@ def resampled_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     """
     rows = rows.sort_values("case_id", kind="stable")
     y, prob = y_and_prob(rows)
-    weights = _drawn(tuple(rows.groupby(STRATUM).ngroup()), n_resamples, seed)
+    weights = _drawn(tuple(_strata(rows)), n_resamples, seed)
     folds = [scores.weighted_auc(y[i], prob[i], weights[:, i]) for i in rows.groupby("fold").indices.values()]
-    return pd.DataFrame(folds).mean().to_numpy()
+    defined = (~np.isnan(folds)).sum(axis=0)
+    return np.nansum(folds, axis=0) / np.where(defined, defined, np.nan)
+
+
+def _strata(rows: pd.DataFrame) -> np.ndarray:
+    """The number of each row's stratum: cases of one center and label (N,)."""
+    y = rows["y_true"].to_numpy()
+    return pd.factorize(rows["center"], sort=True)[0] * (y.max() + 1) + y
 
 
 @lru_cache(maxsize=64)  # arms and rules share the draws at a center
@@ -123,9 +130,12 @@ def bootstrap_auc(rows: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) ->
     ± 0.6 % (standard error). With at most 5 cases per center and label: 93.1 %, 89.6 %, 76.2 %, so intervals
     of small centers are too narrow. NaN if no AUC is defined, or if every stratum has one case.
     """
-    if not rows.duplicated(STRATUM).any():
+    aucs = resampled_auc(rows, n_resamples, seed)
+    aucs = aucs[~np.isnan(aucs)]
+    if len(aucs) == 0 or np.bincount(_strata(rows)).max() == 1:
         return np.nan, np.nan
-    return tuple(pd.Series(resampled_auc(rows, n_resamples, seed)).quantile([0.025, 0.975]))
+    low, high = np.quantile(aucs, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def no_delong(y: np.ndarray, n_classes: int) -> str:
