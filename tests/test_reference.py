@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import bs4
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -197,6 +198,16 @@ def test_chapters_say_what_the_study_found(study):
     keys = [(arm, m) for arm in ("centralized", "fedavg") for m in ("t2", "t1")]
     chosen = [binary[rule].loc[key, "auc_mean"] for key in keys for rule in ("inner", "best")]
     assert_says(in_chapter("04_analysis"), chosen)
+
+
+def test_chapter_4_says_how_much_another_seed_changes():
+    table = pd.read_csv(REFERENCE / "study" / "tables" / "seeds.csv").query("arm != 'local_only'")
+    assert set(table["seeds"]) == {3} and set(table["folds"]) == {4}
+    assert np.ptp(table["auc"]) < table["over_seeds"].min()  # so that "may be luck" is true
+    cells = nbformat.read(ROOT / "notebooks" / "04_analysis.ipynb", 4).cells
+    (text,) = [c.source for c in cells if "**In the study**" in c.source]
+    numbers = [table[name].agg(of) for name in ("auc", "over_seeds", "over_folds") for of in ("min", "max")]
+    assert_says(text.partition("**In the study**")[2], numbers)
 
 
 def test_the_strategies_in_the_docs_are_the_shipped_ones():
