@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def _how(options: argparse.Namespace):
     """The preprocessing of the options, or None."""
     from ipmn_core.params import Preprocessing
 
-    asked = {name: getattr(options, name) for name in Preprocessing.__dataclass_fields__}
+    asked = {name: getattr(options, name) for name in asdict(Preprocessing())}
     asked = {name: value for name, value in asked.items() if value is not None}
     return Preprocessing(**asked) if asked else None
 

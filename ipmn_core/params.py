@@ -29,7 +29,7 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
 
 def _naming(values: Any) -> Any:
     """A list of names as {name: name}; YAML's numbers become text."""
-    values = dict(zip(values, values, strict=True)) if isinstance(values, (list, tuple)) else values
+    values = {value: value for value in values} if isinstance(values, (list, tuple)) else values
     if not isinstance(values, dict) or any(
         isinstance(name, bool) for pair in values.items() for name in pair
     ):

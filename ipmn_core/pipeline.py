@@ -99,8 +99,6 @@ def prepare(p: Params, fresh: bool = False) -> None:
 
 
 def _prepare(p: Params, fresh: bool) -> None:
-    from joblib.externals.loky import get_reusable_executor
-
     from ipmn_core import data, runs
     from ipmn_core.runs import probes, store, sweeps
 
@@ -121,8 +119,6 @@ def _prepare(p: Params, fresh: bool) -> None:
         probes.fit(p, task, cohort)
     for q in (*sweeps.seed_points(p), *sweeps.dial_points(p)):
         runs.train(q, ("binary",), data.load_cohort(q))
-    if p.jobs > 1:  # workers that wrote the phantom would delay the end of this process by five minutes
-        get_reusable_executor().shutdown()
 
 
 def try_notebooks(p: Params) -> None:

@@ -136,9 +136,9 @@ def run_all(pages):
 
 
 def listen(context):
-    """Errors in the console and requests (but for files and data) of all pages of `context` from now on.
+    """The console errors and the requests of all pages of `context` from now on, two lists.
 
-    What asks for another host is cut off.
+    Requests for files and for data in the page itself are left out; those for another host are cut off.
     """
     errors, requests = [], []
     context.on("request", lambda one: one.url.startswith(("file:", "data:")) or requests.append(one.url))

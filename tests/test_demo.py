@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_reference import readme
 
 from ipmn_core import data, metrics, models, params, phantom, runs
 from ipmn_core.metrics import tables, truth
 from ipmn_core.names import TASKS
 from ipmn_core.phantom import files
+from ipmn_core.runs import probes
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference" / "demo"
@@ -29,7 +31,7 @@ def reference(n):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The profile, and `metrics.over_folds` of its fresh runs and of the oracle."""
+    """`metrics.over_folds` of its fresh runs, of the oracle and of the histogram."""
     values = params.load(ROOT / "params" / "demo.yaml").model_dump(mode="json")
     values |= {"outputs": str(tmp_path_factory.mktemp("demo")), "modalities": ["t2"]}
     values |= {"multiclass_models": ["densenet121"], "arms": ["centralized", "fedavg"]}
@@ -44,7 +46,8 @@ def demo(tmp_path_factory):
     predictions = pd.concat([runs.run_grid(p, task, cohort) for task in TASKS])
     selected = metrics.select(predictions)
     oracle = truth.reference_arms(selected, data.read_truth(p), cohort).query("arm == 'oracle'")
-    return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle])))
+    probed = pd.concat([probes.fit(p, task, cohort) for task in TASKS]).query("arm == 'histogram_only'")
+    return metrics.over_folds(metrics.by_fold(pd.concat([selected, oracle, probed])))
 
 
 @pytest.mark.slow
@@ -65,13 +68,25 @@ def test_the_reference_is_complete_and_its_table_1_that_of_the_paper():
 @pytest.mark.slow
 def test_fresh_numbers_are_the_reference_s_within_the_tolerance(demo):
     counted = {"densenet121": models.complexity("densenet121")}
-    fresh2 = tables.table2(demo.query("arm != 'oracle'"), counted)
-    fresh3 = tables.table3(demo.query("arm != 'oracle'")).query("center == 'global'")
+    trained = demo.query("arm not in ('oracle', 'histogram_only')")
+    fresh2 = tables.table2(trained, counted)
+    fresh3 = tables.table3(trained).query("center == 'global'")
     compare(fresh2, reference(2), ["model", "modality"], 100 * TOLERANCE, 1)
     compare(fresh3, reference(3), ["center", "method", "modality"], TOLERANCE, 2)
     same = reference(2).merge(fresh2, on=["model", "modality"], suffixes=("", "_fresh"))
     assert (same["macs_g"] == same["macs_g_fresh"]).all()
     assert (same["params_m"] == same["params_m_fresh"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "start"), [("binary", "high risk"), ("multiclass", "three classes")])
+def test_readme_has_the_demos_oracle_and_histogram(demo, task, start):
+    """On T2, the last column; a forest splits features whose last bits depend on the processor: 0.02."""
+    auc = demo.query("center == 'global' and task == @task").set_index("arm")["auc_mean"]
+    printed = {name: float(cells[3].split(" ± ")[0]) for name, cells in readme(start).items()}
+    assert printed["oracle, the best possible answer"] == pytest.approx(auc["oracle"], abs=0.00051)
+    histogram = printed["a forest on the histogram of gray values"]
+    assert histogram == pytest.approx(auc["histogram_only"], abs=0.02)
 
 
 def compare(fresh, kept, keys, tolerance, n):

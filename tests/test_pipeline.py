@@ -4,9 +4,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import joblib
 import nbformat
-import psutil
 import pytest
 
 from ipmn_core import data, params, pipeline, runs
@@ -116,16 +114,6 @@ def test_training_runs_are_discarded_on_request_only(tmp_path, phantom_root, mon
         monkeypatch.setattr(module, name, lambda *_: [])
     pipeline._prepare(prepared(tmp_path, phantom_root), fresh=fresh)  # in this process, where the patch is
     assert (tmp_path / "t" / "runs" / OLD).exists() == (not fresh)
-
-
-def test_workers_that_are_left_do_not_delay_the_notebooks(tmp_path, phantom_root, monkeypatch):
-    """Idle workers end after five minutes, and until then the process that started them does not."""
-    for module, name in ((runs, "check_folds"), (runs, "train"), (store, "unfinished"), (probes, "fit")):
-        monkeypatch.setattr(module, name, lambda *_: [])
-    joblib.Parallel(2)(joblib.delayed(abs)(number) for number in range(4))
-    workers = [p for p in psutil.Process().children(True) if "popen_loky" in " ".join(p.cmdline())]
-    pipeline._prepare(prepared(tmp_path, phantom_root).model_copy(update={"jobs": 2}), fresh=False)
-    assert workers and not any(worker.is_running() for worker in workers)
 
 
 def test_training_runs_are_not_discarded_for_a_profile_that_cannot_run(tmp_path, phantom_root):

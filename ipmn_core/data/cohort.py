@@ -147,9 +147,14 @@ def inspect(root, p: Params | None = None, volumes: bool = False) -> tuple[Cohor
         counts = " and ".join(f"{n} {m} scans" for m, n in unlabelled.items())
         problems.append(("note", root, f"{counts} have no label", "none needed: they are left out"))
     problems += volume_problems(scans, how) if volumes else []
+    return cohort, _errors_first(problems)
+
+
+def _errors_first(problems: list[tuple]) -> pd.DataFrame:
+    """Problems as a table, each once, errors first."""
     table = pd.DataFrame(problems, columns=PROBLEM_COLUMNS).astype(str).drop_duplicates()
-    worst_first = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
-    return cohort, table.loc[worst_first].reset_index(drop=True)
+    order = table["severity"].map(SEVERITIES.index).sort_values(kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def told(problems: pd.DataFrame) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -134,16 +135,13 @@ def write(
     for max_per_cell and shortcut), or `patients_of`. With `axes`, each center stores its voxels along its own
     axes (`AXES`, in turn), which the affine and a column of truth.csv give. `shift` is how much the centers'
     scanners differ (`scanner_of`); it is a column of truth.csv unless 0.5. The files do not depend on jobs
-    (processes). Raises FileExistsError if root exists, ValueError for centers in another layout and for a
-    shift outside 0-1.
+    (processes). Raises FileExistsError if root exists, ValueError for centers in another layout.
     """
     root = Path(root).absolute()  # joblib's processes may have another working directory
     if root.exists():
         raise FileExistsError(f"{root} exists: remove it, or write the phantom to another folder")
     if centers and layout != "manifest":
         raise ValueError(f"layout {layout} has the paper's centers: choose others with the layout manifest")
-    if not 0 <= shift <= 1:  # NaN too
-        raise ValueError(f"shift is {shift}: choose a number from 0 (one scanner) to 1 (opposite contrasts)")
     invented = [centers or INVENTED] if layout == "manifest" else []
     cohort = (patients_of if invented else patients)(*invented, seed, max_per_cell, shortcut)
     if axes:
@@ -159,4 +157,6 @@ def write(
         os.rename(partial, root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if jobs != 1:  # idle workers would delay the end of this process by five minutes
+            get_reusable_executor().shutdown()
     return root

@@ -231,8 +231,11 @@ def load(trained: Trained, center: str | None = None) -> nn.Module:
             raise PredictError(f"{source} holds one model per center: choose `center` of {known}{wrong}")
         mine, source = f"{trained.centers.index(center)}.", f"{source}, {center}"
         state = {key.removeprefix(mine): value for key, value in state.items() if key.startswith(mine)}
-    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise PredictError(f"{source}: {bad[0]} holds NaN or infinity; fetch or train others")
+    for key, value in state.items():
+        whole = not value.is_floating_point() and not key.endswith("num_batches_tracked")
+        if whole or not value.isfinite().all():
+            wrong = f"is of type {value.dtype}" if whole else "holds NaN or infinity"
+            raise PredictError(f"{source}: {key} {wrong}; fetch or train others")
     outputs = trained.outputs or len(trained.classes)
     try:
         return _filled(trained.network, outputs, state)

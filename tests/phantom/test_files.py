@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from ipmn_core import data, phantom
@@ -91,8 +92,6 @@ def test_a_manifest_has_invented_centers_and_classes_and_joins_its_truth(tmp_pat
     for kind, drawn in (("image", image), ("mask", mask)):
         stored = nib.load(cohort.scans[kind].iloc[-1])
         assert np.array_equal(np.asarray(stored.dataobj), np.asarray(drawn.dataobj))
-    with pytest.raises(ValueError, match="shift is nan"):
-        phantom.write(tmp_path / "new", shift=np.nan)
     with pytest.raises(ValueError, match="layout second has the paper's centers"):
         phantom.write(tmp_path / "new", centers=["7"])
 
@@ -117,7 +116,9 @@ def test_files_depend_on_seed_and_shortcut_and_not_on_the_processes(phantom_root
     some, here = [0, 9, 20], digests(phantom_root)  # among them int16 and float32 centers
     two = digests(write_some(monkeypatch, tmp_path / "two", some, jobs=2))
     assert len(two) == 12 and two.items() <= here.items()
-    monkeypatch.chdir(tmp_path)  # the processes of joblib stay where they began
+    # until idle processes end, after five minutes, the one that started them does not end either
+    assert not any("popen_loky" in " ".join(each.cmdline()) for each in psutil.Process().children())
+    monkeypatch.chdir(tmp_path)
     for settings in ({"seed": 1}, {"shortcut": 1}, {"shift": 0.25}):
         other = write_some(monkeypatch, Path(str(settings)), some, jobs=2, **settings)
         truth = pd.read_csv(other / "truth.csv")
